@@ -1,0 +1,279 @@
+"""The measure itself: the loss change along a straight segment, split over single weights.
+
+    L(stop) − L(start) = Σᵢ Aᵢ,    Aᵢ = (stop − start)ᵢ · ∫₀¹ ∂ᵢL(start + s (stop − start)) ds
+
+(Lan, Liu, Zhou, Yosinski: "LCA: Loss Change Allocation for Neural Network Training", NeurIPS 2019.) The
+integral is taken by a quadrature rule; what the rule leaves unexplained is the residual, and every result
+carries it. Nothing here knows of modules, Lightning or logging: a `Field` is any function that gives the loss
+and its gradient at a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lca.quadrature import SIMPSON, Quadrature
+
+Weights = Mapping[str, Tensor]  # {name: [*shape]}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The loss at one position, and its gradient there.
+
+    Attributes:
+        loss: Loss [] in float64 where the device has it, detached.
+        gradient: {name: [*shape]}, read and never written by this module; None where it was not asked for.
+    """
+
+    loss: Tensor
+    gradient: Weights | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One straight stretch of the path of the weights, from ``start`` to ``stop`` (same names and shapes)."""
+
+    start: Weights
+    stop: Weights
+
+    def at(self, s: float, *, needs_gradient: bool = True) -> Position:
+        """Names the position start + s (stop − start)."""
+        return Position(self, s, needs_gradient)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place on a segment where a field is asked for the loss.
+
+    Attributes:
+        segment: The segment.
+        s: How far along, in [0, 1].
+        needs_gradient: False where only the loss is used; a field may then leave the gradient out.
+    """
+
+    segment: Segment
+    s: float
+    needs_gradient: bool = True
+
+    @torch.no_grad()
+    def write(self, into: Weights) -> None:
+        """Writes the weights at this position into existing tensors, with no copy of the model in between."""
+        for name, start in self.segment.start.items():
+            if self.s == 0.0:
+                into[name].copy_(start)
+            elif self.s == 1.0:
+                into[name].copy_(self.segment.stop[name])
+            else:
+                torch.lerp(start, self.segment.stop[name], self.s, out=into[name].data)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Gives the weights at this position as fresh leaves that require grad: {name: [*shape]}."""
+        fresh = {name: torch.empty_like(start) for name, start in self.segment.start.items()}
+        self.write(fresh)
+        return {name: weight.requires_grad_() for name, weight in fresh.items()}
+
+
+class Field(Protocol):
+    """The loss as a function of the weights: one and the same function at every call."""
+
+    def __call__(self, at: Position, /) -> Sample:
+        """Evaluates loss and gradient at a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one segment did to the loss, weight by weight.
+
+    Attributes:
+        values: Credit per weight {name: [*shape]}, in loss units; negative = helped (its motion lowered the
+            loss), positive = hurt, zero = idle.
+        loss_before: Loss [] at the start.
+        loss_after: Loss [] at the stop.
+        splits: Number of equal panels that the rule was applied on.
+        converged: |residual| ≤ tolerance where one was asked for, else None.
+        last: The sample at the stop: pass it as ``first`` of a segment that begins there.
+    """
+
+    values: Weights
+    loss_before: Tensor
+    loss_after: Tensor
+    splits: int
+    converged: bool | None
+    last: Sample
+
+    @property
+    def residual(self) -> Tensor:
+        """The loss change that the credits leave unexplained [], ΔL − Σ A, in loss units."""
+        return self.loss_after - self.loss_before - total(self.values.values())
+
+
+def total(values: Iterable[Tensor]) -> Tensor:
+    """Sums all elements of all tensors in float64 where the device has it: [*shape] each -> []."""
+    return torch.stack([v.sum(dtype=wide(v)) for v in values]).sum()
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Names the dtype for sums: float64, or float32 where the device lacks it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def accumulator(weight: Tensor) -> Tensor:
+    """Makes an empty tensor for gradient sums of this weight: its own dtype, float32 for half precision."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.empty_like(weight, dtype=torch.float32 if half else None, requires_grad=False).detach()
+
+
+@torch.no_grad()
+def allocate(
+    field: Field,
+    segment: Segment,
+    rule: Quadrature = SIMPSON,
+    first: Sample | None = None,
+    out: Weights | None = None,
+) -> Allocation:
+    """Splits the loss change along a segment over its weights.
+
+    Args:
+        field: Gives loss and gradient at a position of the segment.
+        segment: Where the weights were and where they are now.
+        rule: The quadrature rule.
+        first: The sample at the start, if it is known already, e.g. ``last`` of the allocation before; it
+            saves one gradient. For a rule without a node at the start only its loss is used.
+        out: Tensors that receive the credits, {name: [*shape]}; fresh ones by default. They may be those of
+            ``first.gradient``.
+
+    Returns:
+        The allocation. Its ``last`` has a gradient when ``rule`` starts with the start, so that a chain of
+        segments pays `Quadrature.gradients_per_step` gradients each.
+
+    Example:
+        >>> def field(at):  # L(w) = w², by hand
+        ...     w = at.weights()["w"].detach()
+        ...     return Sample((w**2).sum(), {"w": 2 * w})
+        >>> segment = Segment({"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 2.0])})
+        >>> allocation = allocate(field, segment)
+        >>> [round(a, 4) for a in allocation.values["w"].tolist()]
+        [-8.0, 3.0]
+        >>> abs(allocation.residual.item()) < 1e-6
+        True
+    """
+    names = list(segment.start)
+    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
+    sums = [out[n] for n in names]
+    if first is None or (rule.first_is_start and first.gradient is None):
+        first = field(segment.at(0.0, needs_gradient=rule.first_is_start))
+    loss_before = first.loss
+    sample: Sample | None
+    last: Sample | None = None
+    for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
+        sample = first if s == 0.0 and first is not None else field(segment.at(s))
+        _add(sums, _gradients(sample, names), weight, fresh=i == 0)
+        last = sample if s == 1.0 else None
+        sample, first = None, None  # Only one gradient is alive beside the sums.
+    if last is None:
+        last = field(segment.at(1.0, needs_gradient=rule.first_is_start))
+    _times_motion(sums, segment)
+    return Allocation(out, loss_before, last.loss, splits=1, converged=None, last=last)
+
+
+@torch.no_grad()
+def refine(
+    field: Field,
+    segment: Segment,
+    tolerance: float,
+    max_splits: int = 32,
+    first: Sample | None = None,
+    out: Weights | None = None,
+) -> Allocation:
+    """Allocates by composite Simpson, doubling the panels until the residual is small enough.
+
+    No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says in
+    ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was reached.
+
+    Args:
+        field: As for `allocate`.
+        segment: As for `allocate`.
+        tolerance: Largest |residual| accepted, in loss units.
+        max_splits: Panels are doubled from 1 while they stay at or below this.
+        first: As for `allocate`.
+        out: As for `allocate`.
+
+    Raises:
+        ValueError: A tolerance that is not positive, or max_splits below 1.
+
+    Example:
+        >>> def field(at):  # L(w) = w⁶
+        ...     w = at.weights()["w"].detach()
+        ...     return Sample((w**6).sum(), {"w": 6 * w**5})
+        >>> segment = Segment({"w": torch.zeros(1).double()}, {"w": torch.ones(1).double()})
+        >>> allocation = refine(field, segment, tolerance=1e-3)
+        >>> allocation.splits, allocation.converged
+        (4, True)
+    """
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}.")
+    if max_splits < 1:
+        raise ValueError(f"max_splits must be at least 1, got {max_splits}.")
+    names = list(segment.start)
+    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
+    if first is None or first.gradient is None:
+        first = field(segment.at(0.0))
+    # Panel ends count 2 (the two outermost 1), panel middles 4, all over 6 n. Ends collect in `ends`.
+    ends = [out[n] for n in names]
+    _add(ends, _gradients(first, names), 1.0, fresh=True)
+    loss_before, first = first.loss, None
+    last = field(segment.at(1.0))
+    _add(ends, _gradients(last, names), 1.0)
+    middles = [accumulator(segment.start[n]) for n in names]
+    panels = 1
+    while True:
+        for panel in range(panels):
+            sample = field(segment.at((2 * panel + 1) / (2 * panels)))
+            _add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
+            del sample
+        explained = torch.stack(
+            [
+                ((e + 4 * m) * (segment.stop[n] - segment.start[n])).sum(dtype=wide(e))
+                for n, e, m in zip(names, ends, middles, strict=True)
+            ]
+        ).sum() / (6 * panels)
+        residual = abs(float(last.loss - loss_before - explained))
+        if residual <= tolerance or 2 * panels > max_splits:
+            break
+        torch._foreach_add_(ends, middles, alpha=2.0)
+        panels *= 2
+    torch._foreach_add_(ends, middles, alpha=4.0)
+    torch._foreach_mul_(ends, 1 / (6 * panels))
+    _times_motion(ends, segment)
+    return Allocation(out, loss_before, last.loss, panels, residual <= tolerance, last)
+
+
+def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
+    if sample.gradient is None:
+        raise ValueError(
+            "The field returned no gradient where one is needed (at.needs_gradient is True). "
+            "Return Sample(loss, {name: gradient})."
+        )
+    return [sample.gradient[n] for n in names]
+
+
+def _add(sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False) -> None:
+    """Adds weight · gradient to the sums; with ``fresh`` it replaces them, and both may be one tensor."""
+    if fresh:
+        for sum_, gradient in zip(sums, gradients, strict=True):
+            torch.mul(gradient, weight, out=sum_)
+    else:
+        torch._foreach_add_(sums, gradients, alpha=weight)
+
+
+def _times_motion(sums: list[Tensor], segment: Segment) -> None:
+    """Multiplies by stop − start in place, tensor by tensor, so that the motion is never a whole copy."""
+    for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
+        sum_.mul_(torch.sub(segment.stop[name], start))

@@ -1,0 +1,185 @@
+"""From weights to groups: sums and counts per parameter, per layer or per neuron, on the device.
+
+Every parameter is seen as a matrix of *rows*; a grouping says which group each row belongs to. By parameter
+and by layer a tensor is one row; by neuron it has one row per output channel, and the row of a bias joins
+the row of its unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lca.allocation import Weights, wide
+
+GroupBy = Literal["parameter", "layer", "neuron"]
+_CHUNK = 2**19  # Elements that stay in a processor's cache.
+_PIECE = 2**12  # Elements that one of an accelerator's many reductions covers.
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """What each group did on one segment.
+
+    Attributes:
+        credit: Σ A per group [groups], float64, in loss units; negative = helped.
+        helping: Number of weights with A < 0 per group [groups], int64.
+        hurting: Number of weights with A > 0 per group [groups], int64. The rest is idle.
+    """
+
+    credit: Tensor
+    helping: Tensor
+    hurting: Tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How one parameter splits into rows.
+
+    A transposed convolution keeps its output channels in dimension 1, once for each of its ``blocks``
+    (groups) along dimension 0.
+    """
+
+    groups: Tensor  # [rows] int64, the group of every row
+    dim: int
+    blocks: int
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Shows values row by row: [*shape] -> [rows, elements per row]."""
+        if self.dim == 1:
+            values = values.reshape(self.blocks, -1, *values.shape[1:]).movedim(2, 1)
+        return values.reshape(len(self.groups), -1 if values.numel() else 0)
+
+
+class Grouping:
+    """Groups of weights in network order, and their sums.
+
+    Attributes:
+        names: Name of every group, in network order.
+        sizes: Number of weights of every group [groups].
+        by: "parameter", "layer" or "neuron".
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> Grouping(model, "layer").names
+        ['0', '2']
+        >>> Grouping(model, "neuron").names
+        ['0/0', '0/1', '0/2', '2/0']
+        >>> grouping = Grouping(model, "layer")
+        >>> values = {n: torch.full_like(p, -1.0) for n, p in model.named_parameters()}
+        >>> grouping.sums(values).credit.tolist()
+        [-9.0, -4.0]
+    """
+
+    def __init__(self, module: nn.Module, by: GroupBy = "layer") -> None:
+        """Groups all parameters of a module, frozen ones included; tied weights count once, at their first name.
+
+        Raises:
+            ValueError: ``by`` is none of the three.
+        """
+        if by not in get_args(GroupBy):
+            raise ValueError(
+                f"group_by must be one of {', '.join(map(repr, get_args(GroupBy)))}; got {by!r}."
+            )
+        self.by = by
+        index: dict[str, int] = {}
+        sizes: dict[int, int] = {}
+        self._rows: dict[str, _Rows] = {}
+        for name, parameter in module.named_parameters():
+            labels, dim, blocks = _rows_of(module, name, parameter, by)
+            groups = [index.setdefault(label, len(index)) for label in labels]
+            for group in groups:
+                sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
+            self._rows[name] = _Rows(torch.tensor(groups, dtype=torch.long), dim, blocks)
+        self.names: list[str] = list(index)
+        self.sizes: list[int] = [sizes[group] for group in range(len(index))]
+        self._on_device: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
+
+    def sums(self, values: Weights) -> GroupSums:
+        """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
+
+        Nothing is read back to the host. Names may be any subset of the module's; groups without a name in
+        ``values`` are zero.
+        """
+        names = tuple(values)
+        device = next(iter(values.values())).device
+        rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
+        index = self._index(names, device)
+        per_row = _row_sums(rows) if device.type == "cpu" else _row_sums_in_few_kernels(rows)
+        credit, helping, hurting = (
+            torch.zeros(len(self.names), dtype=s.dtype, device=device).index_add_(0, index, s)
+            for s in per_row
+        )
+        return GroupSums(credit, helping, hurting)
+
+    def _index(self, names: tuple[str, ...], device: torch.device) -> Tensor:
+        """Gives the group of every row of these parameters on the device [rows], copied there once."""
+        key = (device, names)
+        if key not in self._on_device:
+            index = torch.cat([self._rows[n].groups for n in names])
+            self._on_device = {key: index.to(device)}
+        return self._on_device[key]
+
+
+def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums and counts chunk by chunk while it is in the cache: [rows, width] each -> three [all rows]."""
+    parts = [_stats(part) for r in rows for part in r.split(max(1, _CHUNK // max(1, r.shape[1])))]
+    credit, balance, moved = (torch.cat(column) for column in zip(*parts, strict=True))
+    return credit, ((moved - balance) / 2).long(), ((moved + balance) / 2).long()
+
+
+def _stats(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives sum, hurting − helping, and hurting + helping of every row [rows, width] -> three [rows]."""
+    double = wide(part)
+    total = torch.zeros(3, len(part), dtype=double, device=part.device)
+    for chunk in part.split(_CHUNK, 1):
+        total[0] += chunk.sum(1, dtype=double)
+        signs = chunk.sign()  # One pass instead of two comparisons; the sign of NaN is 0.
+        total[1] += signs.sum(1)
+        total[2] += signs.abs_().sum(1)
+    return total[0], total[1], total[2]
+
+
+def _row_sums_in_few_kernels(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Does the same where a kernel's launch costs more than memory: one flat copy, reduced in pieces."""
+    flat = torch.cat([r.reshape(-1) for r in rows])
+    widths = torch.tensor([r.shape[1] for r in rows for _ in range(len(r))])
+    pieces = (widths + _PIECE - 1) // _PIECE  # Of every row.
+    into = torch.repeat_interleave(torch.arange(len(widths)), pieces)
+    lengths = torch.full_like(into, _PIECE)
+    lengths[pieces.cumsum(0)[pieces > 0] - 1] = (widths - (pieces - 1) * _PIECE)[pieces > 0]
+    lengths, into = lengths.to(flat.device), into.to(flat.device)
+
+    def reduce(data: Tensor, dtype: torch.dtype) -> Tensor:
+        sums = torch.segment_reduce(data, "sum", lengths=lengths, unsafe=True).to(dtype)
+        return torch.zeros(len(widths), dtype=dtype, device=data.device).index_add_(0, into, sums)
+
+    exact = torch.float32  # A piece has far fewer than 2**24 elements.
+    return (
+        reduce(flat, wide(flat)),
+        reduce((flat < 0).to(exact), torch.int64),
+        reduce((flat > 0).to(exact), torch.int64),
+    )
+
+
+def _rows_of(module: nn.Module, name: str, parameter: Tensor, by: GroupBy) -> tuple[list[str], int, int]:
+    """Names the group of every row of a parameter; says in which dimension the rows lie, in how many blocks."""
+    path, _, leaf = name.rpartition(".")
+    # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
+    layer, _, parametrized = path.partition("parametrizations.")
+    layer = layer.rstrip(".") if parametrized else path
+    if by == "parameter":
+        return [name], 0, 1
+    if by == "layer":
+        return [layer or leaf], 0, 1
+    owner = module.get_submodule(layer)
+    stem = layer or leaf
+    if isinstance(owner, nn.RNNBase):
+        stem += "." + leaf.split("_", 2)[-1]  # weight_ih_l0 and bias_hh_l0 share the rows of l0.
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and parameter.dim() > 1:
+        return [f"{stem}/{i}" for i in range(owner.out_channels)], 1, owner.groups
+    rows = parameter.shape[0] if parameter.dim() else 1
+    return [f"{stem}/{i}" for i in range(rows)], 0, 1
