@@ -127,7 +127,9 @@ def wide(tensor: Tensor) -> torch.dtype:
 def accumulator(weight: Tensor) -> Tensor:
     """Makes an empty tensor for gradient sums of this weight: its own dtype, float32 for half precision."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
-    return torch.empty_like(weight, dtype=torch.float32 if half else None, requires_grad=False).detach()
+    return torch.empty_like(
+        weight, dtype=torch.float32 if half else None, requires_grad=False
+    ).detach()
 
 
 @torch.no_grad()
@@ -218,7 +220,9 @@ def refine(
         (4, True)
     """
     if not tolerance > 0:
-        raise ValueError(f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}.")
+        raise ValueError(
+            f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}."
+        )
     if max_splits < 1:
         raise ValueError(f"max_splits must be at least 1, got {max_splits}.")
     names = list(segment.start)
@@ -264,7 +268,9 @@ def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
     return [sample.gradient[n] for n in names]
 
 
-def _add(sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False) -> None:
+def _add(
+    sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
+) -> None:
     """Adds weight · gradient to the sums; with ``fresh`` it replaces them, and both may be one tensor."""
     if fresh:
         for sum_, gradient in zip(sums, gradients, strict=True):

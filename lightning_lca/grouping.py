@@ -126,7 +126,9 @@ class Grouping:
 
 def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums and counts chunk by chunk while it is in the cache: [rows, width] each -> three [all rows]."""
-    parts = [_stats(part) for r in rows for part in r.split(max(1, _CHUNK // max(1, r.shape[1])))]
+    parts = [
+        _stats(part) for r in rows for part in torch.split(r, max(1, _CHUNK // max(1, r.shape[1])))
+    ]
     credit, balance, moved = (torch.cat(column) for column in zip(*parts, strict=True))
     return credit, ((moved - balance) / 2).long(), ((moved + balance) / 2).long()
 
@@ -135,7 +137,7 @@ def _stats(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gives sum, hurting − helping, and hurting + helping of every row [rows, width] -> three [rows]."""
     double = wide(part)
     total = torch.zeros(3, len(part), dtype=double, device=part.device)
-    for chunk in part.split(_CHUNK, 1):
+    for chunk in torch.split(part, _CHUNK, 1):
         total[0] += chunk.sum(1, dtype=double)
         signs = chunk.sign()  # One pass instead of two comparisons; the sign of NaN is 0.
         total[1] += signs.sum(1)
@@ -165,7 +167,9 @@ def _row_sums_in_few_kernels(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def _rows_of(module: nn.Module, name: str, parameter: Tensor, by: GroupBy) -> tuple[list[str], int, int]:
+def _rows_of(
+    module: nn.Module, name: str, parameter: Tensor, by: GroupBy
+) -> tuple[list[str], int, int]:
     """Names the group of every row of a parameter; says in which dimension the rows lie, in how many blocks."""
     path, _, leaf = name.rpartition(".")
     # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.

@@ -52,7 +52,9 @@ class Quadrature:
         if any(not 0.0 <= s <= 1.0 for s in self.nodes) or any(
             a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)
         ):
-            raise ValueError(f"Quadrature {self.name!r} needs increasing nodes in [0, 1], got {self.nodes}.")
+            raise ValueError(
+                f"Quadrature {self.name!r} needs increasing nodes in [0, 1], got {self.nodes}."
+            )
         if self.degree < 0:
             raise ValueError(
                 f"Quadrature {self.name!r} needs a degree of at least 0 (weights that sum to 1), got {self.degree}."
@@ -110,7 +112,9 @@ EULER = Quadrature("euler", (0.0,), (1.0,), 0)
 MIDPOINT = Quadrature("midpoint", (0.5,), (1.0,), 1)
 TRAPEZOID = Quadrature("trapezoid", (0.0, 1.0), (1 / 2, 1 / 2), 1)
 SIMPSON = Quadrature("simpson", (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), 3)
-BOOLE = Quadrature("boole", (0.0, 0.25, 0.5, 0.75, 1.0), (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90), 5)
+BOOLE = Quadrature(
+    "boole", (0.0, 0.25, 0.5, 0.75, 1.0), (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90), 5
+)
 GAUSS2 = Quadrature("gauss2", (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12)), (1 / 2, 1 / 2), 3)
 GAUSS3 = Quadrature(
     "gauss3", (0.5 - math.sqrt(3 / 20), 0.5, 0.5 + math.sqrt(3 / 20)), (5 / 18, 8 / 18, 5 / 18), 5

@@ -1,0 +1,65 @@
+"""Loss Change Allocation for PyTorch Lightning: which weights, neurons and layers learn, at every step.
+
+Names are imported when they are first used, so that TensorBoard can load its plugin without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_lca.allocation import (
+        Allocation,
+        Field,
+        Position,
+        Sample,
+        Segment,
+        allocate,
+        refine,
+    )
+    from lightning_lca.callback import LCACallback
+    from lightning_lca.grouping import Grouping
+    from lightning_lca.history import History
+    from lightning_lca.metrics import GroupCredit, HelpingFraction, HurtingFraction
+    from lightning_lca.quadrature import Quadrature
+
+__all__ = [
+    "Allocation",
+    "Field",
+    "GroupCredit",
+    "Grouping",
+    "HelpingFraction",
+    "History",
+    "HurtingFraction",
+    "LCACallback",
+    "Position",
+    "Quadrature",
+    "Sample",
+    "Segment",
+    "allocate",
+    "refine",
+]
+
+_HOME = {
+    "allocation": ("Allocation", "Field", "Position", "Sample", "Segment", "allocate", "refine"),
+    "callback": ("LCACallback",),
+    "grouping": ("Grouping",),
+    "history": ("History",),
+    "metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
+    "quadrature": ("Quadrature",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its room (PEP 562)."""
+    for room, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"lightning_lca.{room}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

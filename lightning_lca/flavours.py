@@ -1,0 +1,46 @@
+"""Either Lightning: what `pytorch_lightning` and `lightning.pytorch` define twice, joined.
+
+A class that derives from the bases of both works in both Trainers; at least one is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["LightningCallback", "MisconfigurationException", "of"]
+_ROOTS = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _everywhere(module: str, name: str) -> tuple[type, ...]:
+    """Collects a class from every Lightning that is installed, without repeats."""
+    found: dict[type, None] = {}
+    for root in _ROOTS:
+        try:
+            found[getattr(importlib.import_module(f"{root}{module}"), name)] = None
+        except ModuleNotFoundError:
+            continue
+    return tuple(found)
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as LightningCallback
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+else:
+
+    class LightningCallback(*_everywhere("", "Callback")):
+        """The callback of either Lightning."""
+
+    class MisconfigurationException(
+        *_everywhere(".utilities.exceptions", "MisconfigurationException")
+    ):
+        """The Trainer's set-up cannot be measured; the message says why and what to do."""
+
+
+def of(trainer: Any, module: str) -> Any:
+    """Imports a module of the Lightning that this trainer comes from, e.g. ``.utilities``."""
+    for cls in type(trainer).__mro__:
+        for root in _ROOTS:
+            if cls.__module__.startswith(root + "."):
+                return importlib.import_module(root + module)
+    raise TypeError(f"Not a Lightning Trainer: {type(trainer)}.")

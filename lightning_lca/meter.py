@@ -1,0 +1,236 @@
+"""One probe's measurements: reuse of end gradients, drift, group rows, and the history they become."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_lca.allocation import (
+    Allocation,
+    Sample,
+    Segment,
+    Weights,
+    accumulator,
+    allocate,
+    refine,
+)
+from lightning_lca.grouping import Grouping
+from lightning_lca.history import History, Rows
+from lightning_lca.probe import Probe
+from lightning_lca.quadrature import Quadrature
+
+AUDIT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A measured step whose numbers are still on the device: [loss before, after, drift, 3 x groups]."""
+
+    step: int
+    splits: int
+    converged: bool | None
+    trained: int
+    seconds: float
+    row: Tensor
+
+
+class Meter:
+    """Measures segments with one probe.
+
+    The gradient at the end of a segment is kept as the start of the next. It is reused only if the next
+    segment begins at the same weights and nothing else that the loss reads has changed; otherwise the
+    start is evaluated again and the difference in loss is booked as drift. What no look at the module can
+    show (a loss that depends on the step number), an audit does: the first reuse and every fiftieth is
+    compared with a fresh start, and a mismatch ends reuse with one warning.
+
+    Attributes:
+        probe: The loss surface.
+        history: Measured steps, up to the last `collect`.
+        audits: Starts evaluated only to check a kept one.
+        totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked.
+        last: The latest allocation, where parameters are tracked.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        grouping: Grouping,
+        rule: Quadrature,
+        *,
+        tolerance: float | None = None,
+        max_splits: int = 32,
+        track_parameters: bool = False,
+    ) -> None:
+        """Starts with an empty history.
+
+        Args:
+            probe: The loss surface.
+            grouping: How weights are summed.
+            rule: Quadrature rule of a segment.
+            tolerance: Refines until |residual| is below it, by Simpson's rule.
+            max_splits: Most panels of a refinement.
+            track_parameters: Keeps ``totals`` and ``last``.
+        """
+        self.probe = probe
+        self.history = History(grouping.names, grouping.sizes)
+        self.audits = 0
+        self.totals: dict[str, Tensor] | None = {} if track_parameters else None
+        self.last: Allocation | None = None
+        self._grouping = grouping
+        self._rule = rule
+        self._tolerance = tolerance
+        self._max_splits = max_splits
+        self._reuse = True
+        self._reused = 0
+        self._out: dict[str, Tensor] = {}
+        self._kept: Sample | None = None
+        self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
+        self._pending: list[_Pending] = []
+
+    def measure(self, segment: Segment, continues: bool, step: int) -> None:
+        """Allocates a segment whose stop is live now, and notes the row.
+
+        Args:
+            segment: Where the weights were and are.
+            continues: Whether it starts exactly where the segment before stopped.
+            step: Optimizer steps done at its end.
+        """
+        began = time.perf_counter()
+        first = self._start_of(segment, continues)
+        if self._out.keys() != segment.start.keys():
+            self._out = {n: accumulator(w) for n, w in segment.start.items()}
+        if self._tolerance is None:
+            allocation = allocate(self.probe, segment, self._rule, first, self._out)
+        else:
+            allocation = refine(
+                self.probe, segment, self._tolerance, self._max_splits, first, self._out
+            )
+        sums = self._grouping.sums(allocation.values)
+        before = self._kept.loss if self._kept is not None else allocation.loss_before
+        drift = allocation.loss_before - before
+        ends = torch.stack([allocation.loss_before, allocation.loss_after, drift])
+        row = torch.cat([ends, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
+        trained = sum(w.numel() for w in segment.start.values())
+        self._track(allocation)
+        self._keep(allocation.last)
+        self._pending.append(
+            _Pending(
+                step,
+                allocation.splits,
+                allocation.converged,
+                trained,
+                time.perf_counter() - began,
+                row,
+            )
+        )
+
+    @property
+    def pending(self) -> int:
+        """Number of measured steps that are not in the history yet."""
+        return len(self._pending)
+
+    def collect(self) -> Rows:
+        """Copies the pending rows to the host, at once, into the history; gives the new ones."""
+        groups = len(self.history.groups)
+        if not self._pending:
+            return Rows.none(groups)
+        pending, self._pending = self._pending, []
+        table = torch.stack([p.row for p in pending]).cpu().double().numpy()
+        credit, helping, hurting = np.split(table[:, 3:], 3, axis=1)
+        before, after, drift = table[:, 0], table[:, 1], table[:, 2]
+        finite = np.isfinite(table).all(1)
+        rows = Rows(
+            steps=np.array([p.step for p in pending], np.int64),
+            allocated=credit.copy(),
+            helping=helping.astype(np.int64),
+            hurting=hurting.astype(np.int64),
+            loss_before=before.copy(),
+            loss_after=after.copy(),
+            residual=after - before - credit.sum(1),
+            drift=drift.copy(),
+            splits=np.array([p.splits for p in pending], np.int64),
+            converged=finite & np.array([p.converged is not False for p in pending]),
+            trained=np.array([p.trained for p in pending], np.int64),
+            seconds=np.array([p.seconds for p in pending]),
+        )
+        self.history.append(rows)
+        return rows
+
+    def _start_of(self, segment: Segment, continues: bool) -> Sample | None:
+        """Gives the sample at the start if one is known that can be trusted."""
+        surroundings = self.probe.surroundings()
+        unchanged = self._surroundings is not None and _match(self._surroundings, surroundings)
+        self._surroundings = surroundings
+        if not (self._reuse and continues and unchanged and self._kept is not None):
+            return None
+        if self._reused % AUDIT_EVERY == 0:
+            fresh = self.probe(segment.at(0.0, needs_gradient=self._kept.gradient is not None))
+            self.audits += 1
+            if not _agree(self._kept, fresh):
+                self._reuse = False
+                warnings.warn(
+                    f"LCA: the probe loss changed from {self._kept.loss.item():.9g} to "
+                    f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor buffers "
+                    "changed: it depends on something else, such as the step number, or is not "
+                    "deterministic. From now on every step's start is evaluated afresh, one gradient "
+                    "more, and the difference is booked as drift.",
+                    stacklevel=2,
+                )
+                return fresh
+        self._reused += 1
+        return self._kept
+
+    def _keep(self, last: Sample) -> None:
+        """Keeps the end sample, its gradient in the buffers that held the credits."""
+        if last.gradient is not None:
+            torch._foreach_copy_(list(self._out.values()), [last.gradient[n] for n in self._out])
+        self._kept = Sample(last.loss, None if last.gradient is None else self._out)
+
+    @torch.no_grad()
+    def _track(self, allocation: Allocation) -> None:
+        if self.totals is None:
+            return
+        values: Weights = {n: v.clone() for n, v in allocation.values.items()}
+        for name, value in values.items():
+            if name in self.totals:
+                self.totals[name] += value
+            else:
+                self.totals[name] = value.clone()
+        self.last = Allocation(
+            values,
+            allocation.loss_before,
+            allocation.loss_after,
+            allocation.splits,
+            allocation.converged,
+            Sample(allocation.last.loss, None),
+        )
+
+
+def _match(a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]) -> bool:
+    return a[0] == b[0] and a[1].shape == b[1].shape and bool(torch.equal(a[1], b[1]))
+
+
+def _agree(kept: Sample, fresh: Sample) -> bool:
+    """Compares two samples up to the noise of kernels that add in no fixed order."""
+    noise = 1e-9 if _precise(fresh) else 1e-5
+    if not abs(float(kept.loss - fresh.loss)) <= noise * max(1e-3, abs(float(fresh.loss))):
+        return bool(torch.isnan(kept.loss) and torch.isnan(fresh.loss))
+    if kept.gradient is None or fresh.gradient is None:
+        return True
+    names = list(fresh.gradient)
+    old = [kept.gradient[n] for n in names]
+    new = [fresh.gradient[n].to(o.dtype) for n, o in zip(names, old, strict=True)]
+    difference = torch.stack(list(torch._foreach_norm(torch._foreach_sub(new, old)))).norm()
+    size = torch.stack(list(torch._foreach_norm(new))).norm()
+    return bool(difference <= 1e3 * noise * size)
+
+
+def _precise(sample: Sample) -> bool:
+    return sample.gradient is not None and all(
+        g.dtype == torch.float64 for g in sample.gradient.values()
+    )

@@ -1,0 +1,76 @@
+"""The path of the weights: two snapshots that change places, so that every stop is the next start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lca.allocation import Segment, Weights
+
+
+class Path:
+    """Cuts the motion of live weights into segments, and notices when one does not begin where the last ended.
+
+    Holds two copies of the trainable weights, allocated once and again only when the set of them changes.
+    """
+
+    def __init__(self) -> None:
+        """Starts without a segment."""
+        self._start: dict[str, Tensor] = {}
+        self._stop: dict[str, Tensor] = {}
+        self._closed_before = False
+        self._same: Tensor | bool = False
+        self.is_open = False
+
+    def open(self, weights: Weights) -> None:
+        """Starts a segment at the live weights {name: [*shape]}; does nothing while one is open."""
+        if self.is_open:
+            return
+        if not _alike(weights, self._stop):
+            self._stop = {n: torch.empty_like(w).detach() for n, w in weights.items()}
+            self._start = {n: torch.empty_like(w).detach() for n, w in weights.items()}
+            self._closed_before = False
+        self._same = self._closed_before and _equal(weights, self._stop)
+        if self._same is not True:
+            _copy(weights, self._stop)
+        self._start, self._stop = self._stop, self._start
+        self.is_open = True
+
+    def close(self, weights: Weights) -> tuple[Segment, bool]:
+        """Ends the segment at the live weights; says whether it began where the one before ended."""
+        if not self.is_open:
+            raise RuntimeError("No segment is open.")
+        # Weights frozen since the start rest where they are: only what is trained now can be probed.
+        names = [n for n in self._start if n in weights]
+        _copy({n: weights[n] for n in names}, self._stop)
+        self.is_open = False
+        self._closed_before = len(names) == len(self._start)
+        segment = Segment({n: self._start[n] for n in names}, {n: self._stop[n] for n in names})
+        return segment, bool(self._same)
+
+    def abandon(self) -> None:
+        """Forgets the open segment."""
+        self.is_open = self._closed_before = False
+
+
+def _alike(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(
+        (a[n].shape, a[n].dtype, a[n].device) == (b[n].shape, b[n].dtype, b[n].device) for n in a
+    )
+
+
+def _equal(a: Weights, b: Weights) -> Tensor | bool:
+    """Compares bit for bit in value; off the CPU the answer is on its way, so that nothing waits for it."""
+    if all(w.device.type == "cpu" for w in a.values()):
+        return all(torch.equal(a[n], b[n]) for n in a)
+    with torch.no_grad():
+        same = torch.stack(
+            [torch.eq(a[n], b[n]).all().to(next(iter(a.values())).device) for n in a]
+        )
+        return same.all()
+
+
+@torch.no_grad()
+def _copy(source: Weights, into: Weights) -> None:
+    names = list(source)
+    torch._foreach_copy_([into[n] for n in names], [source[n] for n in names])

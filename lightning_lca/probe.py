@@ -1,0 +1,319 @@
+"""The loss surface of a LightningModule: displaced weights in, loss and gradient out, no side effect.
+
+The live parameters are displaced in place and put back by copying: the one way that also works under
+torch.compile, tied weights and parametrizations, and that needs no further copy of the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lca import flavours
+from lightning_lca.allocation import Position, Sample, Segment, Weights, wide
+from lightning_lca.batches import batch_sizes
+from lightning_lca.fence import fence
+from lightning_lca.flavours import MisconfigurationException
+
+ProbeMode = Literal["no_dropout", "eval", "train"]
+LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
+_HASH_WIDTH = 1024
+
+
+def live_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Names the parameters that are being trained now: {name: [*shape]}, tied ones once."""
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+class Probe:
+    """A `Field`: the mean loss over fixed batches, as a function of the module's weights.
+
+    Every evaluation sees the same batches, random numbers, buffers and attributes, and leaves module,
+    trainer and random streams as it found them. ``p.grad`` is not touched. A mean over several batches
+    weighs them by their number of samples.
+
+    Between evaluations the live weights are those at ``segment.stop``: the probe puts those back.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        batches: list[Any],
+        *,
+        mode: ProbeMode = "no_dropout",
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Moves the batches to the device, through the module's own transfer hooks, once.
+
+        Args:
+            trainer: The Trainer that runs.
+            module: Its LightningModule, bare.
+            batches: Batches as the loader gives them.
+            mode: "no_dropout": as training has it, but dropout off; "eval"; "train": dropout on.
+            loss_fn: (module, batch) -> scalar or {term: scalar}, whose sum is taken; None: training_step.
+            seed: Batch j is evaluated on random streams seeded with seed + j.
+        """
+        self._trainer = trainer
+        self._module = module
+        self._mode = mode
+        self._loss_fn = loss_fn
+        self._seed = seed
+        self._devices = {p.device for p in module.parameters()}
+        sizes = batch_sizes(batches)
+        self._shares = [size / sum(sizes) for size in sizes]
+        self._guard: list[Tensor] = []  # Frozen parameters that the loss was seen to write to.
+        self._by_backward = False
+        self._unreached = 0  # Weights that the last loss did not depend on.
+        self._dummies = [
+            flavours.of(trainer, ".loggers.logger").DummyLogger() for _ in trainer.loggers
+        ]
+        self._arguments = _step_arguments(module) if loss_fn is None else 2
+        self.gradients = 0  # Evaluations with a gradient so far.
+        with self._fenced(0):
+            self._batches = [self._to_device(batch) for batch in batches]
+
+    def __call__(self, at: Position, /) -> Sample:
+        """Evaluates the loss, and where needed its gradient, at a position whose stop is live now."""
+        live = live_weights(self._module)
+        stop = at.segment.at(1.0)
+        try:
+            if at.s != 1.0:
+                at.write(live)
+            return self._evaluate(live, at.needs_gradient)
+        finally:
+            stop.write(live)
+
+    def check(self) -> Sample:
+        """Evaluates once at the live weights, and settles how gradients are taken.
+
+        Raises:
+            MisconfigurationException: The loss is not a finite scalar with a gradient, or there is none.
+        """
+        live = live_weights(self._module)
+        if not live:
+            raise MisconfigurationException(
+                "The model has no trainable weight: every parameter has requires_grad=False. "
+                "LCA needs weights that move; unfreeze some before training starts."
+            )
+        here = Segment(live, live).at(1.0)
+        frozen = [p for p in self._module.parameters() if not p.requires_grad]
+        before = [p.detach().clone() for p in frozen]
+        try:
+            sample = self._try_both_ways(here)
+        finally:
+            # A teacher updated inside training_step, say: from now on the fence puts it back.
+            self._guard = [p for p, b in zip(frozen, before, strict=True) if not torch.equal(p, b)]
+            for parameter, saved in zip(frozen, before, strict=True):
+                parameter.data.copy_(saved)
+        if not bool(torch.isfinite(sample.loss)):
+            raise MisconfigurationException(
+                f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite loss: "
+                "look at the probe's batches and at loss_fn."
+            )
+        return sample
+
+    def _try_both_ways(self, here: Position) -> Sample:
+        """Prefers autograd.grad; reentrant checkpointing raises there, or hides weights, unlike backward."""
+        try:
+            sample = self(here)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            self._by_backward = True
+            return self(here)
+        if unreached := self._unreached:
+            self._by_backward = True
+            sample = self(here)
+            self._by_backward = self._unreached < unreached
+        return sample
+
+    def surroundings(self) -> tuple[tuple[bool, ...], Tensor]:
+        """Fingerprints what the loss reads beside the trained weights: training flags and tensors.
+
+        BatchNorm's running statistics do not count where the probe normalises by the batch.
+        """
+        modules = list(self._module.modules())
+        flags = tuple(m.training for m in modules)
+        read = [p for p in self._module.parameters() if not p.requires_grad]
+        for m in modules:
+            by_batch = isinstance(m, nn.modules.batchnorm._NormBase) and (
+                m.training and self._mode != "eval"
+            )
+            read += [b for b in m._buffers.values() if b is not None and not by_batch]
+        device = next(iter(self._devices))
+        return flags, torch.stack(
+            [_fingerprint(t).to(device) for t in read]
+            or [torch.zeros((), dtype=torch.int64, device=device)]
+        )
+
+    # -- one evaluation ---------------------------------------------------------------------------
+
+    def _evaluate(self, live: Weights, needs_gradient: bool) -> Sample:
+        total: Tensor | None = None
+        sums: list[Tensor] | None = None
+        for j, share in enumerate(self._shares):
+            with self._fenced(j), torch.enable_grad():
+                self._set_mode()
+                with self._trainer.precision_plugin.train_step_context():
+                    loss = self._loss(j)
+                if needs_gradient:
+                    gradients = self._differentiate(loss * share, list(live.values()))
+            loss = loss.detach().to(wide(loss)) * share
+            total = loss if total is None else total + loss
+            if not needs_gradient:
+                continue
+            if sums is None:
+                sums = gradients
+            else:
+                # Autograd may hand out one tensor twice, or expanded: never add in place to its own.
+                sums = list(torch._foreach_add(sums, gradients))
+        assert total is not None
+        self.gradients += needs_gradient
+        return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
+
+    def _loss(self, j: int) -> Tensor:
+        batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
+        if self._loss_fn is not None:
+            result, source = self._loss_fn(self._module, batch), "loss_fn"
+            if isinstance(result, Mapping):
+                result = sum(result.values())
+        else:
+            result = self._module.training_step(*(batch, j)[: self._arguments])
+            source = "training_step"
+            if isinstance(result, Mapping):
+                result = result.get("loss")
+        if result is None:
+            raise MisconfigurationException(
+                f"{source} returned no loss on the probe (None). Return a scalar tensor, or pass "
+                "loss_fn=(module, batch) -> scalar."
+            )
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise MisconfigurationException(
+                f"{source} returned {shape} on the probe, not a scalar tensor. Reduce the loss to one "
+                "number, e.g. by .mean()."
+            )
+        if not result.requires_grad:
+            raise MisconfigurationException(
+                f"The loss that {source} returned on the probe has no gradient. Compute it from the "
+                "module's trainable weights, without detach() or torch.no_grad()."
+            )
+        return result.squeeze() if result.dim() else result
+
+    def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        """Takes the gradient [*shape] of every weight; zeros where the loss does not depend on it."""
+        gradients: list[Tensor | None]
+        if self._by_backward:
+            aside = [w.grad for w in weights]
+            try:
+                for weight in weights:
+                    weight.grad = None
+                loss.backward()  # type: ignore[no-untyped-call]
+                gradients = [w.grad for w in weights]
+            finally:
+                for weight, gradient in zip(weights, aside, strict=True):
+                    weight.grad = gradient
+        else:
+            gradients = list(torch.autograd.grad(loss, weights, allow_unused=True))
+        self._unreached = sum(g is None for g in gradients)
+        return [
+            torch.zeros_like(w) if g is None else g.to_dense() if g.layout != torch.strided else g
+            for w, g in zip(weights, gradients, strict=True)
+        ]
+
+    def _set_mode(self) -> None:
+        """Sets training flags for one evaluation; the fence puts them back."""
+        if self._mode == "train":
+            return
+        for module in self._module.modules():
+            if self._mode == "eval" or _is_dropout(module):
+                module.training = False
+            elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+                module.dropout = (
+                    0.0  # Theirs is functional; their training flag does more than that.
+                )
+
+    # -- surroundings of an evaluation ------------------------------------------------------------
+
+    @contextmanager
+    def _fenced(self, j: int) -> Iterator[None]:
+        """Runs one evaluation of batch j: seeded, silent, uncompiled, and undone afterwards."""
+        loggers = self._trainer.loggers
+        devices = list(self._devices)
+        with fence(self._module, seed=self._seed + j, guard=self._guard, devices=devices):
+            for module in self._module.modules():
+                if hasattr(module, "log_dict"):
+                    vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
+            self._trainer.loggers = self._dummies
+            try:
+                with _uncompiled():
+                    yield
+            finally:
+                self._trainer.loggers = loggers
+
+    def _to_device(self, batch: Any) -> Any:
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        # Private, and the only way to the hook that users may override.
+        before = getattr(self._module, "_on_before_batch_transfer", None)
+        batch = batch if before is None else before(batch, dataloader_idx=0)
+        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _uncompiled() -> Any:
+    """Runs compiled modules eagerly: a probe batch of another size would change training's graphs."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``log``, ``log_dict`` and ``print`` while the probe runs."""
+
+
+def _step_arguments(module: Any) -> int:
+    """Counts what this training_step takes: 1, the batch, or 2, its index too."""
+    parameters = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise MisconfigurationException(
+            "training_step takes dataloader_iter, so the probe cannot give it a batch. "
+            "Pass loss_fn=(module, batch) -> scalar."
+        )
+    takes_more = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    return 2 if takes_more else 1
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    """Recognises dropout by its base class, and stochastic depth and the like by name."""
+    name = type(module).__name__.lower()
+    random_by_name = "droppath" in name or "dropblock" in name or "stochasticdepth" in name
+    return isinstance(module, nn.modules.dropout._DropoutNd) or random_by_name
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """Hashes the bits of a tensor on its device: [*shape] -> [] int64; position counts."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    data = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    bits = data.contiguous().reshape(-1).view(integer[data.element_size()])
+    keys = _keys(bits.device)
+    whole = len(bits) // _HASH_WIDTH * _HASH_WIDTH
+    columns = bits[:whole].view(-1, _HASH_WIDTH).sum(0, dtype=torch.int64)
+    rest = bits[whole:].to(torch.int64)
+    return (columns * keys).sum() + (rest * keys.flip(0)[: len(rest)]).sum()
+
+
+@lru_cache
+def _keys(device: torch.device) -> Tensor:
+    """Gives fixed odd multipliers [_HASH_WIDTH] int64, the same in every call."""
+    generator = torch.Generator().manual_seed(1909_01440)
+    keys = torch.randint(-(2**62), 2**62, (_HASH_WIDTH,), generator=generator)
+    return (2 * keys + 1).to(device)
