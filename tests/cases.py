@@ -1,0 +1,69 @@
+"""Models and data that several tests share: small, deterministic, and awkward where real ones are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def toy_data(samples: int = 96, features: int = 12, classes: int = 4, dtype: Any = torch.float32) -> Any:
+    """Makes a small separable classification set."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(samples, features, generator=generator, dtype=torch.float64)
+    y = (x @ torch.randn(features, classes, generator=generator, dtype=torch.float64)).argmax(1)
+    return TensorDataset(x.to(dtype), y)
+
+
+def toy_loader(batch_size: int = 16, shuffle: bool = True, **kwargs: Any) -> DataLoader[Any]:
+    """Loads `toy_data`; keywords other than the loader's go to it."""
+    data = {k: kwargs.pop(k) for k in ("samples", "features", "classes", "dtype") if k in kwargs}
+    return DataLoader(toy_data(**data), batch_size=batch_size, shuffle=shuffle, **kwargs)
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy on a network, by any optimizer."""
+
+    def __init__(self, net: nn.Module | None = None, optimizer: Any = None) -> None:
+        super().__init__()
+        self.net = net if net is not None else mlp()
+        self.make_optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def mlp(features: int = 12, hidden: int = 16, classes: int = 4) -> nn.Sequential:
+    """A plain network of three layers."""
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+    )
+
+
+def make_trainer(tmp_path: Any, *callbacks: Any, **kwargs: Any) -> pl.Trainer:
+    """A quiet Trainer on the CPU that writes below ``tmp_path``."""
+    defaults: dict[str, Any] = {
+        "max_steps": 12,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 4,
+        "accelerator": "cpu",
+    }
+    return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | kwargs))
