@@ -132,7 +132,6 @@ def accumulator(weight: Tensor) -> Tensor:
     ).detach()
 
 
-@torch.no_grad()
 def allocate(
     field: Field,
     segment: Segment,
@@ -185,7 +184,6 @@ def allocate(
     return Allocation(out, loss_before, last.loss, splits=1, converged=None, last=last)
 
 
-@torch.no_grad()
 def refine(
     field: Field,
     segment: Segment,
@@ -242,19 +240,14 @@ def refine(
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
             _add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
             del sample
-        explained = torch.stack(
-            [
-                ((e + 4 * m) * (segment.stop[n] - segment.start[n])).sum(dtype=wide(e))
-                for n, e, m in zip(names, ends, middles, strict=True)
-            ]
-        ).sum() / (6 * panels)
+        explained = _explained(ends, middles, segment) / (6 * panels)
         residual = abs(float(last.loss - loss_before - explained))
         if residual <= tolerance or 2 * panels > max_splits:
             break
-        torch._foreach_add_(ends, middles, alpha=2.0)
+        _add(ends, middles, 2.0)
         panels *= 2
-    torch._foreach_add_(ends, middles, alpha=4.0)
-    torch._foreach_mul_(ends, 1 / (6 * panels))
+    _add(ends, middles, 4.0)
+    _add(ends, ends, 1 / (6 * panels), fresh=True)
     _times_motion(ends, segment)
     return Allocation(out, loss_before, last.loss, panels, residual <= tolerance, last)
 
@@ -268,6 +261,7 @@ def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
     return [sample.gradient[n] for n in names]
 
 
+@torch.no_grad()
 def _add(
     sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
 ) -> None:
@@ -279,6 +273,17 @@ def _add(
         torch._foreach_add_(sums, gradients, alpha=weight)
 
 
+@torch.no_grad()
+def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> Tensor:
+    """Sums (ends + 4 middles) · motion over all weights [], with no whole copy in between."""
+    tensors = zip(ends, middles, segment.start.items(), strict=True)
+    return total(
+        torch.add(e, m, alpha=4.0).mul_(torch.sub(segment.stop[name], start))
+        for e, m, (name, start) in tensors
+    )
+
+
+@torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
     """Multiplies by stop − start in place, tensor by tensor, so that the motion is never a whole copy."""
     for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):

@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from lightning_lca.grouping import Grouping, _row_sums, _row_sums_in_few_kernels
+
+
+class Zoo(nn.Module):
+    """One of each kind of layer that keeps its units somewhere else."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.conv = nn.Conv1d(4, 6, 3, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, (2, 3), groups=2)
+        self.norm = nn.BatchNorm1d(6)
+        self.normed = weight_norm(nn.Linear(5, 3))
+        self.spectral = spectral_norm(nn.Linear(5, 2))
+        self.lstm = nn.LSTM(3, 2, num_layers=2, bidirectional=True)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight  # Tied.
+        self.scale = nn.Parameter(torch.ones(()))
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+
+
+def random_values(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = {n: torch.randn(p.shape, generator=generator) for n, p in module.named_parameters()}
+    for value in values.values():
+        value[torch.rand(value.shape, generator=generator) < 0.2] = 0.0  # Idle weights.
+    return values
+
+
+def in_numpy(groups_of, values):
+    """Sums element by element: groups_of(name, index) -> label."""
+    table = {}
+    for name, value in values.items():
+        array = value.double().numpy()
+        for index in np.ndindex(array.shape):
+            credit, helping, hurting, size = table.get(groups_of(name, index), (0.0, 0, 0, 0))
+            a = array[index]
+            table[groups_of(name, index)] = (
+                credit + a,
+                helping + (a < 0),
+                hurting + (a > 0),
+                size + 1,
+            )
+    return table
+
+
+LAYER = {"parametrizations.weight.original0": "", "parametrizations.weight.original1": ""}
+
+
+def layer_of(name):
+    if name in ("scale", "token"):
+        return name
+    return (
+        name.split(".parametrizations")[0]
+        if "parametrizations" in name
+        else name.rpartition(".")[0]
+    )
+
+
+def neuron_of(name, index):
+    layer = layer_of(name)
+    if layer == "lstm":
+        return f"lstm.{name.split('h_', 1)[1]}/{index[0]}"
+    if (
+        name == "up.weight"
+    ):  # [in, out / groups, ...]: input channels 0, 1 belong to the first group.
+        return f"up/{index[0] // 2 * 3 + index[1]}"
+    return f"{layer}/{index[0] if index else 0}"
+
+
+@pytest.mark.parametrize(
+    ("by", "label"),
+    [
+        ("parameter", lambda name, index: name),
+        ("layer", lambda name, index: layer_of(name)),
+        ("neuron", neuron_of),
+    ],
+)
+def test_groups_hold_the_weights_that_numpy_puts_there(by, label):
+    module = Zoo()
+    grouping, values = Grouping(module, by), random_values(module)
+    expected = in_numpy(label, values)
+    assert grouping.names == list(expected), "network order, tied weights once"
+    sums = grouping.sums(values)
+    columns = [np.array(column) for column in zip(*expected.values())]
+    assert np.allclose(sums.credit.numpy(), columns[0], atol=1e-12)
+    assert sums.helping.tolist() == columns[1].tolist()
+    assert sums.hurting.tolist() == columns[2].tolist()
+    assert grouping.sizes == columns[3].tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 3_000_000), (70_000, 9), (300, 5000), (5, 0), (0, 1)])
+def test_the_accelerator_path_gives_the_same_sums_as_the_cache_path(shape):
+    rows = [torch.randn(shape), torch.randn(3, 4097)]
+    rows[0][:, ::3] = 0.0
+    for a, b in zip(_row_sums(rows), _row_sums_in_few_kernels(rows)):
+        size = torch.cat([r.double().abs().sum(1) for r in rows])
+        assert ((a - b).abs() <= 1e-7 * size).all(), "pieces are summed in float32"
+        assert a.dtype == b.dtype
+    credit, helping, hurting = _row_sums(rows)
+    joined = [r.double().numpy() for r in rows]
+    assert np.allclose(credit, np.concatenate([j.sum(1) for j in joined]), atol=1e-8)
+    assert helping.tolist() == np.concatenate([(j < 0).sum(1) for j in joined]).tolist()
+    assert hurting.tolist() == np.concatenate([(j > 0).sum(1) for j in joined]).tolist()
+
+
+def test_groups_without_values_are_zero_and_nan_counts_as_neither():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    grouping = Grouping(module, "layer")
+    sums = grouping.sums({"1.weight": torch.tensor([[float("nan"), -1.0]])})
+    assert sums.credit[0] == 0
+    assert sums.credit[1].isnan()
+    assert (sums.helping.tolist(), sums.hurting.tolist()) == ([0, 1], [0, 0])
+
+
+def test_an_unknown_grouping_is_refused():
+    with pytest.raises(
+        ValueError, match="group_by must be one of 'parameter', 'layer', 'neuron'; got 'head'"
+    ):
+        Grouping(nn.Linear(1, 1), "head")
