@@ -240,7 +240,7 @@ class LCACallback(LightningCallback):
                 self._log()
                 self._logged_at = self._x + 1
         overdue = time.monotonic() - self._wrote > CHUNK_SECONDS
-        if overdue or any(m.pending >= self._chunk for m in self._meters.values()):
+        if overdue or self._waiting() >= self._chunk:
             self._collect()
             self._write(everything=overdue)
         if self._cost is not None:
@@ -268,12 +268,14 @@ class LCACallback(LightningCallback):
     def _measure(self, trainer: Any, pl_module: Any) -> int:
         """Measures the open segment with every probe; gives the gradients it took, audits apart."""
         segment, continues = self._path.close(live_weights(pl_module))
-        spent = 0
+        before = sum(meter.gradients for meter in self._meters.values())
         for meter in self._meters.values():
-            before = meter.probe.gradients - meter.audits
             meter.measure(segment, continues, trainer.global_step)
-            spent += meter.probe.gradients - meter.audits - before
-        return spent
+        return sum(meter.gradients for meter in self._meters.values()) - before
+
+    def _waiting(self) -> int:
+        """Counts the measured steps of a probe that are not in the record yet."""
+        return max(m.pending + sum(map(len, self._unwritten[n])) for n, m in self._meters.items())
 
     def _collect(self) -> None:
         for name, meter in self._meters.items():

@@ -85,6 +85,7 @@ class Meter:
         self._rule = rule
         self._tolerance = tolerance
         self._max_splits = max_splits
+        self._apart = probe.gradients  # Spent on checks, not on measuring.
         self._reuse = True
         self._reused = 0
         self._out: dict[str, Tensor] = {}
@@ -130,6 +131,11 @@ class Meter:
         )
 
     @property
+    def gradients(self) -> int:
+        """Probe gradients spent on measuring, audits and the check before training apart."""
+        return self.probe.gradients - self._apart
+
+    @property
     def pending(self) -> int:
         """Number of measured steps that are not in the history yet."""
         return len(self._pending)
@@ -169,8 +175,10 @@ class Meter:
         if not (self._reuse and continues and unchanged and self._kept is not None):
             return None
         if self._reused % AUDIT_EVERY == 0:
+            before = self.probe.gradients
             fresh = self.probe(segment.at(0.0, needs_gradient=self._kept.gradient is not None))
             self.audits += 1
+            self._apart += self.probe.gradients - before
             if not _agree(self._kept, fresh):
                 self._reuse = False
                 warnings.warn(

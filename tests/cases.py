@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def toy_data(samples: int = 96, features: int = 12, classes: int = 4, dtype: Any = torch.float32) -> Any:
+def toy_data(
+    samples: int = 96, features: int = 12, classes: int = 4, dtype: Any = torch.float32
+) -> Any:
     """Makes a small separable classification set."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(samples, features, generator=generator, dtype=torch.float64)
@@ -39,18 +41,26 @@ class Classifier(pl.LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+class Validated(Classifier):
+    """The same, with a validation loss."""
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
         self.log("val_loss", F.cross_entropy(self.net(x), y))
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
 
 
 def mlp(features: int = 12, hidden: int = 16, classes: int = 4) -> nn.Sequential:
     """A plain network of three layers."""
     return nn.Sequential(
-        nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+        nn.Linear(features, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, classes),
     )
 
 

@@ -1,0 +1,240 @@
+"""The record: what is in memory, what is on the disk, and what a killed process leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+from cases import Classifier, make_trainer, toy_loader
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from lightning_lca import History, LCACallback, record
+from lightning_lca.history import Rows
+
+EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift")
+COLUMNS = (*EXACT, "splits", "converged", "trained", "seconds")
+
+
+def fit(tmp_path, *callbacks, steps=12, logger=False, seed=1, **arguments):
+    pl.seed_everything(seed)
+    lca = LCACallback(**arguments)
+    trainer = make_trainer(tmp_path, lca, *callbacks, max_steps=steps, logger=logger)
+    trainer.fit(Classifier(), toy_loader())
+    return lca
+
+
+def assert_same(loaded, history):
+    for column in COLUMNS:
+        a, b = getattr(loaded, column), getattr(history, column)
+        assert np.array_equal(a, b), column
+        assert a.dtype == b.dtype, column
+    assert np.array_equal(loaded.allocated, history.allocated.astype(np.float32))
+    assert loaded.allocated.dtype == np.float64
+    assert (loaded.groups, loaded.sizes.tolist()) == (history.groups, history.sizes.tolist())
+
+
+@pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger, None])
+@pytest.mark.parametrize("group_by", ["layer", "neuron"])
+def test_the_record_reads_back_as_it_was_in_memory(tmp_path, logger, group_by):
+    lca = fit(tmp_path, logger=logger(tmp_path) if logger else False, group_by=group_by, steps=20)
+    assert len(lca.history) == 20
+    assert_same(History.load(lca.log_dir), lca.history)
+
+
+def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 8)
+    lca = fit(tmp_path, logger=TensorBoardLogger(tmp_path), steps=27)
+    accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
+    accumulator.Reload()
+    tags = [t for t in accumulator.Tags()["tensors"] if t.startswith("lca/chunk/")]
+    assert tags == list(accumulator.PluginTagToContent("lca"))[1:], "all belong to the plugin"
+    chunks = sorted({t.split("/")[2] for t in tags})
+    assert chunks == ["000000001", "000000009", "000000017", "000000025"]
+
+    def part(chunk, name):
+        (event,) = accumulator.Tensors(f"lca/chunk/{chunk}/{name}")
+        return record.unpack(tensor_util.make_ndarray(event.tensor_proto).item())
+
+    history = lca.history
+    steps = np.concatenate([part(c, "steps") for c in chunks])
+    allocated = np.concatenate([part(c, "allocated") for c in chunks])
+    helping = np.concatenate([part(c, "helping") for c in chunks])
+    assert np.array_equal(steps, history.steps)
+    assert np.array_equal(allocated, history.allocated.astype(np.float32))
+    assert np.array_equal(helping / history.sizes, history.helping)
+
+
+def test_named_probes_are_recorded_side_by_side(tmp_path):
+    lca = fit(tmp_path, probe={"fit": "train", "own": [next(iter(toy_loader(shuffle=False)))]})
+    for name in ("fit", "own"):
+        assert_same(History.load(lca.log_dir, name), lca.histories[name])
+    assert_same(History.load(lca.log_dir), lca.histories["fit"])
+    with pytest.raises(ValueError, match=r"No probe 'val' in .*; it has \['fit', 'own'\]"):
+        History.load(lca.log_dir, "val")
+
+
+def test_a_second_session_takes_over_from_the_step_it_starts_at(tmp_path):
+    logger = TensorBoardLogger(tmp_path, version="same")
+    first = fit(tmp_path, logger=logger, steps=9, seed=1)
+    second = fit(tmp_path, logger=TensorBoardLogger(tmp_path, version="same"), steps=5, seed=2)
+    assert first.log_dir == second.log_dir
+    assert_same(History.load(second.log_dir), second.history)
+
+
+def test_directories_without_a_record_are_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="holds no LCA record. Give the run's log directory"
+    ):
+        History.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        History.load(tmp_path / "nowhere")
+
+
+def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 4)
+    lca = fit(tmp_path, steps=24)
+    (path,) = lca.log_dir.glob("*tfevents*")
+    whole = path.read_bytes()
+    rows = []
+    for size in np.linspace(len(whole) * 0.3, len(whole) - 1, 12).astype(int):
+        path.write_bytes(whole[:size])
+        loaded = History.load(lca.log_dir)
+        assert np.array_equal(loaded.steps, lca.history.steps[: len(loaded)])
+        assert np.array_equal(loaded.residual, lca.history.residual[: len(loaded)])
+        rows.append(len(loaded))
+    assert rows == sorted(rows)
+    assert rows[-1] >= 20, "a cut in the last chunk costs the last chunk alone"
+    assert all(n % 4 == 0 for n in rows)
+
+
+def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import lightning_lca.callback as callback
+            from cases import Classifier, make_trainer, toy_loader
+            from lightning_lca import LCACallback
+            import pytorch_lightning as pl
+
+            callback.CHUNK_STEPS = 16
+
+            class Tell(pl.Callback):
+                def on_train_batch_end(self, trainer, *args):
+                    print("step", trainer.global_step, flush=True)
+
+            trainer = make_trainer(sys.argv[1], LCACallback(), Tell(), max_steps=100_000)
+            trainer.fit(Classifier(), toy_loader())
+            """
+        )
+    )
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    told = 0
+    deadline = time.monotonic() + 120
+    for line in process.stdout:
+        if line.startswith("step"):
+            told = int(line.split()[1])
+        if told >= 200 or time.monotonic() > deadline:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    process.wait()
+    assert told >= 200
+    loaded = History.load(tmp_path / "lca_logs" / "version_0")
+    assert loaded.steps.tolist() == list(range(1, len(loaded) + 1))
+    assert len(loaded) > told - 16
+    change = loaded.loss_after[-1] - loaded.loss_before[0]
+    booked = loaded.allocated.sum() + loaded.residual.sum() + loaded.drift.sum()
+    assert booked == pytest.approx(change, rel=1e-4)
+
+
+@pytest.mark.parametrize("log_every", [5, 1000])
+def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every):
+    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 16)
+    most = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, *args):
+            (meter,) = lca._meters.values()
+            most.append(meter.pending + sum(len(r) for r in lca._unwritten[None]))
+
+    pl.seed_everything(0)
+    lca = LCACallback()
+    trainer = make_trainer(tmp_path, lca, Look(), max_steps=150, log_every_n_steps=log_every)
+    trainer.fit(Classifier(), toy_loader())
+    assert max(most) <= 16
+    assert len(lca.history) == 150
+
+
+def test_fifty_layers_take_less_than_400_bytes_a_step():
+    """On noise, which compresses worst: credits of all sizes, counts spread like a binomial's."""
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(100, 2_000_000, 50)
+    steps, groups = 512, 50
+    credit = generator.normal(size=(steps, groups)) * 10 ** generator.uniform(-6, -2, groups)
+    helping = generator.binomial(sizes, 0.5, (steps, groups))
+    rows = Rows(
+        steps=np.arange(steps),
+        allocated=credit,
+        helping=helping,
+        hurting=sizes - helping,
+        residual=generator.normal(size=steps),
+        loss_before=generator.normal(size=steps),
+        loss_after=generator.normal(size=steps),
+        drift=np.zeros(steps),
+        splits=np.ones(steps, np.int64),
+        converged=np.ones(steps, bool),
+        trained=np.full(steps, sizes.sum()),
+        seconds=generator.uniform(size=steps),
+    )
+    parts = rows.parts(sizes)
+    tags = record.chunk_tags(1, None, parts)
+    assert max(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items()) < 2**18
+    written = sum(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items())
+    assert written / steps < 400
+    unpacked = {tag.rsplit("/", 1)[1]: record.unpack(data) for tag, data in tags.items()}
+    again = Rows.from_parts(unpacked, sizes)
+    assert np.array_equal(again.hurting, rows.hurting)
+    assert np.array_equal(again.seconds, rows.seconds)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(3.5),
+        np.zeros((0, 4), np.float32),
+        np.arange(24, dtype=">i4").reshape(2, 3, 4)[:, ::2],
+        np.array([True, False]),
+        np.array([np.nan, np.inf, -0.0]),
+    ],
+)
+def test_packing_is_exact_for_every_shape_and_dtype(array):
+    again = record.unpack(record.pack(array))
+    assert np.array_equal(again, array, equal_nan=array.dtype.kind == "f")
+    assert again.shape == array.shape
+    assert (
+        np.signbit(again).tolist() == np.signbit(array).tolist()
+        if array.dtype.kind == "f"
+        else True
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"{}\n", b'{"dtype":"<f4","shape":[2]}\nxx', b"\xff\n\xff"])
+def test_bytes_that_are_no_packed_array_are_refused(data):
+    with pytest.raises(ValueError, match="Not a packed array of an LCA record"):
+        record.unpack(data)
