@@ -63,11 +63,9 @@ def _val_loader(trainer: Any) -> Any:
         # Private: calling the user's hook once more, behind the fence, leaves Lightning's own later call
         # as it would have been. Loading through the loop would move it, and with it random numbers.
         source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
-        try:
+        if source is not None and source.is_defined():
             with fence(seed=0):
-                loaders = source.dataloader() if source is not None else None
-        except (AttributeError, TypeError):
-            loaders = None
+                loaders = source.dataloader()
     if isinstance(loaders, list | tuple):
         loaders = loaders[0] if loaders else None
     if loaders is None:

@@ -1,0 +1,87 @@
+"""The rooms and their one-way order."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_lca
+
+ROOMS = [
+    "quadrature",
+    "allocation",
+    "grouping",
+    "metrics",
+    "record",
+    "history",
+    "scalars",
+    "board",
+    "flavours",
+    "fence",
+    "batches",
+    "probe",
+    "path",
+    "meter",
+    "cost",
+    "callback",
+]
+HOME = Path(lightning_lca.__file__).parent
+
+
+def imports_of(room):
+    for node in ast.walk(ast.parse((HOME / f"{room}.py").read_text())):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("lightning_lca")
+        ):
+            yield from (
+                [node.module.partition(".")[2]]
+                if "." in node.module
+                else [alias.name for alias in node.names]
+            )
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if "lightning_lca" in a.name)
+
+
+def test_every_module_is_a_room():
+    assert sorted(p.stem for p in HOME.glob("*.py")) == sorted([*ROOMS, "__init__"])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_the_rooms_above_it(room):
+    above = ROOMS[: ROOMS.index(room)]
+    assert set(imports_of(room)) <= set(above)
+
+
+def loaded_after(code):
+    code += "; import sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"torch", "pytorch_lightning", "lightning", "torchmetrics", "matplotlib", "tensorboard"}
+
+
+def test_importing_the_package_loads_neither_torch_nor_lightning():
+    assert not loaded_after("import lightning_lca; dir(lightning_lca)") & HEAVY
+
+
+def test_the_record_is_read_without_torch():
+    read = "import lightning_lca, pathlib; lightning_lca.History; "
+    read += "from lightning_lca.record import read_chunks; list(read_chunks(pathlib.Path('.')))"
+    assert not loaded_after(read) & (HEAVY - {"tensorboard"})
+
+
+def test_the_pure_core_is_used_without_lightning():
+    names = "allocate, refine, Segment, Quadrature, Sample, Grouping"
+    assert not loaded_after(f"from lightning_lca import {names}") & (HEAVY - {"torch"})
+
+
+def test_every_public_name_is_there_and_no_other():
+    for name in lightning_lca.__all__:
+        assert getattr(lightning_lca, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'LCACalback'"):
+        lightning_lca.LCACalback  # noqa: B018
