@@ -1,4 +1,4 @@
-"""Loss Change Allocation for PyTorch Lightning: which weights, neurons and layers learn, at every step.
+"""Loss Change Allocation for PyTorch Lightning: which weights, neurons and layers learn.
 
 Names are imported when they are first used, so that TensorBoard can load its plugin without torch.
 """

@@ -2,10 +2,10 @@
 
     L(stop) − L(start) = Σᵢ Aᵢ,    Aᵢ = (stop − start)ᵢ · ∫₀¹ ∂ᵢL(start + s (stop − start)) ds
 
-(Lan, Liu, Zhou, Yosinski: "LCA: Loss Change Allocation for Neural Network Training", NeurIPS 2019.) The
-integral is taken by a quadrature rule; what the rule leaves unexplained is the residual, and every result
-carries it. Nothing here knows of modules, Lightning or logging: a `Field` is any function that gives the loss
-and its gradient at a position.
+(Lan, Liu, Zhou, Yosinski: "LCA: Loss Change Allocation for Neural Network Training", NeurIPS 2019.)
+The integral is taken by a quadrature rule; what the rule leaves unexplained is the residual, and
+every result carries it. Nothing here knows of modules, Lightning or logging: a `Field` is any
+function that gives the loss and its gradient at a position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Sample:
 
     Attributes:
         loss: Loss [] in float64 where the device has it, detached.
-        gradient: {name: [*shape]}, read and never written by this module; None where it was not asked for.
+        gradient: {name: [*shape]}, read and never written by this module; None where it was not
+            asked for.
     """
 
     loss: Tensor
@@ -37,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Segment:
-    """One straight stretch of the path of the weights, from ``start`` to ``stop`` (same names and shapes)."""
+    """One straight stretch of the path of the weights: same names and shapes at both ends."""
 
     start: Weights
     stop: Weights
@@ -63,7 +64,7 @@ class Position:
 
     @torch.no_grad()
     def write(self, into: Weights) -> None:
-        """Writes the weights at this position into existing tensors, with no copy of the model in between."""
+        """Writes the weights at this position into existing tensors {name: [*shape]}."""
         for name, start in self.segment.start.items():
             if self.s == 0.0:
                 into[name].copy_(start)
@@ -73,7 +74,7 @@ class Position:
                 torch.lerp(start, self.segment.stop[name], self.s, out=into[name].data)
 
     def weights(self) -> dict[str, Tensor]:
-        """Gives the weights at this position as fresh leaves that require grad: {name: [*shape]}."""
+        """Gives the weights here as fresh leaves that require grad: {name: [*shape]}."""
         fresh = {name: torch.empty_like(start) for name, start in self.segment.start.items()}
         self.write(fresh)
         return {name: weight.requires_grad_() for name, weight in fresh.items()}
@@ -92,8 +93,8 @@ class Allocation:
     """What one segment did to the loss, weight by weight.
 
     Attributes:
-        values: Credit per weight {name: [*shape]}, in loss units; negative = helped (its motion lowered the
-            loss), positive = hurt, zero = idle.
+        values: Credit per weight {name: [*shape]}, in loss units; negative = helped (its motion
+            lowered the loss), positive = hurt, zero = idle.
         loss_before: Loss [] at the start.
         loss_after: Loss [] at the stop.
         splits: Number of equal panels that the rule was applied on.
@@ -125,7 +126,7 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def accumulator(weight: Tensor) -> Tensor:
-    """Makes an empty tensor for gradient sums of this weight: its own dtype, float32 for half precision."""
+    """Makes an empty tensor for gradient sums [*shape]: float32 if the weight is half precision."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     return torch.empty_like(
         weight, dtype=torch.float32 if half else None, requires_grad=False
@@ -145,14 +146,15 @@ def allocate(
         field: Gives loss and gradient at a position of the segment.
         segment: Where the weights were and where they are now.
         rule: The quadrature rule.
-        first: The sample at the start, if it is known already, e.g. ``last`` of the allocation before; it
-            saves one gradient. For a rule without a node at the start only its loss is used.
-        out: Tensors that receive the credits, {name: [*shape]}; fresh ones by default. They may be those of
-            ``first.gradient``.
+        first: The sample at the start, if it is known already, e.g. ``last`` of the allocation
+            before; it saves one gradient. For a rule without a node at the start only its loss is
+            used.
+        out: Tensors that receive the credits, {name: [*shape]}; fresh ones by default. They may be
+            those of ``first.gradient``.
 
     Returns:
-        The allocation. Its ``last`` has a gradient when ``rule`` starts with the start, so that a chain of
-        segments pays `Quadrature.gradients_per_step` gradients each.
+        The allocation. Its ``last`` has a gradient when ``rule`` starts with the start, so that a
+        chain of segments pays `Quadrature.gradients_per_step` gradients each.
 
     Example:
         >>> def field(at):  # L(w) = w², by hand
@@ -194,8 +196,9 @@ def refine(
 ) -> Allocation:
     """Allocates by composite Simpson, doubling the panels until the residual is small enough.
 
-    No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says in
-    ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was reached.
+    No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says
+    in ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was
+    reached.
 
     Args:
         field: As for `allocate`.
@@ -227,7 +230,7 @@ def refine(
     out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
     if first is None or first.gradient is None:
         first = field(segment.at(0.0))
-    # Panel ends count 2 (the two outermost 1), panel middles 4, all over 6 n. Ends collect in `ends`.
+    # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
     ends = [out[n] for n in names]
     _add(ends, _gradients(first, names), 1.0, fresh=True)
     loss_before, first = first.loss, None
@@ -265,7 +268,7 @@ def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
 def _add(
     sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
 ) -> None:
-    """Adds weight · gradient to the sums; with ``fresh`` it replaces them, and both may be one tensor."""
+    """Adds weight · gradient to the sums; ``fresh`` replaces them, and both may be one tensor."""
     if fresh:
         for sum_, gradient in zip(sums, gradients, strict=True):
             torch.mul(gradient, weight, out=sum_)
@@ -285,6 +288,6 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
 
 @torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
-    """Multiplies by stop − start in place, tensor by tensor, so that the motion is never a whole copy."""
+    """Multiplies by stop − start, tensor by tensor, so that the motion is never a whole copy."""
     for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
         sum_.mul_(torch.sub(segment.stop[name], start))

@@ -19,12 +19,13 @@ _REMEDY = "Pass the batches themselves, e.g. probe=[next(iter(loader))]."
 def read_batches(source: ProbeSource, trainer: Any, count: int, seed: int) -> list[Any]:
     """Reads the batches of a probe on the host.
 
-    "train" and "val" draw ``count`` batches of the loader's own size from its dataset, a seeded subset
-    without replacement; a DataLoader or another iterable is read whole, in its own order. Random streams
-    and the generators of loaders, samplers and datasets are left as they were.
+    "train" and "val" draw ``count`` batches of the loader's own size from its dataset, a seeded
+    subset without replacement; a DataLoader or another iterable is read whole, in its own order.
+    Random streams and the generators of loaders, samplers and datasets are left as they were.
 
     Raises:
-        MisconfigurationException: No such loader, a loader that cannot be read a second time, or no batch.
+        MisconfigurationException: No such loader, a loader that cannot be read a second time, or no
+            batch.
     """
     if isinstance(source, str):
         loaders = trainer.train_dataloader if source == "train" else _val_loader(trainer)
@@ -47,7 +48,7 @@ def read_batches(source: ProbeSource, trainer: Any, count: int, seed: int) -> li
 
 
 def batch_sizes(batches: list[Any]) -> list[int]:
-    """Counts the samples of every batch: the length of its first tensor; ones if a batch has none."""
+    """Counts the samples of every batch by its first tensor; ones if a batch has none."""
     sizes = []
     for batch in batches:
         leaves = tree_leaves(batch)
@@ -60,8 +61,8 @@ def _val_loader(trainer: Any) -> Any:
     """Finds the first validation loader, which Lightning may not have loaded yet."""
     loaders = trainer.val_dataloaders
     if loaders is None:
-        # Private: calling the user's hook once more, behind the fence, leaves Lightning's own later call
-        # as it would have been. Loading through the loop would move it, and with it random numbers.
+        # Private: calling the user's hook once more, behind the fence, leaves Lightning's own later
+        # call as it would have been. Loading through the loop would move it, and random numbers.
         source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
         if source is not None and source.is_defined():
             with fence(seed=0):

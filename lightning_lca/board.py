@@ -19,8 +19,9 @@ CHUNK_SECONDS = 15.0
 class Board:
     """Writes scalars to every logger of a Trainer, and chunks to one event file, on rank zero.
 
-    The event file is that of the Trainer's TensorBoardLogger; without one, a file of our own in the run's
-    log directory. Without any logger that is a fresh ``lca_logs/version_N`` under ``default_root_dir``.
+    The event file is that of the Trainer's TensorBoardLogger; without one, a file of our own in the
+    run's log directory. Without any logger that is a fresh ``lca_logs/version_N`` under
+    ``default_root_dir``.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -35,7 +36,7 @@ class Board:
             self.log_dir = _log_dir(self._tensorboard, self._loggers, Path(root))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Logs all values at one step: a single event for TensorBoard, ``log_metrics`` for the others."""
+        """Logs all values at one step: one event for TensorBoard, ``log_metrics`` for others."""
         if not self._writes:
             return
         for logger in self._loggers:

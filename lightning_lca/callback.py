@@ -29,25 +29,27 @@ from lightning_lca.scalars import Scalars
 class LCACallback(LightningCallback):
     """Measures Loss Change Allocation while a Lightning Trainer trains, and changes nothing else.
 
-    Every measured optimizer step is credited to single weights: negative where a weight's motion lowered
-    the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums per layer go to
-    the Trainer's loggers every ``log_every_n_steps`` and, for every measured step, to the record in the
-    log directory. The keys are listed in `Scalars`.
+    Every measured optimizer step is credited to single weights: negative where a weight's motion
+    lowered the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums
+    per layer go to the Trainer's loggers every ``log_every_n_steps`` and, for every measured step,
+    to the record in the log directory. The keys are listed in `Scalars`.
 
     Args:
-        probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an iterable
-            of batches, a DataLoader, or {name: any of these} for several probes.
+        probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an
+            iterable of batches, a DataLoader, or {name: any of these} for several probes.
         probe_batches: Batches drawn for "train" and "val"; fixed for the run.
-        probe_mode: "no_dropout": as training has the model, dropout off, BatchNorm on batch statistics;
-            "eval": eval mode; "train": dropout on, with the same random numbers at every evaluation.
+        probe_mode: "no_dropout": as training has the model, dropout off, BatchNorm on batch
+            statistics; "eval": eval mode; "train": dropout on, with the same random numbers at
+            every evaluation.
         loss_fn: (module, batch) -> scalar tensor, or {term: scalar}, whose sum is taken. None: the
             module's own training_step.
-        every_n_steps: Measures the chord from every n-th optimizer step to the next: nothing is missed,
-            at 1/n of the cost, but what happens within a chord is not resolved.
+        every_n_steps: Measures the chord from every n-th optimizer step to the next: nothing is
+            missed, at 1/n of the cost, but what happens within a chord is not resolved.
         quadrature: Name of a rule ("euler", "midpoint", "trapezoid", "simpson", "boole", "gauss2",
             "gauss3") or a `Quadrature`.
-        tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it is
-            met. Needs Simpson's rule. None: no refinement; the residual is reported all the same.
+        tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
+            is met. Needs Simpson's rule. None: no refinement; the residual is reported all the
+            same.
         max_splits: Most panels of a refinement; a step that needs more is flagged in
             ``history.converged``.
         group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
@@ -95,13 +97,15 @@ class LCACallback(LightningCallback):
             _check_count(name, value)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(
-                f"loss_fn must be a function (module, batch) -> scalar, got {type(loss_fn).__name__}."
+                "loss_fn must be a function (module, batch) -> scalar, got "
+                f"{type(loss_fn).__name__}."
             )
         self._rule = as_quadrature(quadrature)
         if tolerance is not None:
             if not tolerance > 0:
                 raise ValueError(
-                    f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}."
+                    "tolerance must be a positive number in loss units, e.g. 1e-3; "
+                    f"got {tolerance}."
                 )
             if self._rule != SIMPSON:
                 raise ValueError(
@@ -147,7 +151,7 @@ class LCACallback(LightningCallback):
 
     @property
     def totals(self) -> dict[str, Tensor]:
-        """Cumulative LCA of every weight {name: [*shape]}, in loss units; needs track_parameters=True."""
+        """Cumulative LCA {name: [*shape]}, in loss units; needs track_parameters=True."""
         totals = self._first_meter("totals").totals
         if totals is None:
             raise RuntimeError("totals needs LCACallback(track_parameters=True).")
@@ -343,7 +347,7 @@ class LCACallback(LightningCallback):
 
 
 def _x_axis(trainer: Any) -> int:
-    """Gives the step at which `self.log` logs this batch, so that LCA lines up with the training loss."""
+    """Gives the step at which `self.log` logs this batch, so that LCA lines up with it."""
     # Private; LearningRateMonitor uses the same. global_step counts optimizers and is one ahead.
     stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return int(trainer.global_step if stepped is None else stepped)
@@ -399,8 +403,9 @@ def _check_trainer(trainer: Any, module: Any, has_loss_fn: bool) -> None:
         )
     if trainer.world_size > 1:
         raise MisconfigurationException(
-            f"LCACallback measures single-process training for now, got {trainer.world_size} processes "
-            f"({type(trainer.strategy).__name__}). Train with devices=1, or remove the callback."
+            f"LCACallback measures single-process training for now, got {trainer.world_size} "
+            f"processes ({type(trainer.strategy).__name__}). Train with devices=1, or remove the "
+            "callback."
         )
     half = sum(
         p.numel()
@@ -409,8 +414,8 @@ def _check_trainer(trainer: Any, module: Any, has_loss_fn: bool) -> None:
     )
     if half:
         warnings.warn(
-            f"LCA: {half:,} weights are half precision. Most of their small updates round away, and the "
-            "middle of a step often rounds to one of its ends: credits are coarse. bf16-mixed keeps the "
-            "weights in float32.",
+            f"LCA: {half:,} weights are half precision. Most of their small updates round away, "
+            "and the middle of a step often rounds to one of its ends: credits are coarse. bf16-mixed "
+            "keeps the weights in float32.",
             stacklevel=2,
         )

@@ -46,7 +46,7 @@ every_n_steps=10 would make it about 1.2x.'
         self._training += self._began - self._left
 
     def leave(self, gradients: int | None = None) -> None:
-        """Marks that training goes on; with the number of gradients taken if a step was measured."""
+        """Marks that training goes on, after so many gradients if a step was measured."""
         self._left = self._now()
         if gradients is not None:
             self._gradients.append(gradients)

@@ -1,7 +1,7 @@
 """Side effects contained: whatever evaluating a loss may change is put back, bit for bit.
 
-`fence` saves the random streams and everything the module holds, seeds the streams, and restores all of it
-on the way out, whether the body succeeds or raises.
+`fence` saves the random streams and everything the module holds, seeds the streams, and restores
+all of it on the way out, whether the body succeeds or raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ATOMS = frozenset(
 _TABLES = frozenset(vars(nn.Module()))
 _HELD_TABLES = ("_parameters", "_buffers", "_modules")
 _NOT_OURS = frozenset({"_trainer", "_fabric", "_hook_handles"})
-# Objects of these packages are not walked into: a trainer, a logger or a tokenizer is not module state.
+# Objects of these packages are not walked into: a logger or a tokenizer is not module state.
 _FOREIGN = frozenset(sys.stdlib_module_names) | {
     *("torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"),
     *("lightning_utilities", "lightning_lca", "tensorboard", "transformers", "tokenizers"),

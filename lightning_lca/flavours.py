@@ -24,8 +24,8 @@ def _everywhere(module: str, name: str) -> tuple[type, ...]:
 
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback as LightningCallback
     from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning import Callback as LightningCallback
 else:
 
     class LightningCallback(*_everywhere("", "Callback")):

@@ -1,8 +1,8 @@
 """From weights to groups: sums and counts per parameter, per layer or per neuron, on the device.
 
-Every parameter is seen as a matrix of *rows*; a grouping says which group each row belongs to. By parameter
-and by layer a tensor is one row; by neuron it has one row per output channel, and the row of a bias joins
-the row of its unit.
+Every parameter is seen as a matrix of *rows*; a grouping says which group each row belongs to. By
+parameter and by layer a tensor is one row; by neuron it has one row per output channel, and the row
+of a bias joins the row of its unit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class GroupSums:
 class _Rows:
     """How one parameter splits into rows.
 
-    A transposed convolution keeps its output channels in dimension 1, once for each of its ``blocks``
-    (groups) along dimension 0.
+    A transposed convolution keeps its output channels in dimension 1, once for each of its
+    ``blocks`` (groups) along dimension 0.
     """
 
     groups: Tensor  # [rows] int64, the group of every row
@@ -75,7 +75,7 @@ class Grouping:
     """
 
     def __init__(self, module: nn.Module, by: GroupBy = "layer") -> None:
-        """Groups all parameters of a module, frozen ones included; tied weights count once, at their first name.
+        """Groups all parameters, frozen ones included; tied ones count once, at their first name.
 
         Raises:
             ValueError: ``by`` is none of the three.
@@ -101,8 +101,8 @@ class Grouping:
     def sums(self, values: Weights) -> GroupSums:
         """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
 
-        Nothing is read back to the host. Names may be any subset of the module's; groups without a name in
-        ``values`` are zero.
+        Nothing is read back to the host. Names may be any subset of the module's; groups without a
+        name in ``values`` are zero.
         """
         names = tuple(values)
         device = next(iter(values.values())).device
@@ -116,7 +116,7 @@ class Grouping:
         return GroupSums(credit, helping, hurting)
 
     def _index(self, names: tuple[str, ...], device: torch.device) -> Tensor:
-        """Gives the group of every row of these parameters on the device [rows], copied there once."""
+        """Gives the group of every row of these parameters [rows], copied to the device once."""
         key = (device, names)
         if key not in self._on_device:
             index = torch.cat([self._rows[n].groups for n in names])
@@ -125,7 +125,7 @@ class Grouping:
 
 
 def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums and counts chunk by chunk while it is in the cache: [rows, width] each -> three [all rows]."""
+    """Sums and counts chunk by chunk, in the cache: [rows, width] each -> three [all rows]."""
     parts = [
         _stats(part) for r in rows for part in torch.split(r, max(1, _CHUNK // max(1, r.shape[1])))
     ]
@@ -134,7 +134,7 @@ def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _stats(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives sum, hurting − helping, and hurting + helping of every row [rows, width] -> three [rows]."""
+    """Gives sum, hurting − helping, hurting + helping: [rows, width] -> three [rows]."""
     double = wide(part)
     total = torch.zeros(3, len(part), dtype=double, device=part.device)
     for chunk in torch.split(part, _CHUNK, 1):
@@ -146,7 +146,7 @@ def _stats(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_sums_in_few_kernels(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Does the same where a kernel's launch costs more than memory: one flat copy, reduced in pieces."""
+    """Does the same where launches cost more than memory: one flat copy, reduced in pieces."""
     flat = torch.cat([r.reshape(-1) for r in rows])
     widths = torch.tensor([r.shape[1] for r in rows for _ in range(len(r))])
     pieces = (widths + _PIECE - 1) // _PIECE  # Of every row.
@@ -170,7 +170,7 @@ def _row_sums_in_few_kernels(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
 def _rows_of(
     module: nn.Module, name: str, parameter: Tensor, by: GroupBy
 ) -> tuple[list[str], int, int]:
-    """Names the group of every row of a parameter; says in which dimension the rows lie, in how many blocks."""
+    """Names the group of every row; says in which dimension the rows lie, in how many blocks."""
     path, _, leaf = name.rpartition(".")
     # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
     layer, _, parametrized = path.partition("parametrizations.")

@@ -39,7 +39,8 @@ class Rows:
         residual: Loss change within the segment that the credits leave unexplained [T].
         drift: Loss change between the end of the segment before and this start [T].
         splits: Panels that the rule was applied on [T].
-        converged: Whether |residual| ≤ tolerance, where one was asked for, and all numbers are finite [T].
+        converged: Whether |residual| ≤ tolerance, where one was asked for, and all numbers are
+            finite [T].
         trained: Number of weights that were being trained [T].
         seconds: What the measurement took, as the host saw it [T].
     """
@@ -91,7 +92,7 @@ class Rows:
             "steps": self.steps,
             "allocated": self.allocated.astype(np.float32),
             "helping": self.helping.astype(narrow),
-            # Idle weights are few and steady, so they compress to almost nothing, unlike hurting ones.
+            # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
             "idle": (sizes - self.helping - self.hurting).astype(narrow),
             "scalars": np.stack([getattr(self, name).astype(float) for name in _SCALARS], 1),
         }
@@ -118,8 +119,8 @@ class Rows:
 class History:
     """All measured steps of a run: T rows, G groups, in network order.
 
-    Every column of `Rows` is an attribute; ``helping`` and ``hurting`` are fractions of ``sizes`` here, in
-    [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
+    Every column of `Rows` is an attribute; ``helping`` and ``hurting`` are fractions of ``sizes``
+    here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
     ``allocated.sum() + residual.sum() + drift.sum()``.
 
     Attributes:
@@ -249,7 +250,7 @@ class History:
         return history
 
     def summary(self) -> str:
-        """Tells per group the share of the loss change, and how the ledger closes, as a text table."""
+        """Tells per group its share of the loss change, and how the ledger closes, as text."""
         rows = self.rows
         if not len(rows):
             return "LCA: no step was measured yet."
@@ -273,11 +274,11 @@ class History:
         missed = int((~rows.converged).sum())
         lines += [
             "",
-            f"true loss change   {change:+.6f}   ({rows.loss_before[0]:.6f} -> {rows.loss_after[-1]:.6f}, "
-            f"{len(rows)} measured steps)",
+            f"true loss change   {change:+.6f}   ({rows.loss_before[0]:.6f} -> "
+            f"{rows.loss_after[-1]:.6f}, {len(rows)} measured steps)",
             f"  allocated        {allocated:+.6f}",
-            f"  residual         {residual:+.6f}   ({_percent(residual, change)} of the change; largest "
-            f"in one step {np.abs(rows.residual).max():.2g})",
+            f"  residual         {residual:+.6f}   ({_percent(residual, change)} of the change; "
+            f"largest in one step {np.abs(rows.residual).max():.2g})",
             f"  drift            {drift:+.6f}   (changes by other code than the optimizer)",
             f"  unconverged      {missed} of {len(rows)} steps",
             "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt).",

@@ -1,4 +1,4 @@
-"""One probe's measurements: reuse of end gradients, drift, group rows, and the history they become."""
+"""One probe's measurements: reuse of end gradients, drift, and the rows of its history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AUDIT_EVERY = 50
 
 @dataclass(frozen=True)
 class _Pending:
-    """A measured step whose numbers are still on the device: [loss before, after, drift, 3 x groups]."""
+    """A measured step, its row on the device: [loss before, loss after, drift, 3 x groups]."""
 
     step: int
     splits: int
@@ -42,11 +42,12 @@ class _Pending:
 class Meter:
     """Measures segments with one probe.
 
-    The gradient at the end of a segment is kept as the start of the next. It is reused only if the next
-    segment begins at the same weights and nothing else that the loss reads has changed; otherwise the
-    start is evaluated again and the difference in loss is booked as drift. What no look at the module can
-    show (a loss that depends on the step number), an audit does: the first reuse and every fiftieth is
-    compared with a fresh start, and a mismatch ends reuse with one warning.
+    The gradient at the end of a segment is kept as the start of the next. It is reused only if the
+    next segment begins at the same weights and nothing else that the loss reads has changed;
+    otherwise the start is evaluated again and the difference in loss is booked as drift. What no
+    look at the module can show (a loss that depends on the step number), an audit does: the first
+    reuse and every fiftieth is compared with a fresh start, and a mismatch ends reuse with one
+    warning.
 
     Attributes:
         probe: The loss surface.
@@ -183,10 +184,10 @@ class Meter:
                 self._reuse = False
                 warnings.warn(
                     f"LCA: the probe loss changed from {self._kept.loss.item():.9g} to "
-                    f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor buffers "
-                    "changed: it depends on something else, such as the step number, or is not "
-                    "deterministic. From now on every step's start is evaluated afresh, one gradient "
-                    "more, and the difference is booked as drift.",
+                    f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor "
+                    "buffers changed: it depends on something else, such as the step number, or is "
+                    "not deterministic. From now on every step's start is evaluated afresh, one "
+                    "gradient more, and the difference is booked as drift.",
                     stacklevel=2,
                 )
                 return fresh

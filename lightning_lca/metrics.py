@@ -1,7 +1,8 @@
 """torchmetrics accumulators over group rows: credit, and the fractions that helped and hurt.
 
-Their states are persistent and averaged over processes: every process holds the same rows, or its own
-share of the probe, and the mean is right in both cases, since allocation is linear in the gradient.
+Their states are persistent and averaged over processes: every process holds the same rows, or its
+own share of the probe, and the mean is right in both cases, since allocation is linear in the
+gradient.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class GroupCredit(Metric):
 
 
 class GroupFraction(Metric):
-    """Averages over steps which fraction of every group's weights was counted, as helping or as hurting.
+    """Averages over steps which fraction of every group's weights was counted.
 
     Example:
         >>> metric = GroupFraction(sizes=[10, 4])

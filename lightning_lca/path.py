@@ -1,4 +1,4 @@
-"""The path of the weights: two snapshots that change places, so that every stop is the next start."""
+"""The path of the weights: two snapshots that change places; every stop is the next start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from lightning_lca.allocation import Segment, Weights
 
 
 class Path:
-    """Cuts the motion of live weights into segments, and notices when one does not begin where the last ended.
+    """Cuts the motion of live weights into segments, and notices what moved them in between.
 
-    Holds two copies of the trainable weights, allocated once and again only when the set of them changes.
+    Holds two copies of the trainable weights, allocated once and again only when the set of them
+    changes.
     """
 
     def __init__(self) -> None:
@@ -37,10 +38,10 @@ class Path:
         self.is_open = True
 
     def close(self, weights: Weights) -> tuple[Segment, bool]:
-        """Ends the segment at the live weights; says whether it began where the one before ended."""
+        """Ends the segment at the live weights; says whether it began where the last one ended."""
         if not self.is_open:
             raise RuntimeError("No segment is open.")
-        # Weights frozen since the start rest where they are: only what is trained now can be probed.
+        # Weights frozen since the start rest: only what is trained now can be probed.
         names = [n for n in self._start if n in weights]
         _copy({n: weights[n] for n in names}, self._stop)
         self.is_open = False
@@ -60,7 +61,7 @@ def _alike(a: Weights, b: Weights) -> bool:
 
 
 def _equal(a: Weights, b: Weights) -> Tensor | bool:
-    """Compares bit for bit in value; off the CPU the answer is on its way, so that nothing waits for it."""
+    """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
     if all(w.device.type == "cpu" for w in a.values()):
         return all(torch.equal(a[n], b[n]) for n in a)
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""The loss surface of a LightningModule: displaced weights in, loss and gradient out, no side effect.
+"""The loss surface of a LightningModule: weights in, loss and gradient out, no side effect.
 
-The live parameters are displaced in place and put back by copying: the one way that also works under
-torch.compile, tied weights and parametrizations, and that needs no further copy of the weights.
+The live parameters are displaced in place and put back by copying: the one way that also works
+under torch.compile, tied weights and parametrizations, and that needs no further copy of the
+weights.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def live_weights(module: nn.Module) -> dict[str, Tensor]:
 class Probe:
     """A `Field`: the mean loss over fixed batches, as a function of the module's weights.
 
-    Every evaluation sees the same batches, random numbers, buffers and attributes, and leaves module,
-    trainer and random streams as it found them. ``p.grad`` is not touched. A mean over several batches
-    weighs them by their number of samples.
+    Every evaluation sees the same batches, random numbers, buffers and attributes, and leaves
+    module, trainer and random streams as it found them. ``p.grad`` is not touched. A mean over
+    several batches weighs them by their number of samples.
 
     Between evaluations the live weights are those at ``segment.stop``: the probe puts those back.
     """
@@ -60,7 +61,8 @@ class Probe:
             module: Its LightningModule, bare.
             batches: Batches as the loader gives them.
             mode: "no_dropout": as training has it, but dropout off; "eval"; "train": dropout on.
-            loss_fn: (module, batch) -> scalar or {term: scalar}, whose sum is taken; None: training_step.
+            loss_fn: (module, batch) -> scalar or {term: scalar}, whose sum is taken; None:
+                training_step.
             seed: Batch j is evaluated on random streams seeded with seed + j.
         """
         self._trainer = trainer
@@ -83,7 +85,7 @@ class Probe:
             self._batches = [self._to_device(batch) for batch in batches]
 
     def __call__(self, at: Position, /) -> Sample:
-        """Evaluates the loss, and where needed its gradient, at a position whose stop is live now."""
+        """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
         live = live_weights(self._module)
         stop = at.segment.at(1.0)
         try:
@@ -97,7 +99,8 @@ class Probe:
         """Evaluates once at the live weights, and settles how gradients are taken.
 
         Raises:
-            MisconfigurationException: The loss is not a finite scalar with a gradient, or there is none.
+            MisconfigurationException: The loss is not a finite scalar with a gradient, or there is
+                none.
         """
         live = live_weights(self._module)
         if not live:
@@ -117,13 +120,13 @@ class Probe:
                 parameter.data.copy_(saved)
         if not bool(torch.isfinite(sample.loss)):
             raise MisconfigurationException(
-                f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite loss: "
-                "look at the probe's batches and at loss_fn."
+                f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite "
+                "loss: look at the probe's batches and at loss_fn."
             )
         return sample
 
     def _try_both_ways(self, here: Position) -> Sample:
-        """Prefers autograd.grad; reentrant checkpointing raises there, or hides weights, unlike backward."""
+        """Prefers autograd.grad, where reentrant checkpointing raises or hides weights."""
         try:
             sample = self(here)
         except RuntimeError as error:
@@ -172,11 +175,8 @@ class Probe:
             total = loss if total is None else total + loss
             if not needs_gradient:
                 continue
-            if sums is None:
-                sums = gradients
-            else:
-                # Autograd may hand out one tensor twice, or expanded: never add in place to its own.
-                sums = list(torch._foreach_add(sums, gradients))
+            # Autograd may hand out one tensor twice, or expanded: never add in place.
+            sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
         assert total is not None
         self.gradients += needs_gradient
         return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
@@ -200,18 +200,18 @@ class Probe:
         if not isinstance(result, Tensor) or result.numel() != 1:
             shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise MisconfigurationException(
-                f"{source} returned {shape} on the probe, not a scalar tensor. Reduce the loss to one "
-                "number, e.g. by .mean()."
+                f"{source} returned {shape} on the probe, not a scalar tensor. Reduce the loss to "
+                "one number, e.g. by .mean()."
             )
         if not result.requires_grad:
             raise MisconfigurationException(
-                f"The loss that {source} returned on the probe has no gradient. Compute it from the "
-                "module's trainable weights, without detach() or torch.no_grad()."
+                f"The loss that {source} returned on the probe has no gradient. Compute it from "
+                "the module's trainable weights, without detach() or torch.no_grad()."
             )
         return result.squeeze() if result.dim() else result
 
     def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        """Takes the gradient [*shape] of every weight; zeros where the loss does not depend on it."""
+        """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
         gradients: list[Tensor | None]
         if self._by_backward:
             aside = [w.grad for w in weights]
@@ -270,7 +270,7 @@ class Probe:
 
 
 def _uncompiled() -> Any:
-    """Runs compiled modules eagerly: a probe batch of another size would change training's graphs."""
+    """Runs compiled modules eagerly: another batch size would change training's graphs."""
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

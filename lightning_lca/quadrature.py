@@ -1,8 +1,8 @@
 """Quadrature rules on [0, 1] as validated data.
 
-A rule says where on a segment the gradient is taken (nodes) and how much each value counts (weights). Along
-a straight step, Simpson's rule is the classical fourth-order Runge-Kutta method applied to the path integral
-of the gradient, whose integrand does not depend on the state.
+A rule says where on a segment the gradient is taken (nodes) and how much each value counts
+(weights). Along a straight step, Simpson's rule is the classical fourth-order Runge-Kutta method
+applied to the path integral of the gradient, whose integrand does not depend on the state.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ class Quadrature:
         name: What the rule is called in messages and records.
         nodes: Positions [k], increasing, each in [0, 1].
         weights: Weights [k]; they sum to 1 and may be negative.
-        degree: Polynomials up to this degree are integrated exactly: Σ wᵢ sᵢʲ = 1/(j+1) for j ≤ degree.
+        degree: Polynomials up to this degree are integrated exactly: Σ wᵢ sᵢʲ = 1/(j+1) for j ≤
+            degree.
 
     Raises:
-        ValueError: The lists differ in length, a node lies outside [0, 1] or out of order, or a moment up to
-            ``degree`` is wrong.
+        ValueError: The lists differ in length, a node lies outside [0, 1] or out of order, or a
+            moment up to ``degree`` is wrong.
 
     Example:
         >>> Quadrature("trapezoid", nodes=(0.0, 1.0), weights=(0.5, 0.5), degree=1).first_is_start
         True
-        >>> Quadrature("mean of three", nodes=(0.0, 0.5, 1.0), weights=(1 / 3, 1 / 3, 1 / 3), degree=2)
+        >>> Quadrature("thirds", nodes=(0.0, 0.5, 1.0), weights=(1 / 3, 1 / 3, 1 / 3), degree=2)
         Traceback (most recent call last):
             ...
-        ValueError: Quadrature 'mean of three' claims degree 2, but integrates s^2 to 0.416667 instead of ...
+        ValueError: Quadrature 'thirds' claims degree 2, but integrates s^2 to 0.416667
+            instead of ...
     """
 
     name: str
@@ -46,8 +48,8 @@ class Quadrature:
         """Checks shapes, order and moments."""
         if not self.nodes or len(self.nodes) != len(self.weights):
             raise ValueError(
-                f"Quadrature {self.name!r} needs as many weights as nodes, at least one: got {len(self.nodes)} "
-                f"nodes and {len(self.weights)} weights."
+                f"Quadrature {self.name!r} needs as many weights as nodes, at least one: got "
+                f"{len(self.nodes)} nodes and {len(self.weights)} weights."
             )
         if any(not 0.0 <= s <= 1.0 for s in self.nodes) or any(
             a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)
@@ -57,19 +59,21 @@ class Quadrature:
             )
         if self.degree < 0:
             raise ValueError(
-                f"Quadrature {self.name!r} needs a degree of at least 0 (weights that sum to 1), got {self.degree}."
+                f"Quadrature {self.name!r} needs a degree of at least 0 (weights that sum to 1), "
+                f"got {self.degree}."
             )
         for j in range(self.degree + 1):
             moment = math.fsum(w * s**j for s, w in zip(self.nodes, self.weights, strict=True))
             if not abs(moment - 1 / (j + 1)) <= _MOMENT_TOLERANCE:
                 raise ValueError(
-                    f"Quadrature {self.name!r} claims degree {self.degree}, but integrates s^{j} to {moment:.6g} "
-                    f"instead of {1 / (j + 1):.6g}. Correct the weights or lower the degree."
+                    f"Quadrature {self.name!r} claims degree {self.degree}, but integrates s^{j} "
+                    f"to {moment:.6g} instead of {1 / (j + 1):.6g}. Correct the weights or lower "
+                    "the degree."
                 )
 
     @property
     def first_is_start(self) -> bool:
-        """Whether the rule uses the gradient at the start, which the step before may already have taken."""
+        """Whether the rule uses the gradient at the start, which the step before may have taken."""
         return self.nodes[0] == 0.0
 
     @property
@@ -80,11 +84,11 @@ class Quadrature:
     @property
     def gradients_per_step(self) -> int:
         """Gradients that a chain of segments costs per segment once the start is taken over."""
-        # A rule with a start but no end (Euler) takes the end gradient early: the next step needs it anyway.
+        # A rule with a start but no end (Euler) takes the end gradient early, for the next step.
         return len(self.nodes) - (self.first_is_start and self.last_is_stop)
 
     def composite(self, panels: int) -> Quadrature:
-        """Applies the rule on each of ``panels`` equal parts of [0, 1], merging nodes that coincide.
+        """Applies the rule on each of ``panels`` equal parts of [0, 1]; shared nodes are merged.
 
         Example:
             >>> rule = SIMPSON.composite(2)
@@ -136,7 +140,8 @@ def as_quadrature(rule: Any) -> Quadrature:
         return rule
     if not isinstance(rule, str):
         raise TypeError(
-            f"quadrature must be a name or a Quadrature, got {type(rule).__name__}. Names: {', '.join(RULES)}."
+            f"quadrature must be a name or a Quadrature, got {type(rule).__name__}. "
+            f"Names: {', '.join(RULES)}."
         )
     if rule not in RULES:
         raise ValueError(

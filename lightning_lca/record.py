@@ -1,11 +1,13 @@
 """The record's format: packed chunks of arrays in TensorBoard event files.
 
-A run writes one ``lca/meta`` event (JSON: groups, sizes, settings) per session, and then chunks, each of
-some hundred measured steps, as ``lca/chunk/{first_step:09d}/{part}``; a named probe adds its name,
-``lca/chunk/{first_step:09d}/{probe}/{part}``. One tag per chunk cannot be sampled away by TensorBoard.
+A run writes one ``lca/meta`` event (JSON: groups, sizes, settings) per session, and then chunks,
+each of some hundred measured steps, as ``lca/chunk/{first_step:09d}/{part}``; a named probe adds
+its name, ``lca/chunk/{first_step:09d}/{probe}/{part}``. One tag per chunk cannot be sampled away by
+TensorBoard.
 
-Every part is one string tensor: a line of JSON (dtype, shape), then the zlib-compressed bytes of the
-array, all first bytes of its elements first. Nothing here needs torch, so that TensorBoard can load it.
+Every part is one string tensor: a line of JSON (dtype, shape), then the zlib-compressed bytes of
+the array, all first bytes of its elements first. Nothing here needs torch, so that TensorBoard can
+load it.
 """
 
 from __future__ import annotations
@@ -96,8 +98,9 @@ def read_chunks(log_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Reads the sessions of a log directory in the order in which they were written.
 
     Yields:
-        ("meta", the JSON) at the start of every session, and ("chunk", {"probe": name or "", part: array})
-        for every chunk whose parts are all there. A file cut off in mid-write is read up to the cut.
+        ("meta", the JSON) at the start of every session, and ("chunk", {"probe": name or "", part:
+        array}) for every chunk whose parts are all there. A file cut off in mid-write is read up to
+        the cut.
     """
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 

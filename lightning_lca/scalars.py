@@ -12,7 +12,7 @@ MOST_PANELS = 30  # More curves than this in one TensorBoard section are not rea
 
 
 def panels_of(groups: list[str], at_most: int = MOST_PANELS) -> list[str]:
-    """Names the panel of every group: itself, or the coarser module it belongs to, if there are too many.
+    """Names the panel of every group: itself, or if there are too many the module around it.
 
     Example:
         >>> panels_of(["stem", "body.0.conv", "body.0.norm", "body.1.conv"], at_most=3)
@@ -35,14 +35,15 @@ class Scalars:
     """Turns measured steps into the scalars of one probe.
 
     Keys, for prefix "lca" (a second probe "val" has "lca_val"):
-        - ``lca/total``, ``lca/residual``: credit and residual summed since the last log, in loss units.
+        - ``lca/total``, ``lca/residual``: credit and residual summed since the last log, in loss
+        units.
         - ``lca/total_cum``: credit summed since the start of training.
         - ``lca/loss``: probe loss after the last measured step.
-        - ``lca/help``, ``lca/hurt``: fraction of the trained weights that helped and hurt, mean per step
-          since the last log.
-        - ``lca_layer_cum/00 name``: the layer's credit since the start of training.
-        - ``lca_layer_help/00 name``, ``lca_layer_hurt/00 name``: fraction of the layer's weights, mean per
+        - ``lca/help``, ``lca/hurt``: fraction of the trained weights that helped and hurt, mean per
           step since the last log.
+        - ``lca_layer_cum/00 name``: the layer's credit since the start of training.
+        - ``lca_layer_help/00 name``, ``lca_layer_hurt/00 name``: fraction of the layer's weights,
+          mean per step since the last log.
     """
 
     def __init__(self, groups: list[str], sizes: list[int], prefix: str = "lca") -> None:

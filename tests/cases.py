@@ -1,4 +1,4 @@
-"""Models and data that several tests share: small, deterministic, and awkward where real ones are."""
+"""Models and data that several tests share: small and deterministic."""
 
 from __future__ import annotations
 

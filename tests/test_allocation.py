@@ -10,7 +10,7 @@ from lightning_lca.quadrature import BOOLE, RULES, SIMPSON, Quadrature
 
 
 class SmoothField:
-    """L(w) = Σ exp(a w) + (Σ b w)², by hand, with every call noted; each a_i enters alone and together."""
+    """L(w) = Σ exp(a w) + (Σ b w)², by hand, with every call noted."""
 
     def __init__(self, size=6):
         generator = torch.Generator().manual_seed(3)
@@ -50,7 +50,7 @@ def test_credits_converge_to_the_closed_form_at_the_order_of_the_rule(rule):
         return (allocation.values["w"] - exact).abs().max().item(), abs(allocation.residual.item())
 
     (credit, residual), (credit_half, residual_half) = worst(0.4), worst(0.2)
-    # A rule of degree d leaves an error of order step^(d+2): d+1 for the integral, 1 for the motion.
+    # A rule of degree d is wrong by step^(d+2): d+1 for the integral, 1 for the motion.
     order = {"midpoint": 3, "trapezoid": 3, "simpson": 5, "gauss2": 5, "boole": 7, "gauss3": 7}
     expected = order.get(rule.name, 2)
     assert math.log2(credit / credit_half) > expected - 0.35
@@ -104,7 +104,7 @@ def test_arguments_are_not_written_to():
 
 
 def test_gradients_that_share_memory_are_summed_right():
-    """Autograd hands out one tensor for two inputs, and expanded ones: neither may be added to in place."""
+    """Autograd may hand out one tensor for two inputs, or expanded ones."""
 
     def field(at):
         w = at.weights()

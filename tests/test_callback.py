@@ -376,7 +376,8 @@ def test_the_cost_is_told_once_with_measured_numbers(tmp_path, caplog):
     lca = fit(tmp_path, trainer={"max_steps": 40})
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("LCA:")]
     pattern = (
-        r"LCA: 3 probe gradients first, then 2 per measured step; training steps take (\d+\.\d)x as long\."
+        r"LCA: 3 probe gradients first, then 2 per measured step; "
+        r"training steps take (\d+\.\d)x as long\."
         r"( every_n_steps=\d+ would make it about 1\.[0-2]x\.)?"
     )
     factor = float(re.fullmatch(pattern, line)[1])

@@ -1,4 +1,4 @@
-"""When an end gradient may serve as the next start, what that costs, and what is booked when it may not."""
+"""When an end gradient may serve as the next start, and what is booked when it may not."""
 
 import numpy as np
 import pytest

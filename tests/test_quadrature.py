@@ -69,7 +69,7 @@ def test_rules_are_found_by_name():
     assert as_quadrature("simpson") is SIMPSON
     assert as_quadrature(SIMPSON) is SIMPSON
     with pytest.raises(
-        ValueError, match="Unknown quadrature 'simson'. Choose one of euler, midpoint"
+        ValueError, match=r"Unknown quadrature 'simson'\. Choose one of euler, midpoint"
     ):
         as_quadrature("simson")
     with pytest.raises(TypeError, match="must be a name or a Quadrature, got int"):

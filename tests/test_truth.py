@@ -228,7 +228,7 @@ def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, 
     assert len(history) == (3 if "every_n_steps" in run else 14)
     assert history.steps[-1] == 14, "the last partial chord is measured"
     moved = np.abs(history.loss_after - history.loss_before).sum() + np.abs(history.drift).sum()
-    # What is booked must be explained by credits, not by the residual: chords and kinks leave a little.
+    # Credits must explain what is booked, not the residual: chords and kinks leave a little.
     assert np.abs(history.residual).sum() < 0.05 * moved
     if "tolerance" in run:
         assert (np.abs(history.residual) <= 1e-3 * (1 + 1e-4))[history.converged].all()
