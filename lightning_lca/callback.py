@@ -415,7 +415,7 @@ def _check_trainer(trainer: Any, module: Any, has_loss_fn: bool) -> None:
     if half:
         warnings.warn(
             f"LCA: {half:,} weights are half precision. Most of their small updates round away, "
-            "and the middle of a step often rounds to one of its ends: credits are coarse. bf16-mixed "
-            "keeps the weights in float32.",
+            "and the middle of a step often rounds to one of its ends: credits are coarse. "
+            "bf16-mixed keeps the weights in float32.",
             stacklevel=2,
         )

@@ -12,7 +12,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -22,11 +21,11 @@ from lightning_lca import flavours
 from lightning_lca.allocation import Position, Sample, Segment, Weights, wide
 from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
+from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
 
 ProbeMode = Literal["no_dropout", "eval", "train"]
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
-_HASH_WIDTH = 1024
 
 
 def live_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -153,11 +152,7 @@ class Probe:
                 m.training and self._mode != "eval"
             )
             read += [b for b in m._buffers.values() if b is not None and not by_batch]
-        device = next(iter(self._devices))
-        return flags, torch.stack(
-            [_fingerprint(t).to(device) for t in read]
-            or [torch.zeros((), dtype=torch.int64, device=device)]
-        )
+        return flags, fingerprint(read, next(iter(self._devices)))
 
     # -- one evaluation ---------------------------------------------------------------------------
 
@@ -297,23 +292,3 @@ def _is_dropout(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     random_by_name = "droppath" in name or "dropblock" in name or "stochasticdepth" in name
     return isinstance(module, nn.modules.dropout._DropoutNd) or random_by_name
-
-
-def _fingerprint(tensor: Tensor) -> Tensor:
-    """Hashes the bits of a tensor on its device: [*shape] -> [] int64; position counts."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    data = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    bits = data.contiguous().reshape(-1).view(integer[data.element_size()])
-    keys = _keys(bits.device)
-    whole = len(bits) // _HASH_WIDTH * _HASH_WIDTH
-    columns = bits[:whole].view(-1, _HASH_WIDTH).sum(0, dtype=torch.int64)
-    rest = bits[whole:].to(torch.int64)
-    return (columns * keys).sum() + (rest * keys.flip(0)[: len(rest)]).sum()
-
-
-@lru_cache
-def _keys(device: torch.device) -> Tensor:
-    """Gives fixed odd multipliers [_HASH_WIDTH] int64, the same in every call."""
-    generator = torch.Generator().manual_seed(1909_01440)
-    keys = torch.randint(-(2**62), 2**62, (_HASH_WIDTH,), generator=generator)
-    return (2 * keys + 1).to(device)

@@ -20,6 +20,7 @@ ROOMS = [
     "board",
     "flavours",
     "fence",
+    "fingerprint",
     "batches",
     "probe",
     "path",
