@@ -234,9 +234,8 @@ class Probe:
             if self._mode == "eval" or _is_dropout(module):
                 module.training = False
             elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-                module.dropout = (
-                    0.0  # Theirs is functional; their training flag does more than that.
-                )
+                # Theirs is functional, and their training flag does more than that.
+                module.dropout = 0.0
 
     # -- surroundings of an evaluation ------------------------------------------------------------
 

@@ -32,6 +32,15 @@ def test_any_single_change_is_seen_and_none_is_imagined(shape, dtype):
         assert not torch.equal(before, fingerprint([changed.view(shape), torch.ones(3)], CPU))
 
 
+def test_a_change_in_any_of_many_tensors_is_seen():
+    tensors = [sample((n,), torch.float32) for n in (3, 70_000, 5, 1, 90_000, 2)]
+    hashes = set()
+    for changed in (None, *tensors):
+        versions = [t + 1 if t is changed else t for t in tensors]
+        hashes.add(tuple(fingerprint(versions, CPU).tolist()))
+    assert len(hashes) == 1 + len(tensors)
+
+
 @pytest.mark.parametrize("size", [10, 5000, 300_000])
 def test_a_shuffle_a_shift_and_a_change_of_sign_are_seen(size):
     tensor = sample((size,), torch.float32)

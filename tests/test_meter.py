@@ -163,26 +163,33 @@ class Spectral(Classifier):
         )
 
 
-class FreezesNorm(Classifier):
-    """Puts its BatchNorm in eval mode from step 6 on: another loss, with no tensor changed."""
+class Gate(nn.Module):
+    """Behaves differently in training, without a tensor that would show it."""
+
+    def forward(self, x):
+        return x * 1.5 if self.training else x
+
+
+class Gated(Classifier):
+    """Puts its gate in eval mode from step 6 on: another loss, with no tensor changed."""
 
     def __init__(self):
-        super().__init__(nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)))
+        super().__init__(nn.Sequential(nn.Linear(12, 8), Gate(), nn.Tanh(), nn.Linear(8, 4)))
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.global_step >= 6:
             self.net[1].eval()
 
 
-@pytest.mark.parametrize("model", [Codebook, Teacher, Spectral, FreezesNorm])
+@pytest.mark.parametrize("model", [Codebook, Teacher, Spectral, Gated])
 def test_whatever_else_the_loss_reads_is_watched(tmp_path, model):
     lca = fit(tmp_path, model)
     history = lca.history
     assert_closed(history)
     (meter,) = lca._meters.values()
     assert meter._reuse, "seen by looking, not by the audit"
-    changes = 1 if model is FreezesNorm else 11
-    assert np.count_nonzero(history.drift) >= changes - 1
+    changes = 1 if model is Gated else 11
+    assert np.count_nonzero(history.drift) >= min(changes, 10)
     assert gradients_of(lca) == 3 + 11 * 2 + changes
     assert np.abs(history.residual).sum() < 0.01 * np.abs(history.allocated).sum()
 
