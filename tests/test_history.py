@@ -90,7 +90,7 @@ def test_a_second_session_takes_over_from_the_step_it_starts_at(tmp_path):
 
 def test_directories_without_a_record_are_named(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="holds no LCA record. Give the run's log directory"
+        FileNotFoundError, match=r"holds no LCA record\. Give the run's log directory"
     ):
         History.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -13,6 +13,7 @@ from lightning_lca import LCACallback
 from lightning_lca.allocation import Sample
 from lightning_lca.meter import AUDIT_EVERY, Meter
 from lightning_lca.path import Path
+from lightning_lca.quadrature import as_quadrature
 
 
 def fit(tmp_path, model=None, *callbacks, steps=12, **arguments):
@@ -45,11 +46,16 @@ def assert_closed(history):
         ("gauss2", 2, 2),
     ],
 )
-def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, rule, first, then):
+def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, monkeypatch, rule, first, then):
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     lca = fit(tmp_path, quadrature=rule, steps=120)
     assert gradients_of(lca) == first + 119 * then
     (meter,) = lca._meters.values()
     assert meter.audits == 1 + 118 // AUDIT_EVERY
+    audited = meter.audits if as_quadrature(rule).first_is_start else 0
+    assert len(calls) == 1 + first + 119 * then + audited, "the first is the check before training"
     assert (lca.history.drift == 0).all()
 
 
