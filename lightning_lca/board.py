@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lca import record
+from lightning_lca.history import Ints, Rows
 
 CHUNK_STEPS = 512
 CHUNK_BYTES = 2**18
@@ -22,16 +23,30 @@ class Board:
     The event file is that of the Trainer's TensorBoardLogger; without one, a file of our own in the
     run's log directory. Without any logger that is a fresh ``lca_logs/version_N`` under
     ``default_root_dir``.
+
+    Attributes:
+        log_dir: Directory of the record; None where nothing is written.
+        chunk_steps: Measured steps that make a full chunk.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        """Finds the loggers and the log directory; every rank must call this."""
+    def __init__(self, trainer: Any, sizes: Ints) -> None:
+        """Finds the loggers and the log directory; every rank must call this.
+
+        Args:
+            trainer: The Trainer that runs.
+            sizes: Number of weights of every group [G].
+        """
         self._loggers = list(trainer.loggers)
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
         self._tensorboard = next((x for x in self._loggers if _is_tensorboard(x)), None)
         self._own: Any = None
-        root = trainer.strategy.broadcast(trainer.default_root_dir)
+        self._sizes = sizes
+        self._unwritten: dict[str | None, list[Rows]] = {}
+        self._wrote = time.monotonic()
+        # An event of moderate size never holds the writer's thread for long.
+        self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * len(sizes))))
         self.log_dir: Path | None = None
+        root = trainer.strategy.broadcast(trainer.default_root_dir)
         if self._writes:
             self.log_dir = _log_dir(self._tensorboard, self._loggers, Path(root))
 
@@ -53,16 +68,29 @@ class Board:
         """Writes what describes a session of the record."""
         self._write({record.META: json.dumps(value).encode()}, step)
 
-    def chunk(self, tags: Mapping[str, bytes], step: int) -> None:
-        """Writes a chunk of the record, down to the disk."""
-        self._write(tags, step)
-        self.flush()
+    def add(self, probe: str | None, rows: Rows) -> None:
+        """Takes measured steps of a probe for the record."""
+        self._unwritten.setdefault(probe, []).append(rows)
 
-    def flush(self) -> None:
-        """Waits until everything written is on the disk."""
-        if self._writes:
-            writer = self._record_writer()
-            writer.flush()
+    def waiting(self, probe: str | None) -> int:
+        """Counts the measured steps of a probe that are not in the record yet."""
+        return sum(map(len, self._unwritten.get(probe, [])))
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last chunk was written so long ago that part of one should follow."""
+        return time.monotonic() - self._wrote > CHUNK_SECONDS
+
+    def write(self, *, everything: bool) -> None:
+        """Writes full chunks of the record, or all there is, down to the disk."""
+        for probe, parts in self._unwritten.items():
+            rows = Rows.join(parts)
+            while len(rows) >= (1 if everything else self.chunk_steps):
+                chunk, rows = rows[: self.chunk_steps], rows[self.chunk_steps :]
+                tags = record.chunk_tags(int(chunk.steps[0]), probe, chunk.parts(self._sizes))
+                self._write(tags, int(chunk.steps[-1]))
+            self._unwritten[probe] = [rows]
+        self._wrote = time.monotonic()
 
     def close(self) -> None:
         """Closes our own event file, if there is one; a logger closes its own."""
@@ -76,10 +104,10 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import Event
 
         writer = self._record_writer()
-        # One event a part: an event of moderate size never holds the writer's thread for long.
         for tag, data in tags.items():
             summary = record.summarize({tag: data})
             writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        writer.flush()
 
     def _record_writer(self) -> Any:
         if self._tensorboard is not None:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path as FilePath
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lca import flavours, record
+from lightning_lca import flavours
 from lightning_lca.allocation import Allocation
 from lightning_lca.batches import read_batches
-from lightning_lca.board import CHUNK_BYTES, CHUNK_SECONDS, CHUNK_STEPS, Board
+from lightning_lca.board import Board
 from lightning_lca.cost import Cost
-from lightning_lca.flavours import LightningCallback, MisconfigurationException
+from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy, Grouping
-from lightning_lca.history import History, Rows
+from lightning_lca.history import History
 from lightning_lca.meter import Meter
 from lightning_lca.path import Path
 from lightning_lca.probe import Probe, ProbeMode, live_weights
-from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
+from lightning_lca.quadrature import Quadrature
 from lightning_lca.scalars import Scalars
+from lightning_lca.settings import Settings, check_trainer
 
 
 class LCACallback(LightningCallback):
@@ -85,49 +85,25 @@ class LCACallback(LightningCallback):
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
         super().__init__()
-        self._sources = _as_sources(probe)
-        _check_choice("probe_mode", probe_mode, get_args(ProbeMode))
-        _check_choice("group_by", group_by, get_args(GroupBy))
-        for name, value in (
-            ("probe_batches", probe_batches),
-            ("every_n_steps", every_n_steps),
-            ("max_splits", max_splits),
-            ("log_every_n_steps", 1 if log_every_n_steps is None else log_every_n_steps),
-        ):
-            _check_count(name, value)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(
-                "loss_fn must be a function (module, batch) -> scalar, got "
-                f"{type(loss_fn).__name__}."
-            )
-        self._rule = as_quadrature(quadrature)
-        if tolerance is not None:
-            if not tolerance > 0:
-                raise ValueError(
-                    "tolerance must be a positive number in loss units, e.g. 1e-3; "
-                    f"got {tolerance}."
-                )
-            if self._rule != SIMPSON:
-                raise ValueError(
-                    f"A tolerance refines Simpson's rule, got quadrature={self._rule.name!r}. "
-                    'Choose quadrature="simpson" or tolerance=None.'
-                )
-        self._probe_batches = probe_batches
-        self._probe_mode: ProbeMode = probe_mode
-        self._loss_fn = loss_fn
-        self._every = every_n_steps
-        self._tolerance = tolerance
-        self._max_splits = max_splits
-        self._group_by: GroupBy = group_by
-        self._log_every = log_every_n_steps
-        self._seed = seed
-        self._track = track_parameters
+        self._settings = Settings.check(
+            probe=probe,
+            probe_batches=probe_batches,
+            probe_mode=probe_mode,
+            loss_fn=loss_fn,
+            every_n_steps=every_n_steps,
+            quadrature=quadrature,
+            tolerance=tolerance,
+            max_splits=max_splits,
+            group_by=group_by,
+            log_every_n_steps=log_every_n_steps,
+            seed=seed,
+            track_parameters=track_parameters,
+        )
         self.log_dir: FilePath | None = None
         self._path = Path()
         self._opened_at = 0
         self._meters: dict[str | None, Meter] = {}
         self._scalars: dict[str | None, Scalars] = {}
-        self._unwritten: dict[str | None, list[Rows]] = {}
         self._board: Board | None = None
         self._cost: Cost | None = None
 
@@ -176,52 +152,32 @@ class LCACallback(LightningCallback):
     @property
     def state_key(self) -> str:
         """Tells several of these callbacks in one Trainer apart."""
-        names = [
-            repr(n) if n else s if isinstance(s, str) else "own" for n, s in self._sources.items()
-        ]
+        asked = self._settings
+        probes = [n or (s if isinstance(s, str) else "own") for n, s in asked.sources.items()]
         return (
-            f"LCACallback(probe={'+'.join(names)}, probe_mode={self._probe_mode}, "
-            f"every_n_steps={self._every}, quadrature={self._rule.name}, group_by={self._group_by})"
+            f"LCACallback(probe={'+'.join(probes)}, probe_mode={asked.probe_mode}, "
+            f"every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
+            f"group_by={asked.group_by})"
         )
 
     # -- hooks ------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reads the probe, evaluates it once, and opens the record."""
-        _check_trainer(trainer, pl_module, self._loss_fn is not None)
-        grouping = Grouping(pl_module, self._group_by)
+        """Reads the probes, evaluates each once, and opens the record."""
+        asked = self._settings
+        check_trainer(trainer, pl_module, asked)
+        grouping = Grouping(pl_module, asked.group_by)
         self._path = Path()
-        self._meters, self._scalars, self._unwritten = {}, {}, {}
-        for name, source in self._sources.items():
-            batches = read_batches(source, trainer, self._probe_batches, self._seed)
-            probe = Probe(
-                trainer,
-                pl_module,
-                batches,
-                mode=self._probe_mode,
-                loss_fn=self._loss_fn,
-                seed=self._seed,
-            )
-            probe.check()
-            self._meters[name] = Meter(
-                probe,
-                grouping,
-                self._rule,
-                tolerance=self._tolerance,
-                max_splits=self._max_splits,
-                track_parameters=self._track,
-            )
-            prefix = "lca" if not self._scalars else f"lca_{name}"
+        self._meters, self._scalars = {}, {}
+        for name, source in asked.sources.items():
+            self._meters[name] = self._make_meter(trainer, pl_module, source, grouping)
+            prefix = f"lca_{name}" if self._scalars else "lca"
             self._scalars[name] = Scalars(grouping.names, grouping.sizes, prefix)
-            self._unwritten[name] = []
-        self._chunk = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * len(grouping.names))))
-        self._board = Board(trainer)
+        self._board = Board(trainer, self._first_meter("board").history.sizes)
         self.log_dir = self._board.log_dir
         self._board.meta(self._describe(trainer, pl_module, grouping), trainer.global_step)
-        self._wrote = time.monotonic()
-        self._logged_at = _x_axis(trainer)
-        self._x = self._logged_at
-        self._cost = Cost(self._every, lambda: _synchronize(pl_module.device))
+        self._x = self._logged_at = _x_axis(trainer)
+        self._cost = Cost(asked.every_n_steps, lambda: _synchronize(pl_module.device))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""
@@ -236,17 +192,15 @@ class LCACallback(LightningCallback):
         if self._cost is not None:
             self._cost.enter()
         gradients = None
-        if self._path.is_open and trainer.global_step - self._opened_at >= self._every:
+        done = trainer.global_step - self._opened_at
+        if self._path.is_open and done >= self._settings.every_n_steps:
             gradients = self._measure(trainer, pl_module)
             self._x = _x_axis(trainer)
-            interval = self._log_every or trainer.log_every_n_steps
+            interval = self._settings.log_every_n_steps or trainer.log_every_n_steps
             if interval and (self._x + 1) // interval > self._logged_at // interval:
                 self._log()
                 self._logged_at = self._x + 1
-        overdue = time.monotonic() - self._wrote > CHUNK_SECONDS
-        if overdue or self._waiting() >= self._chunk:
-            self._collect()
-            self._write(everything=overdue)
+        self._record()
         if self._cost is not None:
             self._cost.leave(gradients)
             if line := self._cost.line():
@@ -257,6 +211,7 @@ class LCACallback(LightningCallback):
         """Measures what is left of the last chord, logs it and closes the record."""
         if self._path.is_open and trainer.global_step > self._opened_at:
             self._measure(trainer, pl_module)
+            self._x = max(self._x, _x_axis(trainer) - 1)  # The last batch is counted by now.
         self._log()
         self._finish()
 
@@ -269,6 +224,27 @@ class LCACallback(LightningCallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _make_meter(self, trainer: Any, module: Any, source: Any, grouping: Grouping) -> Meter:
+        asked = self._settings
+        batches = read_batches(source, trainer, asked.probe_batches, asked.seed)
+        probe = Probe(
+            trainer,
+            module,
+            batches,
+            mode=asked.probe_mode,
+            loss_fn=asked.loss_fn,
+            seed=asked.seed,
+        )
+        probe.check()
+        return Meter(
+            probe,
+            grouping,
+            asked.rule,
+            tolerance=asked.tolerance,
+            max_splits=asked.max_splits,
+            track_parameters=asked.track_parameters,
+        )
+
     def _measure(self, trainer: Any, pl_module: Any) -> int:
         """Measures the open segment with every probe; gives the gradients it took, audits apart."""
         segment, continues = self._path.close(live_weights(pl_module))
@@ -277,16 +253,14 @@ class LCACallback(LightningCallback):
             meter.measure(segment, continues, trainer.global_step)
         return sum(meter.gradients for meter in self._meters.values()) - before
 
-    def _waiting(self) -> int:
-        """Counts the measured steps of a probe that are not in the record yet."""
-        return max(m.pending + sum(map(len, self._unwritten[n])) for n, m in self._meters.items())
-
     def _collect(self) -> None:
+        """Copies what was measured since the last time to the host."""
         for name, meter in self._meters.items():
             if meter.pending:
                 rows = meter.collect()
                 self._scalars[name].update(rows)
-                self._unwritten[name].append(rows)
+                if self._board is not None:
+                    self._board.add(name, rows)
 
     def _log(self) -> None:
         self._collect()
@@ -296,46 +270,36 @@ class LCACallback(LightningCallback):
         if values and self._board is not None:
             self._board.scalars(values, self._x)
 
-    def _write(self, everything: bool) -> None:
-        """Writes full chunks to the record, or everything there is."""
-        for name, parts in self._unwritten.items():
-            rows = Rows.join(parts) if parts else None
-            while rows is not None and len(rows) >= (1 if everything else self._chunk):
-                chunk, rows = rows[: self._chunk], rows[self._chunk :]
-                if self._board is not None:
-                    sizes = self._meters[name].history.sizes
-                    tags = record.chunk_tags(int(chunk.steps[0]), name, chunk.parts(sizes))
-                    self._board.chunk(tags, int(chunk.steps[-1]))
-            self._unwritten[name] = [rows] if rows is not None and len(rows) else []
-        self._wrote = time.monotonic()
+    def _record(self) -> None:
+        """Writes to the record when a chunk is full, or waits for long."""
+        board = self._board
+        if board is None:
+            return
+        waiting = [meter.pending + board.waiting(name) for name, meter in self._meters.items()]
+        if board.overdue or max(waiting) >= board.chunk_steps:
+            self._collect()
+            board.write(everything=board.overdue)
 
     def _finish(self) -> None:
         self._path.abandon()
         self._collect()
-        self._write(everything=True)
         if self._board is not None:
+            self._board.write(everything=True)
             self._board.close()
             self._board = None
 
     def _describe(self, trainer: Any, module: Any, grouping: Grouping) -> dict[str, Any]:
+        """Gives what a reader of the record must know, as JSON."""
         return {
             "version": 1,
             "first_step": trainer.global_step,
-            "probes": list(self._sources),
-            "group_by": self._group_by,
+            "probes": list(self._settings.sources),
+            "group_by": self._settings.group_by,
             "groups": grouping.names,
             "sizes": grouping.sizes,
             "shapes": {n: list(p.shape) for n, p in module.named_parameters()},
             "modules": {n: type(m).__name__ for n, m in module.named_modules()},
-            "settings": {
-                "probe_batches": self._probe_batches,
-                "probe_mode": self._probe_mode,
-                "every_n_steps": self._every,
-                "quadrature": self._rule.name,
-                "tolerance": self._tolerance,
-                "max_splits": self._max_splits,
-                "seed": self._seed,
-            },
+            "settings": self._settings.describe(),
         }
 
     def _first_meter(self, what: str) -> Meter:
@@ -356,66 +320,3 @@ def _x_axis(trainer: Any) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _as_sources(probe: Any) -> dict[str | None, Any]:
-    """Names the probes: a single one None."""
-    sources: dict[str | None, Any] = dict(probe) if isinstance(probe, Mapping) else {None: probe}
-    if not sources:
-        raise ValueError('The probe is empty: got {}. Name at least one, e.g. {"train": "train"}.')
-    for name, source in sources.items():
-        if isinstance(source, str):
-            _check_choice("probe", source, ("train", "val"))
-        elif not isinstance(source, Iterable) or isinstance(source, Tensor | Mapping):
-            raise TypeError(
-                f'probe must be "train", "val", a DataLoader or a list of batches, got '
-                f"{type(source).__name__}. One batch is a list of one: probe=[batch]."
-            )
-        elif not hasattr(source, "dataset") and not isinstance(source, list | tuple):
-            sources[name] = list(source)  # An iterator gives its batches only once.
-    return sources
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        options = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {options}; got {value!r}.")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def _check_trainer(trainer: Any, module: Any, has_loss_fn: bool) -> None:
-    """Refuses what cannot be measured, and warns of what cannot be measured well."""
-    if not module.automatic_optimization:
-        reason = (
-            "Running a manual training_step as the probe would step its optimizers. "
-            if not has_loss_fn
-            else ""
-        )
-        raise MisconfigurationException(
-            f"LCACallback does not measure manual optimization yet (automatic_optimization=False). "
-            f"{reason}Remove the callback, or use lightning_lca.allocate in the training_step."
-        )
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"LCACallback measures single-process training for now, got {trainer.world_size} "
-            f"processes ({type(trainer.strategy).__name__}). Train with devices=1, or remove the "
-            "callback."
-        )
-    half = sum(
-        p.numel()
-        for p in module.parameters()
-        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-    )
-    if half:
-        warnings.warn(
-            f"LCA: {half:,} weights are half precision. Most of their small updates round away, "
-            "and the middle of a step often rounds to one of its ends: credits are coarse. "
-            "bf16-mixed keeps the weights in float32.",
-            stacklevel=2,
-        )

@@ -49,7 +49,7 @@ def test_the_record_reads_back_as_it_was_in_memory(tmp_path, logger, group_by):
 
 
 def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
     lca = fit(tmp_path, logger=TensorBoardLogger(tmp_path), steps=27)
     accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
     accumulator.Reload()
@@ -98,7 +98,7 @@ def test_directories_without_a_record_are_named(tmp_path):
 
 
 def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 4)
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 4)
     lca = fit(tmp_path, steps=24)
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = path.read_bytes()
@@ -120,12 +120,12 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
         textwrap.dedent(
             """
             import sys
-            import lightning_lca.callback as callback
+            import lightning_lca.board as board
             from cases import Classifier, make_trainer, toy_loader
             from lightning_lca import LCACallback
             import pytorch_lightning as pl
 
-            callback.CHUNK_STEPS = 16
+            board.CHUNK_STEPS = 16
 
             class Tell(pl.Callback):
                 def on_train_batch_end(self, trainer, *args):
@@ -165,13 +165,13 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
 
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every):
-    monkeypatch.setattr("lightning_lca.callback.CHUNK_STEPS", 16)
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 16)
     most = []
 
     class Look(pl.Callback):
         def on_train_batch_end(self, *args):
             (meter,) = lca._meters.values()
-            most.append(meter.pending + sum(len(r) for r in lca._unwritten[None]))
+            most.append(meter.pending + lca._board.waiting(None))
 
     pl.seed_everything(0)
     lca = LCACallback()

@@ -26,6 +26,7 @@ ROOMS = [
     "path",
     "meter",
     "cost",
+    "settings",
     "callback",
 ]
 HOME = Path(lightning_lca.__file__).parent

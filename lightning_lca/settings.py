@@ -1,0 +1,150 @@
+"""What a user asks for, checked when it is typed, and what a Trainer must be like to get it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.grouping import GroupBy
+from lightning_lca.probe import LossFn, ProbeMode
+from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `LCACallback`, where their meaning is told.
+
+    Attributes:
+        sources: {name: source} of every probe; the name of a single one is None.
+        rule: The quadrature rule.
+    """
+
+    sources: dict[str | None, Any]
+    probe_batches: int
+    probe_mode: ProbeMode
+    loss_fn: LossFn | None
+    every_n_steps: int
+    rule: Quadrature
+    tolerance: float | None
+    max_splits: int
+    group_by: GroupBy
+    log_every_n_steps: int | None
+    seed: int
+    track_parameters: bool
+
+    @classmethod
+    def check(cls, *, probe: Any, quadrature: Any, **arguments: Any) -> Settings:
+        """Builds the settings from what was typed.
+
+        Raises:
+            ValueError: An argument out of range.
+            TypeError: One of the wrong type.
+        """
+        settings = cls(sources=_sources(probe), rule=as_quadrature(quadrature), **arguments)
+        _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
+        _one_of("group_by", settings.group_by, get_args(GroupBy))
+        for name in ("probe_batches", "every_n_steps", "max_splits", "log_every_n_steps"):
+            value = getattr(settings, name)
+            if value is not None or name != "log_every_n_steps":
+                _count(name, value)
+        if settings.loss_fn is not None and not callable(settings.loss_fn):
+            raise TypeError(
+                "loss_fn must be a function (module, batch) -> scalar, got "
+                f"{type(settings.loss_fn).__name__}."
+            )
+        if settings.tolerance is not None:
+            _tolerance(settings.tolerance, settings.rule)
+        return settings
+
+    def describe(self) -> dict[str, Any]:
+        """Gives what the record keeps, as plain values."""
+        return {
+            "probe_batches": self.probe_batches,
+            "probe_mode": self.probe_mode,
+            "every_n_steps": self.every_n_steps,
+            "quadrature": self.rule.name,
+            "tolerance": self.tolerance,
+            "max_splits": self.max_splits,
+            "seed": self.seed,
+        }
+
+
+def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
+    """Refuses what cannot be measured, and warns of what cannot be measured well.
+
+    Raises:
+        MisconfigurationException: Manual optimization, or several processes.
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "LCACallback does not measure manual optimization yet (automatic_optimization=False): "
+            "running such a training_step as the probe would step its optimizers. Remove the "
+            "callback, or use lightning_lca.allocate inside your training_step."
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"LCACallback measures single-process training for now, got {trainer.world_size} "
+            f"processes ({type(trainer.strategy).__name__}). Train with devices=1, or remove the "
+            "callback."
+        )
+    half = [
+        p.numel()
+        for p in module.parameters()
+        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if half:
+        warnings.warn(
+            f"LCA: {sum(half):,} weights are half precision. Most of their small updates round "
+            "away, and the middle of a step often rounds to one of its ends: credits are coarse. "
+            "bf16-mixed keeps the weights in float32.",
+            stacklevel=2,
+        )
+
+
+def _sources(probe: Any) -> dict[str | None, Any]:
+    """Names the probes, and keeps the batches of an iterator, which gives them only once."""
+    sources: dict[str | None, Any] = dict(probe) if isinstance(probe, Mapping) else {None: probe}
+    if not sources:
+        raise ValueError('The probe is empty: got {}. Name at least one, e.g. {"train": "train"}.')
+    for name, source in sources.items():
+        if isinstance(source, str):
+            _one_of("probe", source, ("train", "val"))
+        elif not isinstance(source, Iterable) or isinstance(source, Tensor | Mapping):
+            raise TypeError(
+                f'probe must be "train", "val", a DataLoader or a list of batches, got '
+                f"{type(source).__name__}. One batch is a list of one: probe=[batch]."
+            )
+        elif not hasattr(source, "dataset") and not isinstance(source, list | tuple):
+            sources[name] = list(source)
+    return sources
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        options = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {options}; got {value!r}.")
+
+
+def _count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _tolerance(tolerance: float, rule: Quadrature) -> None:
+    if not tolerance > 0:
+        raise ValueError(
+            f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}."
+        )
+    if rule != SIMPSON:
+        raise ValueError(
+            f"A tolerance refines Simpson's rule, got quadrature={rule.name!r}. "
+            'Choose quadrature="simpson" or tolerance=None.'
+        )
