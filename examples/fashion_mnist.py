@@ -3,9 +3,10 @@
     python examples/fashion_mnist.py --model fc --optimizer sgd --lr 0.05
     python examples/fashion_mnist.py --model lenet --optimizer adam --lr 0.001
 
-Printed are the summary, a row per layer (negative LCA helped), and helping / (helping + hurting): of
-the weights whose motion changed the probe's loss, the fraction that lowered it. Expect little more
-than one half: at any step, nearly as many weights hurt as help.
+Printed are the summary, a row per layer (negative LCA helped), and helping / (helping + hurting):
+of the weights whose motion changed the probe's loss, the fraction that lowered it. Expect little
+more than one half: at any step, nearly as many weights hurt as help. The data are Debian's package
+dataset-fashion-mnist, the four files in ``--data DIR``, or fetched by ``--download``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ FILES = [f"{p}-{k}-ubyte" for p in ("train", "t10k") for k in ("images-idx3", "l
 
 def read(name: str, places: list[Path], download: bool) -> Tensor:
     """Reads a file of the data set: images [N, 1, 28, 28] or labels [N], uint8."""
-    candidates = [place / f"{name}{end}" for place in places for end in ("", ".gz")]
+    candidates = [place / f"{name}{end}" for place in places for end in (".gz", "")]
     path = next((c for c in candidates if c.is_file()), candidates[-1])
     if download and not path.is_file():
-        data = urllib.request.urlopen(SOURCE + path.name, timeout=30).read()
+        data = gzip.decompress(urllib.request.urlopen(f"{SOURCE}{name}.gz", timeout=30).read())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -87,31 +88,24 @@ def main() -> None:
         x, y, test_x, test_y = (read(name, args.data, args.download) for name in FILES)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SystemExit(
-            f"Fashion-MNIST cannot be read: {error}.\nLooked for {', '.join(FILES)}, plain or .gz, "
-            f"in {' and '.join(map(str, args.data))}.\nInstall Debian's dataset-fashion-mnist, name "
-            f"a directory with --data DIR, or fetch 30 MB from {SOURCE} with --download."
+            f"Fashion-MNIST cannot be read: {error}.\nLooked for {', '.join(FILES)} (or .gz)\n"
+            f"in {' and '.join(map(str, args.data))}.\nInstall Debian's dataset-fashion-mnist, or "
+            f"name a directory by --data DIR, or fetch 30 MB from\n{SOURCE} by --download."
         ) from None
 
-    # Data in memory need no workers; the other is a deprecation between Lightning and torch.
+    # Data in memory need no workers; then a deprecation between Lightning and torch; then tips.
     warnings.filterwarnings("ignore", ".*(does not have many workers|treespec, LeafSpec)")
-    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")  # Keep the line on cost.
+    rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     rank_zero.addFilter(lambda e: e.levelno > logging.INFO or e.getMessage().startswith("LCA"))
 
     torch.manual_seed(0)
     train, test = TensorDataset(x / 255, y.long()), TensorDataset(test_x / 255, test_y.long())
     measured = train if args.probe == "train" else test
-    chosen = torch.randperm(len(measured))[:5000].split(
-        1000
-    )  # Five batches, the same at each step.
+    chosen = torch.randperm(len(measured))[:5000].split(1000)  # Fixed for the whole run.
     lca = LCACallback(probe=[measured[part] for part in chosen], tolerance=args.tolerance)
+    quiet = {f"enable_{x}": False for x in ("checkpointing", "model_summary", "progress_bar")}
     trainer = pl.Trainer(
-        max_steps=args.steps,
-        callbacks=[lca],
-        log_every_n_steps=10,
-        devices=1,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        max_steps=args.steps, callbacks=[lca], log_every_n_steps=10, devices=1, **quiet
     )
     trainer.fit(Classifier(args), DataLoader(train, batch_size=250, shuffle=True))
 

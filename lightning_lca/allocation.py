@@ -66,10 +66,11 @@ class Position:
     def write(self, into: Weights) -> None:
         """Writes the weights at this position into existing tensors {name: [*shape]}."""
         for name, start in self.segment.start.items():
+            # Through .data: a graph that someone keeps alive must not find a changed version.
             if self.s == 0.0:
-                into[name].copy_(start)
+                into[name].data.copy_(start)
             elif self.s == 1.0:
-                into[name].copy_(self.segment.stop[name])
+                into[name].data.copy_(self.segment.stop[name])
             else:
                 torch.lerp(start, self.segment.stop[name], self.s, out=into[name].data)
 

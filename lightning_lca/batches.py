@@ -19,9 +19,10 @@ _REMEDY = "Pass the batches themselves, e.g. probe=[next(iter(loader))]."
 def read_batches(source: ProbeSource, trainer: Any, count: int, seed: int) -> list[Any]:
     """Reads the batches of a probe on the host.
 
-    "train" and "val" draw ``count`` batches of the loader's own size from its dataset, a seeded
-    subset without replacement; a DataLoader or another iterable is read whole, in its own order.
-    Random streams and the generators of loaders, samplers and datasets are left as they were.
+    "train" and "val" draw ``count`` batches of the loader's own size from its dataset (or as many
+    as it has), a seeded subset without replacement; a DataLoader or another iterable is read whole,
+    in its own order. Random streams and the generators of loaders, samplers and datasets are left
+    as they were.
 
     Raises:
         MisconfigurationException: No such loader, a loader that cannot be read a second time, or no

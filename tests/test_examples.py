@@ -40,7 +40,7 @@ def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
     assert re.search(r"^true loss change   -2\.\d+", result.stdout, re.M)
     assert f"tensorboard --logdir {tmp_path}" in result.stdout
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("LCA: 3 probe gradients first"), "nothing else scrolls by"
+    assert re.match(r"LCA: \d probe gradients first", line), "nothing else scrolls by"
 
 
 def test_the_loop_without_lightning_closes_its_ledger():
