@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sized
 from typing import Any
 
@@ -13,6 +14,8 @@ from lightning_lca.fence import GENERATORS, fence
 from lightning_lca.flavours import MisconfigurationException
 
 ProbeSource = Any  # "train" | "val" | iterable of batches | DataLoader
+_DEEPEST, _MANY = 6, 100  # How far generators are looked for.
+_LEAVES = (torch.Tensor, str, bytes, int, float, type, types.ModuleType, type(None))
 _REMEDY = "Pass the batches themselves, e.g. probe=[next(iter(loader))]."
 
 
@@ -66,7 +69,7 @@ def _val_loader(trainer: Any) -> Any:
         # call as it would have been. Loading through the loop would move it, and random numbers.
         source = getattr(trainer.fit_loop.epoch_loop.val_loop, "_data_source", None)
         if source is not None and source.is_defined():
-            with fence(seed=0):
+            with fence(trainer.lightning_module, trainer.datamodule, seed=0):
                 loaders = source.dataloader()
     if isinstance(loaders, list | tuple):
         loaders = loaders[0] if loaders else None
@@ -124,14 +127,29 @@ def _load(loader: DataLoader[Any], indices: list[Any], seed: int) -> list[Any]:
         collate_fn=loader.collate_fn,
         num_workers=0,
     )
-    with fence(_generators_of(loader.dataset), seed=seed):
+    with fence(_generators_of(loader.dataset, loader.collate_fn), seed=seed):
         return list(fresh)
 
 
 def _generators_of(*owners: Any) -> list[Any]:
-    """Lists the random generators that these objects own (their data is too large to fence)."""
-    held = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    return [value for value in held if isinstance(value, GENERATORS)]
+    """Finds the random generators within these objects; their data are too large to fence."""
+    found, seen, look = [], set(), [(owner, 0) for owner in owners]
+    while look:
+        value, depth = look.pop()
+        if id(value) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(value))
+        if isinstance(value, GENERATORS):
+            found.append(value)
+            continue
+        inside = list(getattr(value, "__dict__", {}).values())
+        inside += [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords")]
+        if isinstance(value, dict) and len(value) <= _MANY:
+            inside += value.values()
+        elif isinstance(value, list | tuple) and len(value) <= _MANY:
+            inside += value
+        look += [(v, depth + 1) for v in inside if not isinstance(v, _LEAVES)]
+    return found
 
 
 def _name(value: Any) -> str:

@@ -10,7 +10,7 @@ import functools
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,23 +42,24 @@ _MANY = 1000  # Items of longer containers are put back, but not looked into.
 
 @contextmanager
 def fence(
-    *held: Any, seed: int, guard: Iterable[Tensor] = (), devices: Iterable[torch.device] = ()
+    *held: Any, seed: int, spare: Iterable[Tensor] = (), devices: Iterable[torch.device] = ()
 ) -> Iterator[None]:
     """Runs the body on seeded random streams and undoes what it does to modules and other values.
 
     Put back are: the random state of torch (CPU and the given devices), numpy and python; the
-    generators, buffers and plain tensors held by modules; their attributes, training flags and the
-    contents of their lists, dicts, sets, deques, arrays and plain objects; the ``guard`` tensors.
+    generators, parameters, buffers and plain tensors held by modules; their attributes, training
+    flags and the contents of their lists, dicts, sets, deques, arrays and plain objects.
 
-    Not put back: parameters other than ``guard``, hooks, and whatever lives outside the modules.
+    Not put back: the values of ``spare`` tensors, hooks, and whatever lives outside the modules.
 
     Args:
         held: Modules that the body may change, or other values such as lists and generators.
         seed: Every random stream, those held by the modules included, starts from this number.
-        guard: Further tensors to put back, such as frozen parameters that a forward writes to.
+        spare: Tensors that need no copy, since someone else keeps one or nobody writes to them;
+            only whether they require grad is put back.
         devices: Accelerators whose random state the body may use.
     """
-    memory = _Memory()
+    memory = _Memory(spare)
     accelerators = [d for d in devices if d.type in ("cuda", "mps")]
     states = [_device_random(d).get_rng_state(*_index(d)) for d in accelerators]
     torch_state, numpy_state, python_state = (
@@ -69,8 +70,6 @@ def fence(
     try:
         for value in held:
             memory.keep(value)
-        for tensor in guard:
-            memory.keep_tensor(tensor)
         memory.seed_generators(seed)
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
@@ -104,10 +103,11 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 class _Memory:
     """Remembers mutable values as functions that undo what happens to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Iterable[Tensor]) -> None:
         self._undo: list[Callable[[], object]] = []
         self._reseed: list[Callable[[int], object]] = []
         self._seen: set[int] = set()
+        self._spare = {id(tensor) for tensor in spare}
 
     def restore(self) -> None:
         for undo in reversed(self._undo):
@@ -121,11 +121,9 @@ class _Memory:
         """Remembers one value and what it holds; immutable and foreign values pass."""
         if type(value) in _ATOMS or id(value) in self._seen:
             return
-        if isinstance(value, nn.Parameter):
-            return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
-            self.keep_tensor(value)
+            self._keep_tensor(value)
         elif isinstance(value, nn.Module):
             self._keep_module(value)
         elif isinstance(value, dict):
@@ -137,20 +135,24 @@ class _Memory:
         elif isinstance(value, tuple):
             self._keep_items(value)
         elif isinstance(value, np.ndarray):
-            saved = value.copy()
-            self._undo.append(lambda: np.copyto(value, saved))
+            self._undo.append(functools.partial(np.copyto, value, value.copy()))
         elif not self._keep_generator(value):
             self._keep_object(value)
 
-    def keep_tensor(self, tensor: Tensor) -> None:
-        saved = tensor.detach().clone()
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        # Through .data: neither version counters nor graphs that are still alive take notice.
+        needs_grad, alias = tensor.requires_grad, tensor.data
+        spare = id(tensor) in self._spare
+        whole = _memory_of(alias)
+        saved = None if spare else whole.detach().clone()
 
         def undo() -> None:
-            # Through .data: neither version counters nor graphs that are still alive take notice.
-            if tensor.shape == saved.shape:
-                tensor.data.copy_(saved)
-            else:
-                tensor.data = saved
+            if saved is not None and whole.layout == torch.strided:
+                whole.copy_(saved)
+            if saved is not None and (not _same_place(tensor, alias)):
+                tensor.data = alias if whole.layout == torch.strided else saved
+            if tensor.requires_grad != needs_grad and tensor.is_leaf:
+                tensor.requires_grad_(needs_grad)
 
         self._undo.append(undo)
 
@@ -162,17 +164,18 @@ class _Memory:
                 self.keep(value)
         for name in _HELD_TABLES:
             self._keep_dict(attributes[name])
-        for buffer in module._buffers.values():
-            self.keep(buffer)
-        for child in module._modules.values():
-            self.keep(child)
+            for value in attributes[name].values():
+                self.keep(value)
 
     def _keep_dict(self, value: dict[Any, Any]) -> None:
-        saved = dict(value)
+        saved = list(value.items())
+        # The type's own methods: a subclass may do more when an item is set.
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
 
         def undo() -> None:
-            dict.clear(value)
-            dict.update(value, saved)
+            kind.clear(value)
+            for key, item in saved:
+                kind.__setitem__(value, key, item)
 
         self._undo.append(undo)
 
@@ -216,7 +219,37 @@ class _Memory:
 
     def _keep_object(self, value: Any) -> None:
         """Remembers the attributes of a plain object, e.g. a hand-written running average."""
+        kind = type(value)
+        if kind.__module__.partition(".")[0] in _FOREIGN and kind is not types.SimpleNamespace:
+            return
         attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict and type(value).__module__.partition(".")[0] not in _FOREIGN:
+        if type(attributes) is dict:
             self._keep_dict(attributes)
             self._keep_items(attributes.values())
+        slots = {s for cls in kind.__mro__ for s in _as_tuple(vars(cls).get("__slots__", ()))}
+        held = {s: getattr(value, s) for s in slots if hasattr(value, s)}
+        if held:
+            self._undo += [functools.partial(object.__setattr__, value, *i) for i in held.items()]
+            self._keep_items(held.values())
+
+
+def _as_tuple(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _memory_of(tensor: Tensor) -> Tensor:
+    """Shows what must be copied to keep a tensor: its memory, if its elements share places."""
+    if tensor.layout != torch.strided or 0 not in tensor.stride():
+        return tensor
+    size = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
+    return tensor.as_strided((size,), (1,), 0)
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    """Tells whether two tensors are the same view of the same memory."""
+    return (
+        a.layout == b.layout == torch.strided
+        and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        and a.data_ptr() == b.data_ptr()
+    )

@@ -72,7 +72,8 @@ class Probe:
         self._devices = {p.device for p in module.parameters()}
         sizes = batch_sizes(batches)
         self._shares = [size / sum(sizes) for size in sizes]
-        self._guard: list[Tensor] = []  # Frozen parameters that the loss was seen to write to.
+        self._watching = True
+        self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
         self._by_backward = False
         self._unreached = 0  # Weights that the last loss did not depend on.
         self._dummies = [
@@ -81,18 +82,21 @@ class Probe:
         self._arguments = _step_arguments(module) if loss_fn is None else 2
         self.gradients = 0  # Evaluations with a gradient so far.
         with self._fenced(0):
-            self._batches = [self._to_device(batch) for batch in batches]
+            self._batches = [self._to_device(copy.deepcopy(batch)) for batch in batches]
 
     def __call__(self, at: Position, /) -> Sample:
         """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
         live = live_weights(self._module)
-        stop = at.segment.at(1.0)
+        parameters = list(self._module.parameters())
+        gradients = [p.grad for p in parameters]
         try:
-            if at.s != 1.0:
-                at.write(live)
-            return self._evaluate(live, at.needs_gradient)
+            for parameter in parameters:
+                parameter.grad = None  # The step may run a backward pass of its own.
+            return self._evaluate(at, live)
         finally:
-            stop.write(live)
+            at.segment.at(1.0).write(live)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
 
     def check(self) -> Sample:
         """Evaluates once at the live weights, and settles how gradients are taken.
@@ -107,16 +111,18 @@ class Probe:
                 "The model has no trainable weight: every parameter has requires_grad=False. "
                 "LCA needs weights that move; unfreeze some before training starts."
             )
-        here = Segment(live, live).at(1.0)
         frozen = [p for p in self._module.parameters() if not p.requires_grad]
         before = [p.detach().clone() for p in frozen]
+        here = {name: weight.detach().clone() for name, weight in live.items()}
+        self._watching = False
         try:
-            sample = self._try_both_ways(here)
+            sample = self._try_both_ways(Segment(here, here).at(1.0))
         finally:
-            # A teacher updated inside training_step, say: from now on the fence puts it back.
-            self._guard = [p for p, b in zip(frozen, before, strict=True) if not torch.equal(p, b)]
+            self._watching = True
             for parameter, saved in zip(frozen, before, strict=True):
-                parameter.data.copy_(saved)
+                if not torch.equal(parameter, saved):
+                    self._written.add(id(parameter))
+                    parameter.data.copy_(saved)
         if not bool(torch.isfinite(sample.loss)):
             raise MisconfigurationException(
                 f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite "
@@ -156,24 +162,26 @@ class Probe:
 
     # -- one evaluation ---------------------------------------------------------------------------
 
-    def _evaluate(self, live: Weights, needs_gradient: bool) -> Sample:
+    def _evaluate(self, at: Position, live: Weights) -> Sample:
         total: Tensor | None = None
         sums: list[Tensor] | None = None
         for j, share in enumerate(self._shares):
             with self._fenced(j), torch.enable_grad():
+                if at.s != 1.0 or j > 0:  # A forward may write to trained weights, too.
+                    at.write(live)
                 self._set_mode()
                 with self._trainer.precision_plugin.train_step_context():
                     loss = self._loss(j)
-                if needs_gradient:
+                if at.needs_gradient:
                     gradients = self._differentiate(loss * share, list(live.values()))
             loss = loss.detach().to(wide(loss)) * share
             total = loss if total is None else total + loss
-            if not needs_gradient:
+            if not at.needs_gradient:
                 continue
             # Autograd may hand out one tensor twice, or expanded: never add in place.
             sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
         assert total is not None
-        self.gradients += needs_gradient
+        self.gradients += at.needs_gradient
         return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
 
     def _loss(self, j: int) -> Tensor:
@@ -209,17 +217,15 @@ class Probe:
         """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
         gradients: list[Tensor | None]
         if self._by_backward:
-            aside = [w.grad for w in weights]
-            try:
-                for weight in weights:
-                    weight.grad = None
-                loss.backward()  # type: ignore[no-untyped-call]
-                gradients = [w.grad for w in weights]
-            finally:
-                for weight, gradient in zip(weights, aside, strict=True):
-                    weight.grad = gradient
+            for weight in weights:
+                weight.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradients = [w.grad for w in weights]
         else:
-            gradients = list(torch.autograd.grad(loss, weights, allow_unused=True))
+            # The step itself may have frozen some.
+            needed = [w for w in weights if w.requires_grad]
+            taken = iter(torch.autograd.grad(loss, needed, allow_unused=True))
+            gradients = [next(taken) if w.requires_grad else None for w in weights]
         self._unreached = sum(g is None for g in gradients)
         return [
             torch.zeros_like(w) if g is None else g.to_dense() if g.layout != torch.strided else g
@@ -242,18 +248,36 @@ class Probe:
     @contextmanager
     def _fenced(self, j: int) -> Iterator[None]:
         """Runs one evaluation of batch j: seeded, silent, uncompiled, and undone afterwards."""
-        loggers = self._trainer.loggers
-        devices = list(self._devices)
-        with fence(self._module, seed=self._seed + j, guard=self._guard, devices=devices):
+        trainer = self._trainer
+        loggers, should_stop = trainer.loggers, trainer.should_stop
+        rates = [optimizer.param_groups for optimizer in trainer.optimizers]
+        held = (self._module, rates)
+        spare, devices = self._spare(), list(self._devices)
+        with fence(*held, seed=self._seed + j, spare=spare, devices=devices):
             for module in self._module.modules():
                 if hasattr(module, "log_dict"):
                     vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
-            self._trainer.loggers = self._dummies
+            trainer.loggers = self._dummies
             try:
                 with _uncompiled():
                     yield
             finally:
-                self._trainer.loggers = loggers
+                trainer.loggers, trainer.should_stop = loggers, should_stop
+
+    def _spare(self) -> list[Tensor]:
+        """Lists the parameters that the fence need not copy.
+
+        The trained ones are put back from the segment. A forward may write to frozen ones, too,
+        such as a teacher that follows its student: they are copied, unless they are most of the
+        model. Then only those that were written to at the first evaluation are.
+        """
+        parameters = list(self._module.parameters())
+        frozen = [p for p in parameters if not p.requires_grad]
+        if self._watching and 2 * sum(map(Tensor.numel, frozen)) <= sum(
+            map(Tensor.numel, parameters)
+        ):
+            return [p for p in parameters if p.requires_grad]
+        return [p for p in parameters if id(p) not in self._written]
 
     def _to_device(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)

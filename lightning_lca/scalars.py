@@ -98,7 +98,7 @@ class Scalars:
         ):
             values |= {
                 f"{p}_layer_{key}/{label}": value
-                for label, value in zip(self._labels, column.tolist(), strict=True)
+                for label, value in zip(self._labels, column.reshape(-1).tolist(), strict=True)
             }
         self._helping.reset()
         self._hurting.reset()
