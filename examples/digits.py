@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="LCA of a small convolutional net on digits.")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--tolerance", type=float, help="largest |residual| of a step, e.g. 1e-4")
-    parser.add_argument("--every-n-steps", type=int, default=1, help="10: a tenth of the cost")
+    parser.add_argument("--every-n-steps", type=int, default=1, help="10: cheaper, coarser")
     parser.add_argument("--validation", action="store_true", help="measure on validation data too")
     parser.add_argument("--log-dir", default="lightning_logs")
     args = parser.parse_args()

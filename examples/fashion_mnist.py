@@ -93,7 +93,7 @@ def main() -> None:
             f"name a directory by --data DIR, or fetch 30 MB from\n{SOURCE} by --download."
         ) from None
 
-    # Data in memory need no workers; then a deprecation between Lightning and torch; then tips.
+    # Of no use here: workers for data in memory, a deprecation within Lightning, tips.
     warnings.filterwarnings("ignore", ".*(does not have many workers|treespec, LeafSpec)")
     rank_zero = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     rank_zero.addFilter(lambda e: e.levelno > logging.INFO or e.getMessage().startswith("LCA"))
@@ -101,7 +101,7 @@ def main() -> None:
     torch.manual_seed(0)
     train, test = TensorDataset(x / 255, y.long()), TensorDataset(test_x / 255, test_y.long())
     measured = train if args.probe == "train" else test
-    chosen = torch.randperm(len(measured))[:5000].split(1000)  # Fixed for the whole run.
+    chosen = torch.randperm(len(measured))[:5000].split(500)  # Fixed for the whole run.
     lca = LCACallback(probe=[measured[part] for part in chosen], tolerance=args.tolerance)
     quiet = {f"enable_{x}": False for x in ("checkpointing", "model_summary", "progress_bar")}
     trainer = pl.Trainer(
