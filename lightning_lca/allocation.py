@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_lca.quadrature import SIMPSON, Quadrature
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+CHUNK = 2**19  # Elements that stay in a processor's cache while several kernels go over them.
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,15 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
 
 @torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
-    """Multiplies by stop − start, tensor by tensor, so that the motion is never a whole copy."""
+    """Multiplies by stop − start, piece by piece, so that the motion is never a whole copy."""
     for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
-        sum_.mul_(torch.sub(segment.stop[name], start))
+        for total_, a, b in _pieces(sum_, start, segment.stop[name]):
+            total_.mul_(torch.sub(b, a))
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cuts large tensors of one shape alike, so that on a CPU each piece stays in its cache."""
+    large = tensors[0].numel() > CHUNK and tensors[0].device.type == "cpu"
+    if not (large and all(t.is_contiguous() for t in tensors)):
+        return [tensors]
+    return zip(*(torch.split(t.view(-1), CHUNK) for t in tensors), strict=True)

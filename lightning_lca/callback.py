@@ -177,7 +177,9 @@ class LCACallback(LightningCallback):
         self.log_dir = self._board.log_dir
         self._board.meta(self._describe(trainer, pl_module, grouping), trainer.global_step)
         self._x = self._logged_at = _x_axis(trainer)
-        self._cost = Cost(asked.every_n_steps, lambda: _synchronize(pl_module.device))
+        self._cost = Cost(
+            asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
+        )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""

@@ -8,7 +8,7 @@ from statistics import median
 
 _WARM_UP = 3
 _TIMED = 7
-_CHOICES = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_CHOICES = (2, 5, 10)  # Longer chords are curved too much for one panel of a rule.
 _CHEAP = 1.2
 
 
@@ -18,17 +18,19 @@ class Cost:
     Example:
         >>> cost_line(first=3, then=2, plain=0.010, measuring=0.019, every=1)
         'LCA: 3 probe gradients first, then 2 per measured step; training steps take 2.9x as long. \
-every_n_steps=10 would make it about 1.2x.'
+every_n_steps=10 would make it about 1.2x, with less resolution and a larger residual.'
     """
 
-    def __init__(self, every: int, synchronize: Callable[[], None]) -> None:
+    def __init__(self, every: int, refines: bool, synchronize: Callable[[], None]) -> None:
         """Starts the clock.
 
         Args:
             every: Optimizer steps per measured step.
+            refines: Whether a tolerance is set, so that a longer chord takes more gradients.
             synchronize: Waits for the device; called only until the line has been told.
         """
         self._every = every
+        self._refines = refines
         self._synchronize = synchronize
         self._gradients: list[int] = []
         self._plain: list[float] = []
@@ -64,10 +66,13 @@ every_n_steps=10 would make it about 1.2x.'
             median(self._plain[_WARM_UP:]),
             median(self._measuring[_WARM_UP:]),
             self._every,
+            refines=self._refines,
         )
 
 
-def cost_line(first: int, then: int, plain: float, measuring: float, every: int) -> str:
+def cost_line(
+    first: int, then: int, plain: float, measuring: float, every: int, *, refines: bool = False
+) -> str:
     """Words the cost: gradients, and how much longer a training step takes on average.
 
     Args:
@@ -76,6 +81,7 @@ def cost_line(first: int, then: int, plain: float, measuring: float, every: int)
         plain: Seconds of one plain training step.
         measuring: Seconds of one measurement.
         every: Optimizer steps per measurement.
+        refines: Whether a tolerance is set; then the cost of longer chords cannot be foretold.
     """
 
     def factor(n: int) -> float:
@@ -87,7 +93,10 @@ def cost_line(first: int, then: int, plain: float, measuring: float, every: int)
         f"training steps take {factor(every):.1f}x as long."
     )
     rarer = [n for n in _CHOICES if n > every]
-    if factor(every) > _CHEAP and rarer:
+    if factor(every) > _CHEAP and rarer and not refines:
         n = next((n for n in rarer if factor(n) < _CHEAP + 0.05), rarer[-1])
-        text += f" every_n_steps={n} would make it about {factor(n):.1f}x."
+        text += (
+            f" every_n_steps={n} would make it about {factor(n):.1f}x, with less resolution and "
+            "a larger residual."
+        )
     return text

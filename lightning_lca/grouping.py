@@ -13,10 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import Weights, wide
+from lightning_lca.allocation import CHUNK, Weights, wide
 
 GroupBy = Literal["parameter", "layer", "neuron"]
-_CHUNK = 2**19  # Elements that stay in a processor's cache.
 _PIECE = 2**12  # Elements that one of an accelerator's many reductions covers.
 
 
@@ -126,20 +125,23 @@ class Grouping:
 
 def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums and counts chunk by chunk, in the cache: [rows, width] each -> three [all rows]."""
-    parts = [
-        _stats(part) for r in rows for part in torch.split(r, max(1, _CHUNK // max(1, r.shape[1])))
-    ]
+    parts = []
+    for r in rows:
+        scratch = r.new_empty(min(CHUNK, r.numel()))
+        for part in torch.split(r, max(1, CHUNK // max(1, r.shape[1]))):
+            parts.append(_stats(part, scratch))
     credit, balance, moved = (torch.cat(column) for column in zip(*parts, strict=True))
     return credit, ((moved - balance) / 2).long(), ((moved + balance) / 2).long()
 
 
-def _stats(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stats(part: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gives sum, hurting − helping, hurting + helping: [rows, width] -> three [rows]."""
     double = wide(part)
     total = torch.zeros(3, len(part), dtype=double, device=part.device)
-    for chunk in torch.split(part, _CHUNK, 1):
+    for chunk in torch.split(part, CHUNK, 1):
         total[0] += chunk.sum(1, dtype=double)
-        signs = chunk.sign()  # One pass instead of two comparisons; the sign of NaN is 0.
+        # One pass instead of two comparisons; the sign of NaN is 0.
+        signs = torch.sign(chunk, out=scratch[: chunk.numel()].view(chunk.shape))
         total[1] += signs.sum(1)
         total[2] += signs.abs_().sum(1)
     return total[0], total[1], total[2]

@@ -280,9 +280,14 @@ class History:
             f"  residual         {residual:+.6f}   ({_percent(residual, change)} of the change; "
             f"largest in one step {np.abs(rows.residual).max():.2g})",
             f"  drift            {drift:+.6f}   (changes by other code than the optimizer)",
-            f"  unconverged      {missed} of {len(rows)} steps",
+            f"  unconverged      {missed} of {len(rows)} steps (beyond the tolerance, if one was "
+            "set, or not finite)",
             "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt).",
         ]
+        if abs(residual) > 0.01 * abs(change):
+            lines.append(
+                "The residual is large. Set a tolerance, e.g. 1e-3, or lower every_n_steps."
+            )
         return "\n".join(lines)
 
 

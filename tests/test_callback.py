@@ -378,7 +378,7 @@ def test_the_cost_is_told_once_with_measured_numbers(tmp_path, caplog):
     pattern = (
         r"LCA: 3 probe gradients first, then 2 per measured step; "
         r"training steps take (\d+\.\d)x as long\."
-        r"( every_n_steps=\d+ would make it about 1\.[0-2]x\.)?"
+        r"( every_n_steps=(2|5|10) would make it about \d\.\dx, with less .* residual\.)?"
     )
     factor = float(re.fullmatch(pattern, line)[1])
     assert 1 < factor < 50
@@ -386,15 +386,34 @@ def test_the_cost_is_told_once_with_measured_numbers(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("plain", "measuring", "every", "line"),
+    ("plain", "measuring", "every", "refines", "line"),
     [
-        (0.01, 0.019, 1, "take 2.9x as long. every_n_steps=10 would make it about 1.2x."),
-        (0.01, 0.001, 1, "take 1.1x as long."),
-        (0.01, 0.1, 5, "take 3.0x as long. every_n_steps=50 would make it about 1.2x."),
+        (
+            0.01,
+            0.019,
+            1,
+            False,
+            "take 2.9x as long. every_n_steps=10 would make it about 1.2x, with",
+        ),
+        (0.01, 0.001, 1, False, "take 1.1x as long."),
+        (0.01, 0.1, 5, False, "take 3.0x as long. every_n_steps=10 would make it about 2.0x, with"),
+        (0.01, 0.1, 10, False, "take 2.0x as long."),
+        (0.01, 0.1, 1, True, "take 11.0x as long."),
     ],
 )
-def test_the_cost_line_suggests_the_smallest_interval_that_is_cheap(plain, measuring, every, line):
-    assert cost_line(3, 2, plain, measuring, every).endswith(line)
+def test_the_cost_line_suggests_a_chord_only_where_that_is_good_advice(
+    plain, measuring, every, refines, line
+):
+    told = cost_line(3, 2, plain, measuring, every, refines=refines)
+    assert line in told
+    assert told.endswith("a larger residual." if line.endswith("with") else line)
+
+
+def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
+    advice = "The residual is large. Set a tolerance"
+    rough = fit(tmp_path, quadrature="euler", trainer={"max_steps": 40})
+    assert advice in rough.summary()
+    assert advice not in fit(tmp_path, trainer={"max_steps": 40}).summary()
 
 
 def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):
@@ -427,4 +446,4 @@ def test_steps_beyond_the_tolerance_are_flagged(tmp_path):
     history = lca.history
     assert not history.converged.any()
     assert (history.splits == 2).all()
-    assert "unconverged      12 of 12 steps" in lca.summary()
+    assert "unconverged      12 of 12 steps (beyond the tolerance" in lca.summary()
