@@ -291,9 +291,13 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
 @torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
     """Multiplies by stop − start, piece by piece, so that the motion is never a whole copy."""
+    # One buffer for all pieces: fresh ones would cost more in page faults than the work itself.
+    buffer = next(iter(segment.start.values())).new_empty(CHUNK)
     for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
-        for total_, a, b in _pieces(sum_, start, segment.stop[name]):
-            total_.mul_(torch.sub(b, a))
+        for piece, a, b in _pieces(sum_, start, segment.stop[name]):
+            fits = b.numel() <= CHUNK and (b.dtype, b.device) == (buffer.dtype, buffer.device)
+            moved = buffer[: b.numel()].view(b.shape) if fits else torch.empty_like(b)
+            piece.mul_(torch.sub(b, a, out=moved))
 
 
 def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

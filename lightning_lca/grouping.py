@@ -126,8 +126,9 @@ class Grouping:
 def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums and counts chunk by chunk, in the cache: [rows, width] each -> three [all rows]."""
     parts = []
+    # One for all: a fresh one for each would cost more in page faults than the sums themselves.
+    scratch = rows[0].new_empty(CHUNK)
     for r in rows:
-        scratch = r.new_empty(min(CHUNK, r.numel()))
         for part in torch.split(r, max(1, CHUNK // max(1, r.shape[1]))):
             parts.append(_stats(part, scratch))
     credit, balance, moved = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -149,7 +149,7 @@ WORKLOADS = {
         mlp,
         _vectors,
         partial(torch.optim.Adam, lr=1e-3),
-        {"cpu": 256, "cuda": 256},
+        {"cpu": 512, "cuda": 512},
         "784-2048-2048-2048-10, dropout, Adam",
     ),
     "cnn": Workload(
