@@ -221,8 +221,8 @@ def peak_bytes(device: str, run: Callable[[], Model]) -> tuple[int, Model]:
     On CUDA the allocator counts them. On the CPU the profiler notes every allocation of torch's
     allocator; memory that kernels take past it is not seen.
     """
+    gc.collect()  # What an earlier run left behind must not go away during this one.
     if device == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
