@@ -6,11 +6,12 @@ all of it on the way out, whether the body succeeds or raises.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import random
 import sys
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ _FOREIGN = frozenset(sys.stdlib_module_names) | {
     *("lightning_utilities", "lightning_lca", "tensorboard", "transformers", "tokenizers"),
 }
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_PLAIN = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList)
 _MANY = 1000  # Items of longer containers are put back, but not looked into.
 
 
@@ -145,12 +147,17 @@ class _Memory:
         spare = id(tensor) in self._spare
         whole = _memory_of(alias)
         saved = None if spare else whole.detach().clone()
+        gradient = tensor.grad if tensor.is_leaf and not spare else None
+        if gradient is not None:
+            self.keep(gradient)
 
         def undo() -> None:
             if saved is not None and whole.layout == torch.strided:
                 whole.copy_(saved)
             if saved is not None and (not _same_place(tensor, alias)):
                 tensor.data = alias if whole.layout == torch.strided else saved
+            if tensor.is_leaf and not spare:
+                tensor.grad = gradient
             if tensor.requires_grad != needs_grad and tensor.is_leaf:
                 tensor.requires_grad_(needs_grad)
 
@@ -202,6 +209,8 @@ class _Memory:
         reseed: Callable[[int], object]
         if isinstance(value, torch.Generator):
             saved, undo, reseed = value.get_state(), value.set_state, value.manual_seed
+        elif isinstance(value, random.SystemRandom):
+            return True  # It has no state.
         elif isinstance(value, random.Random):
             saved, undo, reseed = value.getstate(), value.setstate, value.seed
         elif isinstance(value, np.random.RandomState):
@@ -220,7 +229,7 @@ class _Memory:
     def _keep_object(self, value: Any) -> None:
         """Remembers the attributes of a plain object, e.g. a hand-written running average."""
         kind = type(value)
-        if kind.__module__.partition(".")[0] in _FOREIGN and kind is not types.SimpleNamespace:
+        if kind.__module__.partition(".")[0] in _FOREIGN and not isinstance(value, _PLAIN):
             return
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
