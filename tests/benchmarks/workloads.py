@@ -156,7 +156,7 @@ WORKLOADS = {
         resnet18,
         _images,
         partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-        {"cpu": 32, "cuda": 256},
+        {"cpu": 64, "cuda": 256},
         "ResNet-18, 32x32 images, stem of stride 2, BatchNorm, SGD",
     ),
     "transformer": Workload(
