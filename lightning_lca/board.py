@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lca import record
-from lightning_lca.history import Ints, Rows
+from lightning_lca.rows import Ints, Rows
 
 CHUNK_STEPS = 512
 CHUNK_BYTES = 2**18
@@ -87,7 +87,7 @@ class Board:
             rows = Rows.join(parts)
             while len(rows) >= (1 if everything else self.chunk_steps):
                 chunk, rows = rows[: self.chunk_steps], rows[self.chunk_steps :]
-                tags = record.chunk_tags(int(chunk.steps[0]), probe, chunk.parts(self._sizes))
+                tags = record.tagged("chunk", int(chunk.steps[0]), probe, chunk.parts(self._sizes))
                 self._write(tags, int(chunk.steps[-1]))
             self._unwritten[probe] = [rows]
         self._wrote = time.monotonic()

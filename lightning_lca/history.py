@@ -2,118 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca import record
+from lightning_lca import ledger, record
+from lightning_lca.rows import Floats, Ints, Rows, Windows
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-_SCALARS = (
-    "loss_before",
-    "loss_after",
-    "residual",
-    "drift",
-    "splits",
-    "converged",
-    "trained",
-    "seconds",
-)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some measured steps, one row each, for G groups.
-
-    Attributes:
-        steps: Optimizer steps done at the end of each segment [T].
-        allocated: Credit per group [T, G], in loss units; negative = helped.
-        helping: Number of weights that helped [T, G].
-        hurting: Number of weights that hurt [T, G].
-        loss_before: Probe loss at the segment's start [T].
-        loss_after: Probe loss at its end [T].
-        residual: Loss change within the segment that the credits leave unexplained [T].
-        drift: Loss change between the end of the segment before and this start [T].
-        splits: Panels that the rule was applied on [T].
-        converged: Whether |residual| ≤ tolerance, where one was asked for, and all numbers are
-            finite [T].
-        trained: Number of weights that were being trained [T].
-        seconds: What the measurement took, as the host saw it [T].
-    """
-
-    steps: Ints
-    allocated: Floats
-    helping: Ints
-    hurting: Ints
-    loss_before: Floats
-    loss_after: Floats
-    residual: Floats
-    drift: Floats
-    splits: Ints
-    converged: npt.NDArray[np.bool_]
-    trained: Ints
-    seconds: Floats
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Rows:
-        return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
-    @classmethod
-    def join(cls, parts: list[Rows]) -> Rows:
-        """Stacks tables on top of each other."""
-        return cls(
-            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
-        )
-
-    @classmethod
-    def none(cls, groups: int) -> Rows:
-        """Makes a table without rows."""
-        wide = {"allocated": float, "helping": np.int64, "hurting": np.int64}
-        kinds = {"steps": np.int64, "splits": np.int64, "trained": np.int64, "converged": np.bool_}
-        return cls(
-            **{
-                f.name: np.empty((0, groups), wide[f.name])
-                if f.name in wide
-                else np.empty(0, kinds.get(f.name, float))
-                for f in fields(cls)
-            }
-        )
-
-    def parts(self, sizes: Ints) -> dict[str, record.Array]:
-        """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
-        narrow = record.counts_dtype(sizes)
-        return {
-            "steps": self.steps,
-            "allocated": self.allocated.astype(np.float32),
-            "helping": self.helping.astype(narrow),
-            # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
-            "idle": (sizes - self.helping - self.hurting).astype(narrow),
-            "scalars": np.stack([getattr(self, name).astype(float) for name in _SCALARS], 1),
-        }
-
-    @classmethod
-    def from_parts(cls, parts: dict[str, Any], sizes: Ints) -> Rows:
-        """Reads back what `parts` gave. KeyError if one is missing."""
-        scalars = dict(zip(_SCALARS, parts["scalars"].T, strict=True))
-        helping = parts["helping"].astype(np.int64)
-        return cls(
-            steps=parts["steps"],
-            allocated=parts["allocated"].astype(float),
-            helping=helping,
-            hurting=sizes - helping - parts["idle"].astype(np.int64),
-            **{
-                name: scalars[name].astype({"converged": np.bool_}.get(name, np.int64))
-                if name in ("splits", "converged", "trained")
-                else scalars[name].copy()
-                for name in _SCALARS
-            },
-        )
+__all__ = ["Floats", "History", "Ints", "Reader", "Rows", "Windows"]
 
 
 class History:
@@ -126,24 +26,82 @@ class History:
     Attributes:
         groups: Name of every group (G,).
         sizes: Number of weights of every group [G].
+        group_by: What a group is: "layer", "parameter" or "neuron".
+        lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
     """
 
-    def __init__(self, groups: list[str], sizes: list[int]) -> None:
+    def __init__(
+        self, groups: Sequence[str], sizes: Sequence[int] | Ints, group_by: str = "layer"
+    ) -> None:
         """Starts an empty table."""
         self.groups: tuple[str, ...] = tuple(groups)
         self.sizes: Ints = np.array(sizes, np.int64)
+        self.group_by = group_by
+        self.lost = 0
         self._parts: list[Rows] = [Rows.none(len(groups))]
+        self._windows: dict[str, list[Windows]] = {}
 
     def append(self, rows: Rows) -> None:
         """Adds measured steps at the end."""
         self._parts.append(rows)
 
+    def append_windows(self, table: str, windows: Windows) -> None:
+        """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
+        self._windows.setdefault(table, []).append(windows)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps done at the end of the last measured step; 0 if there is none."""
+        return next((int(part.steps[-1]) for part in reversed(self._parts) if len(part)), 0)
+
+    def cut(self, last_step: int) -> None:
+        """Drops what was measured after a step, as a session does that starts there."""
+        self._parts = [self.rows[self.steps <= last_step]]
+        for table in list(self._windows):
+            windows = self._table(table)
+            if windows is not None:
+                self._windows[table] = [windows[windows.steps <= last_step]]
+
     @property
     def rows(self) -> Rows:
         """The whole table, with counts in place of fractions."""
         if len(self._parts) > 1:
-            self._parts = [Rows.join(self._parts)]
+            self._parts = [Rows.join([p for p in self._parts if len(p)] or self._parts[:1])]
         return self._parts[0]
+
+    @property
+    def parameters(self) -> Windows | None:
+        """Credit of every parameter over windows of steps; None in records without it."""
+        return self._table("parameters")
+
+    @property
+    def neurons(self) -> Windows | None:
+        """Credit of every neuron (output channel) over windows of steps.
+
+        None unless training had ``neurons=True``; with ``group_by="neuron"`` every measured step is
+        a window.
+        """
+        if self.group_by != "neuron":
+            return self._table("neurons")
+        return Windows(
+            self.groups, self.steps, np.ones(len(self), np.int64), np.asarray(self.allocated)
+        )
+
+    @property
+    def weights(self) -> Windows | None:
+        """Credit of a random sample of single weights over windows of steps.
+
+        None unless training had ``track_parameters=True``.
+        """
+        return self._table("weights")
+
+    def _table(self, name: str) -> Windows | None:
+        parts = self._windows.get(name)
+        if parts is None:
+            return None
+        if len(parts) > 1:
+            self._windows[name] = parts = [Windows.join(parts)]
+        return parts[0]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts)
@@ -156,7 +114,7 @@ class History:
     @property
     def allocated(self) -> Floats:
         """Credit per group [T, G], in loss units; negative = helped."""
-        return self.rows.allocated
+        return self.rows.allocated.astype(np.float64, copy=False)
 
     @property
     def helping(self) -> Floats:
@@ -212,7 +170,8 @@ class History:
     def load(cls, path: str | Path, probe: str | None = None) -> History:
         """Reads the record of a run back from its log directory (credits to float32).
 
-        Where sessions overlap, as after a resume, the later one wins.
+        Where sessions overlap, as after a resume, the later one wins. What is cut off or damaged is
+        left out and counted in ``lost``.
 
         Args:
             path: The directory with the event files.
@@ -223,73 +182,138 @@ class History:
             ValueError: No such probe.
         """
         directory = Path(path)
-        history: History | None = None
-        wanted = probe or ""
-        for kind, value in record.read_chunks(directory):
-            if kind == "meta":
-                names = [n or "" for n in value["probes"]]
-                wanted = names[0] if probe is None else probe
-                if wanted not in names:
-                    raise ValueError(f"No probe {probe!r} in {directory}; it has {names}.")
-                fresh = cls(value["groups"], value["sizes"])
-                if history is not None and history.groups == fresh.groups:
-                    fresh.append(history.rows[history.steps <= value["first_step"]])
-                history = fresh
-            elif history is not None and value["probe"] == wanted:
-                try:
-                    rows = Rows.from_parts(value, history.sizes)
-                except KeyError:
-                    continue  # The process was killed between two parts of its last chunk.
-                history.append(rows)
-        if history is None:
+        reader = Reader.of(directory)
+        if probe is None:
+            return next(iter(reader.histories.values()))
+        if probe not in reader.histories:
+            there = [p for p in reader.histories if p] or "a single one, without a name"
+            raise ValueError(f"No probe {probe!r} in {directory}; it has {there}.")
+        return reader.histories[probe]
+
+    def summary(self) -> str:
+        """Tells per group its share of the loss change, and how the ledger closes, as text."""
+        return ledger.text(self.groups, self.sizes, self.rows)
+
+
+class Reader:
+    """Builds histories from the record's tags, fed in the order in which they were written.
+
+    Attributes:
+        histories: Every probe's table, by name; "" for a single unnamed one.
+        meta: What the latest session says of itself; None before the first.
+    """
+
+    def __init__(self) -> None:
+        """Starts without a session."""
+        self.histories: dict[str, History] = {}
+        self.meta: dict[str, Any] | None = None
+        self._unread = 0
+        self._open: dict[tuple[str, int, str], dict[str, record.Array]] = {}
+
+    @classmethod
+    def of(cls, directory: Path) -> Reader:
+        """Reads all of a log directory.
+
+        Raises:
+            FileNotFoundError: The directory does not exist or holds no LCA record.
+        """
+        reader = cls()
+        for tag, data in record.read(directory):
+            reader.feed(tag, data)
+        if not reader.histories:
             there = "holds no LCA record" if directory.is_dir() else "does not exist"
+            if reader._unread:
+                there = "holds an LCA record that cannot be read: it is damaged at its beginning"
             raise FileNotFoundError(
                 f"{directory} {there}. Give the run's log directory, the one with its event files, "
                 "e.g. lightning_logs/version_0."
             )
-        return history
+        for history in reader.histories.values():
+            history.lost = reader.lost
+        return reader
 
-    def summary(self) -> str:
-        """Tells per group its share of the loss change, and how the ledger closes, as text."""
-        rows = self.rows
-        if not len(rows):
-            return "LCA: no step was measured yet."
-        credit = rows.allocated.sum(0)
-        change = float(rows.loss_after[-1] - rows.loss_before[0])
-        rank = np.empty(len(credit), int)
-        rank[np.argsort(credit, kind="stable")] = np.arange(1, len(credit) + 1)
-        helping, hurting = self.helping.mean(0), self.hurting.mean(0)
-        width = max(5, *(len(g) for g in self.groups))
-        lines = [
-            f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'share':>7}  {'helping':>7}  "
-            f"{'hurting':>7}  rank"
+    @property
+    def lost(self) -> int:
+        """Pieces that could not be read so far: chunks of steps, or stretches of a file."""
+        return self._unread + len(self._open)
+
+    def feed(self, tag: str | None, data: bytes) -> None:
+        """Takes one tag; a table's rows are there as soon as all its parts are.
+
+        Args:
+            tag: As `record.read` gives it; None for something unreadable.
+            data: What is stored under it.
+        """
+        if tag == record.META:
+            self._begin(data)
+        elif tag is None:
+            self._unread += 1
+        elif parsed := record.Tag.parse(tag):
+            key = parsed[:3]
+            parts = self._open.setdefault(key, {})
+            try:
+                parts[parsed.part] = record.unpack(data)
+                self._close(parsed, parts)
+            except KeyError:
+                return  # Some part has not come yet.
+            except ValueError:
+                parts.clear()
+                return
+            del self._open[key]
+
+    def _begin(self, data: bytes) -> None:
+        """Starts a session: what was measured up to its first step stays."""
+        try:
+            meta = json.loads(data)
+            fresh = {probe or "": _empty(meta) for probe in meta["probes"]}
+            first = int(meta["first_step"])
+        except (ValueError, KeyError, TypeError):
+            self._unread += 1
+            return
+        for probe, history in fresh.items():
+            before = self.histories.get(probe)
+            if before is not None and _alike(before, history):
+                before.cut(first)
+                fresh[probe] = before
+        self.histories, self.meta = fresh, meta
+        self._unread += len(self._open)
+        self._open = {}
+
+    def _close(self, tag: record.Tag, parts: dict[str, record.Array]) -> None:
+        history = self.histories[tag.probe]
+        if tag.table == "chunk":
+            rows = Rows.from_parts(parts, history.sizes)
+            # A session that did not say where it starts still wins over the one before.
+            if len(history) and len(rows) and rows.steps[0] <= history.last_step:
+                history.cut(int(rows.steps[0]) - 1)
+            history.append(rows)
+        else:
+            template = history._windows[tag.table][0]
+            history.append_windows(tag.table, template.from_parts(parts))
+
+
+def _empty(meta: dict[str, Any]) -> History:
+    """Makes the table that a session's description asks for."""
+    history = History(meta["groups"], meta["sizes"], meta.get("group_by", "layer"))
+    windows = meta.get("windows", {})
+    if said := windows.get("parameters"):
+        history.append_windows("parameters", Windows.none(said["names"], kinds=said["kinds"]))
+    if said := windows.get("neurons"):
+        names = [f"{stem}/{i}" for stem, n in said["stems"] for i in range(n)]
+        history.append_windows("neurons", Windows.none(names))
+    if said := windows.get("weights"):
+        names = [
+            f"{name}{[int(i) for i in np.unravel_index(index, meta['shapes'][name])]}"
+            for name, indices in said["indices"].items()
+            for index in indices
         ]
-        for g, name in enumerate(self.groups):
-            share = f"{credit[g] / change:7.1%}" if change else "      -"
-            lines.append(
-                f"{name:<{width}}  {self.sizes[g]:>10,}  {credit[g]:>+10.4f}  {share}  "
-                f"{helping[g]:7.1%}  {hurting[g]:7.1%}  {rank[g]:>4}"
-            )
-        allocated, residual, drift = credit.sum(), rows.residual.sum(), rows.drift.sum()
-        missed = int((~rows.converged).sum())
-        lines += [
-            "",
-            f"true loss change   {change:+.6f}   ({rows.loss_before[0]:.6f} -> "
-            f"{rows.loss_after[-1]:.6f}, {len(rows)} measured steps)",
-            f"  allocated        {allocated:+.6f}",
-            f"  residual         {residual:+.6f}   ({_percent(residual, change)} of the change; "
-            f"largest in one step {np.abs(rows.residual).max():.2g})",
-            f"  drift            {drift:+.6f}   (changes by other code than the optimizer)",
-            f"  unconverged      {missed} of {len(rows)} steps (beyond the tolerance, if one was "
-            "set, or not finite)",
-            "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt).",
-        ]
-        if abs(residual) > 0.01 * abs(change):
-            lines.append(
-                "The residual is large. Set a tolerance, e.g. 1e-3, or lower every_n_steps."
-            )
-        return "\n".join(lines)
+        history.append_windows("weights", Windows.none(names, sampled_from=said["of"]))
+    return history
 
 
-def _percent(part: float, whole: float) -> str:
-    return f"{abs(part / whole):.2%}" if whole else "-"
+def _alike(a: History, b: History) -> bool:
+    """Whether two sessions measured the same things."""
+    return a.groups == b.groups and all(
+        (x and x.names) == (y and y.names)
+        for x, y in ((a._table(t), b._table(t)) for t in record.WINDOWS)
+    )

@@ -20,9 +20,10 @@ from lightning_lca.allocation import (
     refine,
 )
 from lightning_lca.grouping import Grouping
-from lightning_lca.history import History, Rows
+from lightning_lca.history import History
 from lightning_lca.probe import Probe
 from lightning_lca.quadrature import Quadrature
+from lightning_lca.rows import Rows
 
 AUDIT_EVERY = 50
 

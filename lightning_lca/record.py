@@ -1,9 +1,10 @@
-"""The record's format: packed chunks of arrays in TensorBoard event files.
+"""The record's format: packed tables of arrays in TensorBoard event files.
 
 A run writes one ``lca/meta`` event (JSON: groups, sizes, settings) per session, and then chunks,
 each of some hundred measured steps, as ``lca/chunk/{first_step:09d}/{part}``; a named probe adds
-its name, ``lca/chunk/{first_step:09d}/{probe}/{part}``. One tag per chunk cannot be sampled away by
-TensorBoard.
+its name, ``lca/chunk/{first_step:09d}/{probe}/{part}``. Sums over windows of steps have the same
+tags with ``parameters``, ``neurons`` or ``weights`` in place of ``chunk``. One tag per chunk cannot
+be sampled away by TensorBoard.
 
 Every part is one string tensor: a line of JSON (dtype, shape), then the zlib-compressed bytes of
 the array, all first bytes of its elements first. Nothing here needs torch, so that TensorBoard can
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +29,39 @@ if TYPE_CHECKING:
 
 PLUGIN = "lca"
 META = "lca/meta"
-_CHUNK = re.compile(r"lca/chunk/(\d{9,})/(?:(?P<probe>.+)/)?(?P<part>[a-z_]+)")
+WINDOWS = ("parameters", "neurons", "weights")
+_TAG = re.compile(
+    rf"lca/(?P<table>chunk|{'|'.join(WINDOWS)})/(?P<first>\d{{9,}})/"
+    r"(?:(?P<probe>.+)/)?(?P<part>[a-z_]+)"
+)
 
 Array = npt.NDArray[Any]
+
+
+class Tag(NamedTuple):
+    """What a tag says: table "chunk", "parameters", "neurons" or "weights"; probe "" if unnamed."""
+
+    table: str
+    first_step: int
+    probe: str
+    part: str
+
+    @classmethod
+    def parse(cls, tag: str) -> Tag | None:
+        """Reads a tag; None if it is none of the record's tables.
+
+        Example:
+            >>> Tag.parse("lca/chunk/000000513/val/steps")
+            Tag(table='chunk', first_step=513, probe='val', part='steps')
+        """
+        match = _TAG.fullmatch(tag)
+        if match is None:
+            return None
+        return cls(match["table"], int(match["first"]), match["probe"] or "", match["part"])
+
+    def __str__(self) -> str:
+        probe = f"{self.probe}/" if self.probe else ""
+        return f"lca/{self.table}/{self.first_step:09d}/{probe}{self.part}"
 
 
 def pack(array: Array) -> bytes:
@@ -47,7 +79,7 @@ def pack(array: Array) -> bytes:
 
 
 def unpack(data: bytes) -> Array:
-    """Unpacks what `pack` made.
+    """Unpacks what `pack` made; zlib's checksum tells damaged bytes.
 
     Raises:
         ValueError: The bytes are not a packed array.
@@ -88,34 +120,53 @@ def summarize(values: Mapping[str, bytes]) -> Summary:
     )
 
 
-def chunk_tags(first_step: int, probe: str | None, parts: Mapping[str, Array]) -> dict[str, bytes]:
-    """Packs the parts of one chunk under their tags."""
-    name = f"{probe}/" if probe else ""
-    return {f"lca/chunk/{first_step:09d}/{name}{part}": pack(a) for part, a in parts.items()}
+def tagged(
+    table: str, first_step: int, probe: str | None, parts: Mapping[str, Array]
+) -> dict[str, bytes]:
+    """Packs the parts of a table under their tags."""
+    return {str(Tag(table, first_step, probe or "", p)): pack(a) for p, a in parts.items()}
 
 
-def read_chunks(log_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Reads the sessions of a log directory in the order in which they were written.
+def read(log_dir: Path) -> Iterator[tuple[str | None, bytes]]:
+    """Reads the record's tags and their data from a log directory, in the order of writing.
 
     Yields:
-        ("meta", the JSON) at the start of every session, and ("chunk", {"probe": name or "", part:
-        array}) for every chunk whose parts are all there. A file cut off in mid-write is read up to
-        the cut.
+        (tag, data), and (None, b"") for every stretch of a file that is cut off or damaged.
     """
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
 
     for path in sorted(log_dir.glob("*tfevents*")):
-        chunks: dict[tuple[str, str], dict[str, Any]] = {}
-        for event in EventFileLoader(str(path)).Load():
+        for frame in _frames(path):
+            try:
+                event = Event.FromString(frame) if frame is not None else None
+            except DecodeError:
+                event = None
+            if event is None:
+                yield None, b""
+                continue
             for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name not in ("", PLUGIN):
-                    continue
-                if value.tag == META:
-                    yield from (("chunk", chunk) for chunk in chunks.values())
-                    chunks = {}
-                    yield "meta", json.loads(value.tensor.string_val[0])
-                elif match := _CHUNK.fullmatch(value.tag):
-                    key = (match[1], match["probe"] or "")
-                    chunk = chunks.setdefault(key, {"probe": key[1]})
-                    chunk[match["part"]] = unpack(value.tensor.string_val[0])
-        yield from (("chunk", chunk) for chunk in chunks.values())
+                ours = value.metadata.plugin_data.plugin_name in ("", PLUGIN)
+                if ours and value.tag.startswith("lca/") and value.tensor.string_val:
+                    yield value.tag, value.tensor.string_val[0]
+
+
+def _frames(path: Path) -> Iterator[bytes | None]:
+    """Walks the frames of an event file: u64 length, its checksum, the bytes, their checksum.
+
+    TensorBoard's own reader stops at the first damaged event and takes a second for every 8 MB to
+    check sums in Python. Here the lengths are checked, and the parts have a checksum of their own.
+    """
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    with path.open("rb") as file:
+        while head := file.read(12):
+            if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
+                yield None
+                return  # Without a length nobody knows where the next frame begins.
+            (length,) = struct.unpack("<Q", head[:8])
+            frame = file.read(length + 4)
+            if len(frame) < length + 4:
+                yield None
+                return
+            yield frame[:-4]

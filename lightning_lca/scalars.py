@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_lca.history import Rows
 from lightning_lca.metrics import GroupCredit, HelpingFraction, HurtingFraction
+from lightning_lca.rows import Rows
 
 MOST_PANELS = 30  # More curves than this in one TensorBoard section are not read by anyone.
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from lightning_lca import History, LCACallback, record
-from lightning_lca.history import Rows
+from lightning_lca.rows import Rows
 
 EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift")
 COLUMNS = (*EXACT, "splits", "converged", "trained", "seconds")
@@ -203,7 +203,7 @@ def test_fifty_layers_take_less_than_400_bytes_a_step():
         seconds=generator.uniform(size=steps),
     )
     parts = rows.parts(sizes)
-    tags = record.chunk_tags(1, None, parts)
+    tags = record.tagged("chunk", 1, None, parts)
     assert max(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items()) < 2**18
     written = sum(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items())
     assert written / steps < 400

@@ -15,6 +15,8 @@ ROOMS = [
     "grouping",
     "metrics",
     "record",
+    "rows",
+    "ledger",
     "history",
     "scalars",
     "board",
@@ -73,7 +75,7 @@ def test_importing_the_package_loads_neither_torch_nor_lightning():
 
 def test_the_record_is_read_without_torch():
     read = "import lightning_lca, pathlib; lightning_lca.History; "
-    read += "from lightning_lca.record import read_chunks; list(read_chunks(pathlib.Path('.')))"
+    read += "from lightning_lca.record import read; list(read(pathlib.Path('.')))"
     assert not loaded_after(read) & (HEAVY - {"tensorboard"})
 
 

@@ -1,0 +1,162 @@
+"""The run in one table: every group's share of the loss change, and how the ledger closes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_lca.rows import Ints, Rows
+
+LARGE = 0.01  # A residual beyond this share of the loss change is pointed out.
+SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
+REMEDY = "The residual is large. Set a tolerance, e.g. 1e-3, or lower every_n_steps."
+
+
+@dataclass(frozen=True)
+class Line:
+    """One group: LCA in loss units (negative = helped), fractions of its weights, mean per step.
+
+    ``share`` is that of the true loss change, None where that is zero; ``rank`` 1 helped most.
+    """
+
+    name: str
+    weights: int
+    credit: float
+    share: float | None
+    helping: float
+    hurting: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All groups, and true change = allocated + residual + drift, in loss units."""
+
+    lines: tuple[Line, ...]
+    first_loss: float
+    last_loss: float
+    allocated: float
+    residual: float
+    drift: float
+    largest: float
+    measured: int
+    unconverged: int
+
+    @classmethod
+    def of(cls, groups: Sequence[str], sizes: Ints, rows: Rows) -> Ledger:
+        """Sums at least one measured step."""
+        credit = rows.allocated.sum(0, dtype=float)
+        first, last = float(rows.loss_before[0]), float(rows.loss_after[-1])
+        weights = np.maximum(sizes, 1)
+        helping = (rows.helping / weights).mean(0)
+        hurting = (rows.hurting / weights).mean(0)
+        rank = np.empty(len(credit), int)
+        rank[np.argsort(credit, kind="stable")] = np.arange(1, len(credit) + 1)
+        return cls(
+            lines=tuple(
+                Line(
+                    name,
+                    int(sizes[g]),
+                    float(credit[g]),
+                    float(credit[g] / (last - first)) if last != first else None,
+                    float(helping[g]),
+                    float(hurting[g]),
+                    int(rank[g]),
+                )
+                for g, name in enumerate(groups)
+            ),
+            first_loss=first,
+            last_loss=last,
+            allocated=float(credit.sum()),
+            residual=float(rows.residual.sum()),
+            drift=float(rows.drift.sum()),
+            largest=float(np.abs(rows.residual).max()),
+            measured=len(rows),
+            unconverged=int((~rows.converged).sum()),
+        )
+
+    @property
+    def change(self) -> float:
+        """True change of the probe loss."""
+        return self.last_loss - self.first_loss
+
+    @property
+    def unexplained(self) -> str:
+        """The residual as a share of the change, as text."""
+        return f"{abs(self.residual / self.change):.2%}" if self.change else "-"
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told."""
+        large = abs(self.residual) > LARGE * abs(self.change)
+        return [SIGN, REMEDY] if large else [SIGN]
+
+
+def text(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
+    """Draws the table for a terminal."""
+    if not len(rows):
+        return "LCA: no step was measured yet."
+    ledger = Ledger.of(groups, sizes, rows)
+    width = max(5, *(len(line.name) for line in ledger.lines))
+    head = (
+        f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'share':>7}  {'helping':>7}  "
+        f"{'hurting':>7}  rank"
+    )
+    lines = [
+        f"{line.name:<{width}}  {line.weights:>10,}  {line.credit:>+10.4f}  "
+        f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  {line.rank:>4}"
+        for line in ledger.lines
+    ]
+    ends = f"{ledger.first_loss:.6f} -> {ledger.last_loss:.6f}"
+    sums = [
+        f"true loss change   {ledger.change:+.6f}   ({ends}, {ledger.measured} measured steps)",
+        f"  allocated        {ledger.allocated:+.6f}",
+        f"  residual         {ledger.residual:+.6f}   ({ledger.unexplained} of the change; "
+        f"largest in one step {ledger.largest:.2g})",
+        f"  drift            {ledger.drift:+.6f}   (changes by other code than the optimizer)",
+        f"  unconverged      {ledger.unconverged} of {ledger.measured} steps (beyond the "
+        "tolerance, if one was set, or not finite)",
+    ]
+    return "\n".join([head, *lines, "", *sums, *ledger.remarks])
+
+
+def markdown(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
+    """Draws the same table for TensorBoard's Text tab."""
+    if not len(rows):
+        return "LCA: no step was measured yet."
+    ledger = Ledger.of(groups, sizes, rows)
+    lines = [
+        "| layer | weights | LCA | share of the change | helping | hurting | rank |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {_escape(line.name)} | {line.weights:,} | {line.credit:+.4f} "
+        f"| {_percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank} |"
+        for line in ledger.lines
+    ]
+    lines += [
+        "",
+        "| ledger | loss | |",
+        "|---|---:|---|",
+        f"| **true loss change** | **{ledger.change:+.6f}** | {ledger.first_loss:.6f} → "
+        f"{ledger.last_loss:.6f} in {ledger.measured} measured steps |",
+        f"| allocated | {ledger.allocated:+.6f} | sum of the LCA above |",
+        f"| residual | {ledger.residual:+.6f} | {ledger.unexplained} of the change; largest in one "
+        f"step {ledger.largest:.2g} |",
+        f"| drift | {ledger.drift:+.6f} | changes by other code than the optimizer |",
+        f"| unconverged | {ledger.unconverged} | of {ledger.measured} steps |",
+        "",
+        *ledger.remarks,
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _escape(name: str) -> str:
+    """Keeps a layer's name from being read as Markdown or HTML."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|<>~" else c for c in name)
