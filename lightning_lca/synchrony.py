@@ -256,13 +256,13 @@ def _correlation(table: Floats) -> Floats:
     series = table if finite.all() else table[finite]
     if not series.size:
         return np.full((table.shape[1],) * 2, np.nan)
-    varies = series.min(0) < series.max(0)
-    # Scaled first, so that squares of very large or small credits do not leave the range of floats.
+    # Scaled first: squares of very large or small credits stay in the range of floats, and a
+    # constant becomes ones, whose mean is exact.
     scale = np.abs(series).max(0)
     series = series / np.where(scale > 0, scale, 1)
     series -= series.mean(0)
     norm = np.sqrt(np.einsum("tg,tg->g", series, series))
-    series /= np.where(varies & (norm > 0), norm, np.nan)
+    series /= np.where(norm > 0, norm, np.nan)
     return np.clip(series.T @ series, -1, 1)
 
 
