@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lca import record
-from lightning_lca.rows import Ints, Rows
+from lightning_lca.rows import Ints, Rows, Windows
 
 CHUNK_STEPS = 512
 CHUNK_BYTES = 2**18
@@ -42,6 +42,7 @@ class Board:
         self._own: Any = None
         self._sizes = sizes
         self._unwritten: dict[str | None, list[Rows]] = {}
+        self._windows: dict[tuple[str, str | None], list[Windows]] = {}
         self._wrote = time.monotonic()
         # An event of moderate size never holds the writer's thread for long.
         self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * len(sizes))))
@@ -72,6 +73,11 @@ class Board:
         """Takes measured steps of a probe for the record."""
         self._unwritten.setdefault(probe, []).append(rows)
 
+    def add_windows(self, probe: str | None, windows: Mapping[str, Windows]) -> None:
+        """Takes sums over windows of steps for the record."""
+        for table, window in windows.items():
+            self._windows.setdefault((table, probe), []).append(window)
+
     def waiting(self, probe: str | None) -> int:
         """Counts the measured steps of a probe that are not in the record yet."""
         return sum(map(len, self._unwritten.get(probe, [])))
@@ -90,6 +96,13 @@ class Board:
                 tags = record.tagged("chunk", int(chunk.steps[0]), probe, chunk.parts(self._sizes))
                 self._write(tags, int(chunk.steps[-1]))
             self._unwritten[probe] = [rows]
+        for (table, probe), windows in self._windows.items():
+            joined = Windows.join(windows)
+            self._write(
+                record.tagged(table, int(joined.steps[0]), probe, joined.parts()),
+                int(joined.steps[-1]),
+            )
+        self._windows = {}
         self._wrote = time.monotonic()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from lightning_lca.allocation import Allocation
 from lightning_lca.batches import read_batches
 from lightning_lca.board import Board
 from lightning_lca.cost import Cost
+from lightning_lca.detail import Detail
 from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy, Grouping
 from lightning_lca.history import History
@@ -55,7 +56,13 @@ class LCACallback(LightningCallback):
         group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
         log_every_n_steps: Interval of the scalars; None: that of the Trainer.
         seed: Draws the probe's batches and seeds its random numbers.
-        track_parameters: Keeps ``totals`` and ``last``, at two more copies of the weights.
+        track_parameters: Keeps ``totals`` and ``last``, at two more copies of the weights, and
+            follows a sample of 10,000 single weights in the record.
+        neurons: Keeps the credit of every neuron (output channel) per logging interval in the
+            record, so that dashboards can open a layer; one more pass over the weights per step.
+        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow),
+            or as PNG files in ``log_dir``, up to ten times per run and at its end.
+        custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
 
     Attributes:
         log_dir: Directory of the record, while and after training.
@@ -82,6 +89,9 @@ class LCACallback(LightningCallback):
         log_every_n_steps: int | None = None,
         seed: int = 0,
         track_parameters: bool = False,
+        neurons: bool = False,
+        figures: bool = True,
+        custom_scalars: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
         super().__init__()
@@ -98,6 +108,9 @@ class LCACallback(LightningCallback):
             log_every_n_steps=log_every_n_steps,
             seed=seed,
             track_parameters=track_parameters,
+            neurons=neurons,
+            figures=figures,
+            custom_scalars=custom_scalars,
         )
         self.log_dir: FilePath | None = None
         self._path = Path()
@@ -177,6 +190,7 @@ class LCACallback(LightningCallback):
         self.log_dir = self._board.log_dir
         self._board.meta(self._describe(trainer, pl_module, grouping), trainer.global_step)
         self._x = self._logged_at = _x_axis(trainer)
+        self._interval = asked.log_every_n_steps or trainer.log_every_n_steps
         self._cost = Cost(
             asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
         )
@@ -198,8 +212,8 @@ class LCACallback(LightningCallback):
         if self._path.is_open and done >= self._settings.every_n_steps:
             gradients = self._measure(trainer, pl_module)
             self._x = _x_axis(trainer)
-            interval = self._settings.log_every_n_steps or trainer.log_every_n_steps
-            if interval and (self._x + 1) // interval > self._logged_at // interval:
+            every = self._interval
+            if every and (self._x + 1) // every > self._logged_at // every:
                 self._log()
                 self._logged_at = self._x + 1
         self._record()
@@ -238,9 +252,17 @@ class LCACallback(LightningCallback):
             seed=asked.seed,
         )
         probe.check()
+        detail = Detail(
+            module,
+            grouping,
+            neurons=asked.neurons,
+            weights=asked.track_parameters,
+            seed=asked.seed,
+        )
         return Meter(
             probe,
             grouping,
+            detail,
             asked.rule,
             tolerance=asked.tolerance,
             max_splits=asked.max_splits,
@@ -271,6 +293,14 @@ class LCACallback(LightningCallback):
             values |= scalars.take()
         if values and self._board is not None:
             self._board.scalars(values, self._x)
+        self._close_windows()
+
+    def _close_windows(self) -> None:
+        """Ends the windows of finer sums; `_collect` comes first."""
+        for name, meter in self._meters.items():
+            windows = meter.take_windows()
+            if self._board is not None:
+                self._board.add_windows(name, windows)
 
     def _record(self) -> None:
         """Writes to the record when a chunk is full, or waits for long."""
@@ -280,11 +310,14 @@ class LCACallback(LightningCallback):
         waiting = [meter.pending + board.waiting(name) for name, meter in self._meters.items()]
         if board.overdue or max(waiting) >= board.chunk_steps:
             self._collect()
+            if not self._interval:
+                self._close_windows()
             board.write(everything=board.overdue)
 
     def _finish(self) -> None:
         self._path.abandon()
         self._collect()
+        self._close_windows()
         if self._board is not None:
             self._board.write(everything=True)
             self._board.close()
@@ -300,6 +333,7 @@ class LCACallback(LightningCallback):
             "groups": grouping.names,
             "sizes": grouping.sizes,
             "shapes": {n: list(p.shape) for n, p in module.named_parameters()},
+            "windows": self._first_meter("meta").windows,
             "modules": {n: type(m).__name__ for n, m in module.named_modules()},
             "settings": self._settings.describe(),
         }

@@ -27,11 +27,13 @@ class GroupSums:
         credit: Σ A per group [groups], float64, in loss units; negative = helped.
         helping: Number of weights with A < 0 per group [groups], int64.
         hurting: Number of weights with A > 0 per group [groups], int64. The rest is idle.
+        parameters: Σ A per parameter [parameters], float64.
     """
 
     credit: Tensor
     helping: Tensor
     hurting: Tensor
+    parameters: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Grouping:
         names: Name of every group, in network order.
         sizes: Number of weights of every group [groups].
         by: "parameter", "layer" or "neuron".
+        parameters: Name of every parameter.
+        kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -93,9 +97,28 @@ class Grouping:
             for group in groups:
                 sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
             self._rows[name] = _Rows(torch.tensor(groups, dtype=torch.long), dim, blocks)
+        self.parameters: list[str] = list(self._rows)
+        self.kinds: list[str] = [_kind(module, name) for name in self.parameters]
         self.names: list[str] = list(index)
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
-        self._on_device: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
+        self._on_device: dict[tuple[torch.device, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def stems(self) -> list[tuple[str, int]]:
+        """Of groups by neuron: the name before the slash, and how many there are in a row.
+
+        Example:
+            >>> Grouping(nn.Linear(4, 3), "neuron").stems
+            [('weight', 3), ('bias', 3)]
+        """
+        stems: list[tuple[str, int]] = []
+        for name in self.names:
+            stem = name.rpartition("/")[0]
+            if stems and stems[-1][0] == stem:
+                stems[-1] = (stem, stems[-1][1] + 1)
+            else:
+                stems.append((stem, 1))
+        return stems
 
     def sums(self, values: Weights) -> GroupSums:
         """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
@@ -106,21 +129,26 @@ class Grouping:
         names = tuple(values)
         device = next(iter(values.values())).device
         rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
-        index = self._index(names, device)
+        index, parameter = self._index(names, device)
         per_row = _row_sums(rows) if device.type == "cpu" else _row_sums_in_few_kernels(rows)
-        credit, helping, hurting = (
-            torch.zeros(len(self.names), dtype=s.dtype, device=device).index_add_(0, index, s)
-            for s in per_row
-        )
-        return GroupSums(credit, helping, hurting)
+        credit, helping, hurting = (_add_up(s, index, len(self.names)) for s in per_row)
+        parameters = _add_up(per_row[0], parameter, len(self.parameters))
+        return GroupSums(credit, helping, hurting, parameters)
 
-    def _index(self, names: tuple[str, ...], device: torch.device) -> Tensor:
-        """Gives the group of every row of these parameters [rows], copied to the device once."""
+    def _index(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Gives the group and the parameter of every row [rows], copied to the device once."""
         key = (device, names)
         if key not in self._on_device:
-            index = torch.cat([self._rows[n].groups for n in names])
-            self._on_device = {key: index.to(device)}
+            groups = torch.cat([self._rows[n].groups for n in names])
+            place = {n: i for i, n in enumerate(self.parameters)}
+            parameters = torch.cat([torch.full_like(self._rows[n].groups, place[n]) for n in names])
+            self._on_device = {key: (groups.to(device), parameters.to(device))}
         return self._on_device[key]
+
+
+def _add_up(per_row: Tensor, index: Tensor, length: int) -> Tensor:
+    total = torch.zeros(length, dtype=per_row.dtype, device=per_row.device)
+    return total.index_add_(0, index, per_row)
 
 
 def _row_sums(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,3 +218,12 @@ def _rows_of(
         return [f"{stem}/{i}" for i in range(owner.out_channels)], 1, owner.groups
     rows = parameter.shape[0] if parameter.dim() else 1
     return [f"{stem}/{i}" for i in range(rows)], 0, 1
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    """Tells kernels from biases and from what normalizations learn."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path.partition(".parametrizations.")[0])
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    return "bias" if "bias" in leaf else "kernel"

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca import ledger, record
-from lightning_lca.rows import Floats, Ints, Rows, Windows
+from lightning_lca.rows import Floats, Ints, Rows, Windows, window_tables
 
 __all__ = ["Floats", "History", "Ints", "Reader", "Rows", "Windows"]
 
@@ -295,19 +295,9 @@ class Reader:
 def _empty(meta: dict[str, Any]) -> History:
     """Makes the table that a session's description asks for."""
     history = History(meta["groups"], meta["sizes"], meta.get("group_by", "layer"))
-    windows = meta.get("windows", {})
-    if said := windows.get("parameters"):
-        history.append_windows("parameters", Windows.none(said["names"], kinds=said["kinds"]))
-    if said := windows.get("neurons"):
-        names = [f"{stem}/{i}" for stem, n in said["stems"] for i in range(n)]
-        history.append_windows("neurons", Windows.none(names))
-    if said := windows.get("weights"):
-        names = [
-            f"{name}{[int(i) for i in np.unravel_index(index, meta['shapes'][name])]}"
-            for name, indices in said["indices"].items()
-            for index in indices
-        ]
-        history.append_windows("weights", Windows.none(names, sampled_from=said["of"]))
+    tables = window_tables(meta.get("windows", {}), meta.get("shapes", {}))
+    for name, table in tables.items():
+        history.append_windows(name, table)
     return history
 
 

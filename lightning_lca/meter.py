@@ -19,11 +19,12 @@ from lightning_lca.allocation import (
     allocate,
     refine,
 )
+from lightning_lca.detail import Detail
 from lightning_lca.grouping import Grouping
 from lightning_lca.history import History
 from lightning_lca.probe import Probe
 from lightning_lca.quadrature import Quadrature
-from lightning_lca.rows import Rows
+from lightning_lca.rows import Rows, Windows
 
 AUDIT_EVERY = 50
 
@@ -56,12 +57,14 @@ class Meter:
         audits: Starts evaluated only to check a kept one.
         totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked.
         last: The latest allocation, where parameters are tracked.
+        windows: What a reader of the record must know of the finer sums, as JSON.
     """
 
     def __init__(
         self,
         probe: Probe,
         grouping: Grouping,
+        detail: Detail,
         rule: Quadrature,
         *,
         tolerance: float | None = None,
@@ -73,17 +76,22 @@ class Meter:
         Args:
             probe: The loss surface.
             grouping: How weights are summed.
+            detail: What finer sums are kept.
             rule: Quadrature rule of a segment.
             tolerance: Refines until |residual| is below it, by Simpson's rule.
             max_splits: Most panels of a refinement.
             track_parameters: Keeps ``totals`` and ``last``.
         """
         self.probe = probe
-        self.history = History(grouping.names, grouping.sizes)
+        self.history = History(grouping.names, grouping.sizes, grouping.by)
+        for name, table in detail.tables.items():
+            self.history.append_windows(name, table)
         self.audits = 0
         self.totals: dict[str, Tensor] | None = {} if track_parameters else None
         self.last: Allocation | None = None
         self._grouping = grouping
+        self._detail = detail
+        self.windows = detail.said
         self._rule = rule
         self._tolerance = tolerance
         self._max_splits = max_splits
@@ -114,6 +122,7 @@ class Meter:
                 self.probe, segment, self._tolerance, self._max_splits, first, self._out
             )
         sums = self._grouping.sums(allocation.values)
+        self._detail.update(allocation.values, sums)
         before = self._kept.loss if self._kept is not None else allocation.loss_before
         drift = allocation.loss_before - before
         ends = torch.stack([allocation.loss_before, allocation.loss_after, drift])
@@ -168,6 +177,15 @@ class Meter:
         )
         self.history.append(rows)
         return rows
+
+    def take_windows(self) -> dict[str, Windows]:
+        """Ends the window of finer sums here, into the history; gives it, or {} if it is empty."""
+        if self._pending:
+            raise RuntimeError("A window ends on collected steps: call collect first.")
+        windows = self._detail.take(self.history.last_step)
+        for name, window in windows.items():
+            self.history.append_windows(name, window)
+        return windows
 
     def _start_of(self, segment: Segment, continues: bool) -> Sample | None:
         """Gives the sample at the start if one is known that can be trusted."""

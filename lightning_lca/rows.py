@@ -218,3 +218,35 @@ class Windows:
             allocated=allocated.astype(float),
             helping=None if helping is None else helping.astype(np.int64),
         )
+
+
+def window_tables(
+    said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Windows]:
+    """Makes empty tables of windows from what a session's description says of them.
+
+    Args:
+        said: {"parameters": {"names", "kinds"}, "neurons": {"stems": [(layer, neurons)]},
+            "weights": {"indices": {parameter: flat indices}, "of": weights sampled from}}, each
+            where there is such a table.
+        shapes: Shape of every parameter.
+
+    Example:
+        >>> said = {"weights": {"indices": {"fc.weight": [0, 5]}, "of": 6}}
+        >>> window_tables(said, {"fc.weight": [2, 3]})["weights"].names
+        ('fc.weight[0, 0]', 'fc.weight[1, 2]')
+    """
+    tables = {}
+    if told := said.get("parameters"):
+        tables["parameters"] = Windows.none(told["names"], kinds=told["kinds"])
+    if told := said.get("neurons"):
+        names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
+        tables["neurons"] = Windows.none(names)
+    if told := said.get("weights"):
+        names = [
+            f"{name}{[int(i) for i in np.unravel_index(index, tuple(shapes[name]))]}"
+            for name, indices in told["indices"].items()
+            for index in indices
+        ]
+        tables["weights"] = Windows.none(names, sampled_from=told["of"])
+    return tables

@@ -37,6 +37,9 @@ class Settings:
     log_every_n_steps: int | None
     seed: int
     track_parameters: bool
+    neurons: bool
+    figures: bool
+    custom_scalars: bool
 
     @classmethod
     def check(cls, *, probe: Any, quadrature: Any, **arguments: Any) -> Settings:

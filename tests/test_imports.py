@@ -18,6 +18,7 @@ ROOMS = [
     "rows",
     "ledger",
     "history",
+    "detail",
     "scalars",
     "board",
     "flavours",
