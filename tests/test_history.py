@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -10,12 +11,13 @@ import time
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 from cases import Classifier, make_trainer, toy_loader
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from lightning_lca import History, LCACallback, record
+from lightning_lca import Grouping, History, LCACallback, record
 from lightning_lca.rows import Rows
 
 EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift")
@@ -53,8 +55,9 @@ def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
     lca = fit(tmp_path, logger=TensorBoardLogger(tmp_path), steps=27)
     accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
     accumulator.Reload()
-    tags = [t for t in accumulator.Tags()["tensors"] if t.startswith("lca/chunk/")]
-    assert tags == list(accumulator.PluginTagToContent("lca"))[1:], "all belong to the plugin"
+    ours = {t for t in accumulator.Tags()["tensors"] if t.startswith("lca/")}
+    assert ours == set(accumulator.PluginTagToContent("lca")), "all belong to the plugin"
+    tags = [t for t in ours if t.startswith("lca/chunk/")]
     chunks = sorted({t.split("/")[2] for t in tags})
     assert chunks == ["000000001", "000000009", "000000017", "000000025"]
 
@@ -86,6 +89,141 @@ def test_a_second_session_takes_over_from_the_step_it_starts_at(tmp_path):
     second = fit(tmp_path, logger=TensorBoardLogger(tmp_path, version="same"), steps=5, seed=2)
     assert first.log_dir == second.log_dir
     assert_same(History.load(second.log_dir), second.history)
+
+
+class Follow(pl.Callback):
+    """Adds up credits and helping steps of every weight, from `LCACallback.last`."""
+
+    def __init__(self, lca):
+        self.lca, self.helped, self.first = lca, None, None
+
+    def on_train_batch_end(self, trainer, *args):
+        values = self.lca.last.values
+        if self.helped is None:
+            self.helped = {n: torch.zeros_like(v, dtype=torch.long) for n, v in values.items()}
+        for name, value in values.items():
+            self.helped[name] += value < 0
+        if trainer.global_step == 7:
+            self.first = {n: v.clone() for n, v in self.lca.totals.items()}
+
+
+@pytest.fixture(scope="module")
+def detailed(tmp_path_factory):
+    """A run with every table of windows, on a network that the sample covers whole."""
+    log_dir = tmp_path_factory.mktemp("detailed")
+    pl.seed_everything(1)
+    lca = LCACallback(neurons=True, track_parameters=True)
+    follow = Follow(lca)
+    trainer = make_trainer(log_dir, lca, follow, max_steps=24, log_every_n_steps=7)
+    trainer.fit(Classifier(), toy_loader())
+    return lca, follow
+
+
+@pytest.mark.parametrize("table", ["parameters", "neurons", "weights"])
+def test_windows_add_up_to_the_steps_they_cover(detailed, table):
+    lca, _ = detailed
+    for history, exact in ((lca.history, 1e-12), (History.load(lca.log_dir), 1e-6)):
+        windows = getattr(history, table)
+        assert windows.steps.tolist() == [7, 14, 21, 24]
+        assert windows.measured.tolist() == [7, 7, 7, 3]
+        assert windows.allocated.shape == (4, len(windows.names))
+        for (start, stop), total in zip(
+            ((0, 7), (7, 14), (14, 21), (21, 24)), windows.allocated.sum(1)
+        ):
+            assert total == pytest.approx(history.allocated[start:stop].sum(), rel=exact)
+
+
+def test_neuron_windows_are_those_of_a_run_grouped_by_neuron(detailed, tmp_path):
+    lca, _ = detailed
+    twin = fit(tmp_path, group_by="neuron", steps=24).history
+    neurons = lca.history.neurons
+    assert neurons.names == twin.groups == twin.neurons.names
+    assert np.allclose(neurons.allocated[1], twin.allocated[7:14].sum(0), rtol=0, atol=1e-15)
+    assert np.array_equal(twin.neurons.allocated, twin.allocated)
+
+
+def test_sampled_weights_are_the_weights_they_are_named_after(detailed):
+    lca, follow = detailed
+    weights = History.load(lca.log_dir).weights
+    assert weights.sampled_from == len(weights.names) == lca.history.sizes.sum()
+    for i, name in enumerate(weights.names):
+        parameter, _, index = name.rstrip("]").partition("[")
+        index = tuple(int(x) for x in index.split(","))
+        assert weights.helping[:, i].sum() == follow.helped[parameter][index]
+        credit = float(lca.totals[parameter][index])
+        assert weights.allocated[:, i].sum() == pytest.approx(credit, rel=1e-5, abs=1e-9)
+        first = float(follow.first[parameter][index])
+        assert weights.allocated[0, i] == pytest.approx(first, rel=1e-5, abs=1e-9)
+
+
+def test_a_large_network_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.detail.SAMPLE", 40)
+    names = set()
+    for seed in range(3):
+        weights = fit(tmp_path, track_parameters=True, seed=seed).history.weights
+        names.add(weights.names)
+        assert len(set(weights.names)) == 40
+    assert len(names) == 1, "the draw depends on LCACallback's own seed alone"
+    assert weights.sampled_from == 548
+
+
+def test_kinds_tell_kernels_from_biases_and_norms():
+    net = torch.nn.Sequential(
+        torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(2, 3, 1)),
+        torch.nn.BatchNorm1d(3),
+        torch.nn.LSTM(3, 2),
+    )
+    kinds = dict(zip(Grouping(net).parameters, Grouping(net).kinds))
+    assert kinds.pop("1.weight") == kinds.pop("1.bias") == "norm"
+    assert {n for n, k in kinds.items() if k == "bias"} == {
+        "0.bias",
+        "2.bias_ih_l0",
+        "2.bias_hh_l0",
+    }
+    assert {k for n, k in kinds.items() if "bias" not in n} == {"kernel"}
+
+
+def damage(lca, tag, mark):
+    """Flips a bit of what a tag holds, some bytes after a mark."""
+    (path,) = lca.log_dir.glob("*tfevents*")
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(mark, whole.index(tag.encode())) + 6] ^= 4
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", ["steps", "allocated", "helping", "idle", "scalars"])
+def test_a_damaged_chunk_costs_its_own_steps_alone(tmp_path, monkeypatch, part):
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    lca = fit(tmp_path, steps=24)
+    damage(lca, f"lca/chunk/000000009/{part}", b"}\n")
+    loaded = History.load(lca.log_dir)
+    assert loaded.steps.tolist() == [*range(1, 9), *range(17, 25)]
+    assert np.array_equal(loaded.residual, np.delete(lca.history.residual, slice(8, 16)))
+    assert loaded.lost == 1
+
+
+def test_a_record_without_its_description_says_so(tmp_path):
+    lca = fit(tmp_path)
+    damage(lca, "lca/meta", b"groups")
+    with pytest.raises(FileNotFoundError, match="damaged at its beginning"):
+        History.load(lca.log_dir)
+
+
+def test_a_damaged_length_ends_a_file_and_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    lca = fit(tmp_path, steps=24)
+    (path,) = lca.log_dir.glob("*tfevents*")
+    whole = bytearray(path.read_bytes())
+    position = 0
+    (length,) = struct.unpack_from("<Q", whole)
+    while b"lca/chunk/000000017/steps" not in whole[position : position + length + 16]:
+        position += length + 16
+        (length,) = struct.unpack_from("<Q", whole, position)
+    whole[position] ^= 1
+    path.write_bytes(whole)
+    loaded = History.load(lca.log_dir)
+    assert len(loaded) == 16
+    assert loaded.lost == 1
 
 
 def test_directories_without_a_record_are_named(tmp_path):
