@@ -13,6 +13,7 @@ ROOMS = [
     "quadrature",
     "allocation",
     "grouping",
+    "synchrony",
     "metrics",
     "record",
     "rows",
@@ -31,28 +32,43 @@ ROOMS = [
     "cost",
     "settings",
     "callback",
+    "tensorboard.query",
+    "tensorboard.tables",
+    "tensorboard.bins",
+    "tensorboard.views",
+    "tensorboard.together",
+    "tensorboard.source",
+    "tensorboard.store",
+    "tensorboard.answers",
+    "tensorboard.plugin",
 ]
 HOME = Path(lightning_lca.__file__).parent
 
 
 def imports_of(room):
-    for node in ast.walk(ast.parse((HOME / f"{room}.py").read_text())):
+    path = HOME / f"{room.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
         if (
             isinstance(node, ast.ImportFrom)
             and node.module
             and node.module.startswith("lightning_lca")
         ):
+            base = node.module.partition(".")[2]
+            packages = {"": "", "tensorboard": "tensorboard."}
             yield from (
-                [node.module.partition(".")[2]]
-                if "." in node.module
-                else [alias.name for alias in node.names]
+                [packages[base] + alias.name for alias in node.names]
+                if base in packages
+                else [base]
             )
         elif isinstance(node, ast.Import):
             yield from (a.name.partition(".")[2] for a in node.names if "lightning_lca" in a.name)
 
 
 def test_every_module_is_a_room():
-    assert sorted(p.stem for p in HOME.glob("*.py")) == sorted([*ROOMS, "__init__"])
+    for package in ("", "tensorboard."):
+        found = (HOME / package.replace(".", "/")).glob("*.py")
+        rooms = [r for r in ROOMS if r.rpartition(".")[0] == package.rstrip(".")]
+        assert sorted(package + p.stem for p in found) == sorted([*rooms, f"{package}__init__"])
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -68,6 +84,18 @@ def loaded_after(code):
 
 
 HEAVY = {"torch", "pytorch_lightning", "lightning", "torchmetrics", "matplotlib", "tensorboard"}
+
+
+def test_the_dashboard_knows_the_record_and_not_the_training():
+    rooms = [room for room in ROOMS if room.startswith("tensorboard.")]
+    outside = {i for room in rooms for i in imports_of(room) if i not in rooms}
+    assert outside <= {"record", "history", "synchrony"}
+
+
+def test_importing_the_dashboard_loads_neither_torch_nor_lightning_nor_matplotlib():
+    light = "import lightning_lca.tensorboard.plugin, lightning_lca.tensorboard.answers"
+    assert not loaded_after(light) & (HEAVY - {"tensorboard"})
+    assert "numpy" not in loaded_after("import lightning_lca.tensorboard")
 
 
 def test_importing_the_package_loads_neither_torch_nor_lightning():

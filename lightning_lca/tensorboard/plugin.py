@@ -1,0 +1,122 @@
+"""What TensorBoard loads: the tab, its page, and the routes that answer it.
+
+Whatever is imported here is imported at every start of TensorBoard, and an error would stop all of
+it. So the rooms behind the routes wait for `load`, whose errors TensorBoard catches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorboard.plugins import base_plugin
+
+NAME = "lca"
+_STATIC = Path(__file__).parent / "static"
+_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", "": "text/plain"}
+
+App = Callable[..., Any]
+
+
+class LCALoader(base_plugin.TBLoader):  # type: ignore[misc]
+    """Makes the plugin once TensorBoard is up."""
+
+    def fix_flags(self, flags: Any) -> None:
+        """Asks for every chunk of the record, unless the user asked for a number."""
+        samples = getattr(flags, "samples_per_plugin", None)
+        if isinstance(samples, dict):
+            samples.setdefault(NAME, 0)
+
+    def load(self, context: Any) -> LCAPlugin:
+        """Makes the plugin for this TensorBoard."""
+        return LCAPlugin(context)
+
+
+class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
+    """The tab, and what it asks for."""
+
+    plugin_name = NAME
+
+    def __init__(self, context: Any) -> None:
+        """Prepares an empty store: nothing is read before the page asks."""
+        from lightning_lca.tensorboard.store import Store
+
+        self._provider = context.data_provider
+        self._store = Store()
+
+    def is_active(self) -> bool:
+        """Leaves it to TensorBoard, which enables the tab where a run has data of this plugin."""
+        return False
+
+    def frontend_metadata(self) -> Any:
+        """Names the tab and its page."""
+        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
+
+    def get_plugin_apps(self) -> dict[str, App]:
+        """Gives a handler for every route: the answers, and the page's files by their names."""
+        from lightning_lca.tensorboard.answers import ANSWERS
+
+        files = (
+            sorted(p for p in _STATIC.iterdir() if p.suffix in _TYPES) if _STATIC.exists() else []
+        )
+        apps = {f"/{path.name}": _file(path) for path in files}
+        return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
+
+    def _answer(self, name: str) -> App:
+        from tensorboard import plugin_util
+        from tensorboard.backend import http_util
+        from werkzeug import Request, Response
+
+        from lightning_lca.tensorboard.answers import ANSWERS
+        from lightning_lca.tensorboard.query import Query, QueryError
+        from lightning_lca.tensorboard.source import Source
+
+        @Request.application
+        def app(request: Request) -> Any:
+            if request.method not in ("GET", "HEAD"):
+                return _refuse(request, f"{request.method} is not answered here. Use GET.", 405)
+            context = plugin_util.context(request.environ)
+            experiment = plugin_util.experiment_id(request.environ)
+            source = Source(self._provider, context, experiment)
+            try:
+                answer = ANSWERS[name](self._store, source, Query(request.args))
+            except QueryError as error:
+                return _refuse(request, str(error), 400)
+            if isinstance(answer, dict):
+                text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
+                return http_util.Respond(request, text, "application/json")
+            # A table may be long: it is written while it is sent.
+            return Response(
+                answer.text if request.method == "GET" else None,
+                mimetype="text/csv",
+                headers={
+                    "Content-Disposition": f'attachment; filename="{answer.file_name}"',
+                    "X-Content-Type-Options": "nosniff",
+                    "Cache-Control": "no-cache, must-revalidate",
+                },
+            )
+
+        return app
+
+
+def _refuse(request: Any, why: str, code: int) -> Any:
+    from tensorboard.backend import http_util
+
+    headers = [("Allow", "GET, HEAD")] if code == 405 else None
+    text = json.dumps({"error": why})
+    return http_util.Respond(request, text, "application/json", code=code, headers=headers)
+
+
+def _file(path: Path) -> App:
+    from tensorboard.backend import http_util
+    from werkzeug import Request
+
+    @Request.application
+    def app(request: Request) -> Any:
+        if request.method not in ("GET", "HEAD"):
+            return _refuse(request, f"{request.method} is not answered here. Use GET.", 405)
+        return http_util.Respond(request, path.read_bytes(), _TYPES[path.suffix])
+
+    return app

@@ -1,0 +1,185 @@
+"""What the page draws, from tables: sums over bins of optimizer steps, and what follows from them.
+
+Every view takes a `Table` and a range and gives plain values that JSON can hold, with None in
+place of what is not finite. Credit is in loss units; negative = helped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lightning_lca.history import Floats, Ints
+from lightning_lca.tensorboard.bins import Bins, Range, plain
+from lightning_lca.tensorboard.query import QueryError, show
+from lightning_lca.tensorboard.tables import Table, spacing
+
+_CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
+_CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.
+
+
+def bins(table: Table, asked: Range) -> dict[str, Any]:
+    """Credit of every layer and the ledger, per bin."""
+    rows, tiles = table.rows, asked.tile(table)
+    before = slice(0, tiles.rows.start)
+    return {
+        "edges": tiles.edges.tolist(),
+        "layers": table.layers,
+        "sizes": table.layer_sizes.tolist(),
+        "credit": plain(_credit(table, tiles)),
+        "before": plain(table.by_layer(rows.allocated[before].astype(np.float64).sum(0))),
+        "loss": plain(_loss_at_edges(table, tiles)),
+        "loss_first": plain(rows.loss_before[0]),
+        "residual": plain(tiles.sums(rows.residual)),
+        "drift": plain(tiles.sums(rows.drift)),
+        "measured": tiles.measured.tolist(),
+        "unconverged": tiles.sums(~rows.converged, np.int64).tolist(),
+        "residual_before": plain(rows.residual[before].sum()),
+        "drift_before": plain(rows.drift[before].sum()),
+    }
+
+
+def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
+    """How many of the weights that moved helped, of the network and of one layer, per bin."""
+    rows, tiles = table.rows, asked.tile(table)
+    helped, hurt = (_counts(values, tiles, slice(None)) for values in (rows.helping, rows.hurting))
+    answer = {
+        "edges": tiles.edges.tolist(),
+        "measured": tiles.measured.tolist(),
+        "network": _shares(helped, hurt, tiles.sums(rows.trained, np.int64)),
+        "layer": None,
+    }
+    if layer is not None:
+        place = table.find(layer)
+        columns = table.columns[layer]
+        helped, hurt = (_counts(values, tiles, columns) for values in (rows.helping, rows.hurting))
+        answer["layer"] = _shares(helped, hurt, tiles.measured * table.layer_sizes[place])
+    return answer
+
+
+def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
+    """Credit of one layer's channels, per bin, the most helpful first.
+
+    Raises:
+        QueryError: The record has no channels, or no such layer.
+    """
+    if table.group_by == "neuron":
+        names, steps, credit = table.groups, table.rows.steps, table.rows.allocated
+    elif table.neurons is not None:
+        names, steps, credit = table.neurons.names, table.neurons.steps, table.neurons.allocated
+    else:
+        raise QueryError(
+            "This record has no channels: it was made without them. Train with "
+            "LCACallback(neurons=True) to see the channels of a layer."
+        )
+    table.find(layer)
+    # A parameter's channels are those of its module.
+    module = layer.rpartition(".")[0] if table.group_by == "parameter" else layer
+    own = np.array([i for i, n in enumerate(names) if n.rpartition("/")[0] == module], np.int64)
+    if not len(own):
+        raise QueryError(f"Layer {show(layer)} has no channels. Choose another one.")
+    finest = max(1, _CELLS // min(_CHANNELS, len(own)))
+    coarser = Range(asked.start, asked.stop, min(asked.bins, finest))
+    tiles = coarser.tile(table, steps, spacing(steps))
+    total = credit[tiles.rows][:, own].astype(np.float64).sum(0)
+    order = np.argsort(total, kind="stable")
+    if len(order) > _CHANNELS:
+        order = np.concatenate([order[: _CHANNELS // 2], order[-_CHANNELS // 2 :]])
+    shown = own[order]
+    return {
+        "layer": layer,
+        "edges": tiles.edges.tolist(),
+        "channels": [names[i] for i in shown],
+        "credit": plain(tiles.sums(credit[:, shown]).T),
+        "total": plain(total[order]),
+        "shown": len(shown),
+        "of": len(own),
+    }
+
+
+def table(shown: Table, asked: Range) -> dict[str, Any]:
+    """The ledger of the range: what every layer gave, and what the credits leave over."""
+    span = asked.tile(shown).rows
+    rows = shown.rows[span]
+    credit = shown.by_layer(rows.allocated.astype(np.float64).sum(0))
+    helped, hurt = (
+        shown.by_layer(counts.sum(0, dtype=np.int64)) for counts in (rows.helping, rows.hurting)
+    )
+    start, stop = _loss_before(shown, span.start), _loss_before(shown, span.stop)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns = {
+            "credit": plain(credit),
+            "share": plain(credit / (stop - start)),
+            "helping": plain(helped / (shown.layer_sizes * len(rows))),
+            "hurting": plain(hurt / (shown.layer_sizes * len(rows))),
+        }
+    sizes = shown.layer_sizes.tolist()
+    return {
+        "layers": [
+            {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
+            for i, name in enumerate(shown.layers)
+        ],
+        "true_change": plain(stop - start),
+        "allocated": plain(credit.sum()),
+        "residual": plain(rows.residual.sum()),
+        "drift": plain(rows.drift.sum()),
+        "rows": len(rows),
+        "unconverged": int((~rows.converged).sum()),
+        "largest_residual": plain(np.abs(rows.residual).max(initial=0.0)),
+        "first_step": int(rows.steps[0]) if len(rows) else None,
+        "last_step": int(rows.steps[-1]) if len(rows) else None,
+    }
+
+
+def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
+    """Credit of the layers that two tables share, on common bins."""
+    first, last = asked.of(a, b)
+    width = max(a.spacing, b.spacing)
+    both = [name for name in a.layers if name in b.columns]
+    answer: dict[str, Any] = {"layers": both}
+    for letter, one in (("a", a), ("b", b)):
+        tiles = Bins.of(one.rows.steps, first, last, asked.bins, width)
+        places = [one.find(name) for name in both]
+        before = one.rows.allocated[: tiles.rows.start].astype(np.float64).sum(0)
+        answer["edges"] = tiles.edges.tolist()
+        answer[letter] = plain(_credit(one, tiles)[places])
+        answer[f"before_{letter}"] = plain(one.by_layer(before)[places])
+    answer["only_a"] = [name for name in a.layers if name not in b.columns]
+    answer["only_b"] = [name for name in b.layers if name not in a.columns]
+    return answer
+
+
+def _credit(shown: Table, tiles: Bins) -> Floats:
+    """Adds up credit per layer and bin [L, B]."""
+    credit: Floats = shown.by_layer(tiles.sums(shown.rows.allocated)).T
+    return credit
+
+
+def _loss_before(shown: Table, row: int) -> float:
+    """Gives the probe loss from which a row's drift and step start."""
+    return float(shown.rows.loss_after[row - 1] if row else shown.rows.loss_before[0])
+
+
+def _loss_at_edges(shown: Table, tiles: Bins) -> Floats:
+    """Gives the probe loss at the edges [B + 1]; nan after an empty bin."""
+    rows = shown.rows
+    known = np.concatenate([rows.loss_before[:1], rows.loss_after])
+    return np.where(np.append(True, tiles.measured > 0), known[tiles.cuts], np.nan)
+
+
+def _counts(counts: Ints, tiles: Bins, columns: Any) -> Ints:
+    """Counts weights of these columns per bin [B]."""
+    parts = (counts[a:b] for a, b in zip(tiles.cuts, tiles.cuts[1:], strict=False))
+    return np.array([part[:, columns].sum(dtype=np.int64) for part in parts], np.int64)
+
+
+def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
+    moved = helped + hurt
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "share": plain(helped / moved),
+            "sd": plain(0.5 / np.sqrt(moved)),
+            "helping": plain(helped / trained),
+            "hurting": plain(hurt / trained),
+        }
