@@ -1,0 +1,79 @@
+/** The server's JSON routes: one request at a time per source, and stale answers are dropped. */
+
+/** The address of a route; the base works under any path prefix. */
+export function route(name, params = {}) {
+  const url = new URL(name, import.meta.url);
+  for (const [key, value] of Object.entries(params)) {
+    if (value !== null && value !== undefined) url.searchParams.set(key, value);
+  }
+  return url;
+}
+
+/** Fetches JSON; an Error carries the server's own words. */
+export async function fetchJson(url, signal) {
+  let answer;
+  try {
+    answer = await fetch(url, { signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("TensorBoard does not answer. Is it still running?");
+  }
+  let body;
+  try {
+    body = await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error(`TensorBoard answered ${answer.status} without data for ${url.pathname}.`);
+  }
+  if (!answer.ok) throw new Error(body.error ?? `TensorBoard answered ${answer.status}.`);
+  return body;
+}
+
+/** One route's latest answer. `want` asks for it unless it is there or on its way already. */
+export class Source {
+  constructor(name, onChange) {
+    this.name = name;
+    this.onChange = onChange;
+    this.reset();
+  }
+
+  /** Forgets the answer and what is on its way. */
+  reset() {
+    this.controller?.abort();
+    this.controller = null;
+    this.wanted = null;
+    this.data = null;
+    this.error = null;
+  }
+
+  get busy() {
+    return this.controller !== null;
+  }
+
+  /** Asks for the route with these parameters. `version` tells when old answers are outdated. */
+  async want(params, version) {
+    const url = route(this.name, params);
+    const wanted = `${url.href} ${version}`;
+    if (wanted === this.wanted) return;
+    this.controller?.abort();
+    const controller = new AbortController();
+    this.controller = controller;
+    this.wanted = wanted;
+    try {
+      const data = await fetchJson(url, controller.signal);
+      if (this.controller !== controller) return;
+      this.data = data;
+      this.error = null;
+    } catch (error) {
+      if (this.controller !== controller) return;
+      this.error = error.message;
+    }
+    this.controller = null;
+    this.onChange(this);
+  }
+
+  /** Asks again after an error. */
+  retry() {
+    this.wanted = null;
+  }
+}

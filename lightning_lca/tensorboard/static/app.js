@@ -1,0 +1,260 @@
+/** Puts the page together: the state asks the sources, and the sources' answers are drawn. */
+
+import { Source } from "./api.js";
+import { margins } from "./axes.js";
+import { el } from "./dom.js";
+import { steps } from "./format.js";
+import { Store } from "./state.js";
+import { followTheme } from "./theme.js";
+import { TopBar } from "./topbar.js";
+import { Verdict } from "./verdict.js";
+import { channelsView } from "./view-channels.js";
+import { compareView } from "./view-compare.js";
+import { cumulativeView } from "./view-cumulative.js";
+import { helpingView } from "./view-helping.js";
+import { layersView } from "./view-layers.js";
+import { synchronyView } from "./view-synchrony.js";
+import { tableView } from "./view-table.js";
+import { clampRange, panned, zoomed } from "./zoom.js";
+
+const POLL = 3000; // Milliseconds between looks for new data.
+const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
+const NAMES = ["bins", "table", "helping", "synchrony", "channels", "compare"];
+
+/** Orders names with their numbers: version_2 before version_10. */
+const natural = new Intl.Collator("en", { numeric: true }).compare;
+
+export class App {
+  constructor(parent) {
+    this.store = new Store();
+    this.runs = null;
+    this.sources = Object.fromEntries(NAMES.map((name) => [name, new Source(name, () => this.draw())]));
+    this.act = {
+      onRange: (start, stop) => this.setRange(start, stop),
+      onWhole: () => this.store.set({ start: null, stop: null }),
+      onWheel: (kind, turn, at) => this.onWheel(kind, turn, at),
+      onSelect: (layer) => this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
+    };
+    this.main = el("main");
+    const head = el("div", { id: "head" });
+    this.topbar = new TopBar(head, this);
+    this.banner = el("div", { id: "banner", class: "message", "data-testid": "banner", hidden: true });
+    parent.append(head, this.banner, this.main);
+    this.verdict = new Verdict(this.main);
+    this.views = [layersView, channelsView, cumulativeView, helpingView, synchronyView, compareView, tableView].map((make) => make(this));
+    this.showKeys();
+  }
+
+  /** Starts: the theme, the size, the first look for runs, and the next ones. */
+  start() {
+    followTheme(() => this.draw());
+    this.store.listeners.push(() => this.refresh());
+    new ResizeObserver(() => {
+      clearTimeout(this.resizing);
+      this.resizing = setTimeout(() => this.refresh(), 80);
+    }).observe(this.main);
+    this.listing = new Source("runs", (source) => this.onRuns(source));
+    this.poll();
+  }
+
+  /** Hidden behind another tab of the browser or of TensorBoard. */
+  get hidden() {
+    return document.hidden || document.documentElement.clientWidth === 0;
+  }
+
+  /** Looks for new data now and then; never twice at once. */
+  poll() {
+    const due = !this.runs || this.store.state.live !== "0";
+    if (due && !this.hidden && !this.listing.busy) this.listing.want({}, Date.now());
+    setTimeout(() => this.poll(), this.runs?.length ? POLL : POLL / 2);
+  }
+
+  onRuns({ data, error }) {
+    if (error) {
+      this.topbar.updated.textContent = "no answer";
+      if (!this.runs) this.say(error, true);
+      return;
+    }
+    const time = new Date().toLocaleTimeString("en-GB");
+    this.topbar.updated.textContent = `updated ${time}`;
+    const before = JSON.stringify(this.runs);
+    this.runs = [...data.runs].sort((a, b) => natural(a.name, b.name));
+    if (JSON.stringify(this.runs) !== before) this.refresh();
+  }
+
+  /** The run of the state, else the latest. */
+  get run() {
+    const { state } = this.store;
+    return this.runs?.find(({ name }) => name === state.run) ?? (state.run === null ? this.runs?.at(-1) : undefined);
+  }
+
+  /** Every other measurement: the probes of this run, then the other runs with the same probe first. */
+  choices(run, probe) {
+    const several = (r) => r.probes.length > 1;
+    const own = run.probes
+      .filter((p) => p !== probe)
+      .map((p) => ({ run: run.name, probe: p, text: `probe ${p || "–"}` }));
+    const others = this.runs
+      .filter((r) => r !== run && !r.error)
+      .flatMap((r) => r.probes.map((p) => ({ run: r.name, probe: p, text: several(r) ? `${r.name} · ${p}` : r.name })));
+    others.sort((a, b) => (b.probe === probe) - (a.probe === probe));
+    return [...own, ...others];
+  }
+
+  /** The steps shown and those there are; null before anything is known. */
+  range() {
+    const { run } = this;
+    if (!run || run.error || !run.rows) return null;
+    const { start, stop } = this.store.state;
+    const [first, last] = [Math.min(run.first_step, this.sources.bins.first ?? Infinity), run.last_step];
+    return { start: start ?? first, stop: stop ?? last, first, last };
+  }
+
+  setRange(start, stop) {
+    const range = this.range();
+    if (range) this.store.set(clampRange(start, stop, range.first, range.last));
+  }
+
+  onWheel(kind, turn, at) {
+    const range = this.range();
+    if (!range) return;
+    const { start, stop } = range;
+    this.setRange(...(kind === "pan" ? panned(start, stop, 0.2 * turn) : zoomed(start, stop, turn > 0 ? 1.5 : 1 / 1.5, at)));
+  }
+
+  /** Asks for what the state needs, and draws what is there. */
+  refresh() {
+    const { state } = this.store;
+    const { run } = this;
+    if (!this.runs) return;
+    if (!run || run.error || !run.rows) {
+      this.sayNoRun(run);
+      return;
+    }
+    this.banner.hidden = true;
+    this.main.hidden = false;
+    if (this.shown !== run.name) {
+      for (const source of Object.values(this.sources)) source.reset();
+      this.verdict.clear();
+      this.shown = run.name;
+    }
+    const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
+    const layer = run.layers.includes(state.layer) ? state.layer : null;
+    if (state.run !== run.name || state.probe !== probe || state.layer !== layer) {
+      this.store.set({ run: run.name, probe, layer }); // And comes back here.
+      return;
+    }
+    const width = this.main.clientWidth;
+    if (width < 300) return;
+    const { left, right } = margins(width);
+    const inner = Math.floor((width - left - right) / 50) * 50;
+    const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / run.layers.length)));
+    const common = { run: run.name, probe, start: state.start, stop: state.stop };
+    const want = (name, extra, version = run.stamp) => this.sources[name].want({ ...common, ...extra }, version);
+    want("bins", { bins: fitting });
+    want("table", {});
+    want("helping", { bins: Math.max(40, Math.floor(inner / 5)), layer });
+    want("synchrony", { bins: Math.max(40, Math.floor(inner / 3)), strongest: state.strongest });
+    if (layer) want("channels", { bins: Math.min(fitting, 500), layer });
+    else this.sources.channels.reset();
+    const other = this.runs.find(({ name }) => name === state.vs_run);
+    if (other?.probes.includes(state.vs_probe ?? "")) {
+      want("compare", { bins: Math.min(fitting, 600), run_b: other.name, probe_b: state.vs_probe }, `${run.stamp} ${other.stamp}`);
+    } else this.sources.compare.reset();
+    this.draw();
+  }
+
+  /** What the views need to know beside their own data. */
+  context() {
+    const { state } = this.store;
+    const { run, sources } = this;
+    const table = sources.table.data;
+    const choices = run && !run.error ? this.choices(run, state.probe) : [];
+    return {
+      state,
+      run,
+      runs: this.runs,
+      table,
+      bins: sources.bins.data,
+      synchrony: sources.synchrony.data,
+      change: table?.true_change,
+      choices,
+      own: { run: state.run, probe: state.probe },
+      other: choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null,
+    };
+  }
+
+  /** Draws everything that is there. */
+  draw() {
+    if (!this.runs) return;
+    const context = this.context();
+    this.topbar.draw(context);
+    if (this.main.hidden || !context.run) return;
+    this.verdict.draw(context);
+    for (const view of this.views) {
+      const { data, error, busy } = this.sources[view.source];
+      const blocked = view.blocked?.(context);
+      view.section.root.setAttribute("aria-busy", busy);
+      if (blocked) {
+        const [text, children] = [blocked].flat(1).length > 1 ? blocked : [blocked, []];
+        view.section.say(text, { children });
+      } else if (error) view.section.say(error, { error: true });
+      else if (data) {
+        view.section.show();
+        view.draw(data, context);
+      }
+    }
+    const all = Object.values(this.sources);
+    document.documentElement.dataset.ready = String(!all.some((source) => source.busy));
+  }
+
+  /** Shows words in place of the whole page. */
+  say(text, error = false, ...children) {
+    this.main.hidden = true;
+    this.banner.hidden = false;
+    this.banner.classList.toggle("error", error);
+    this.banner.replaceChildren(el("p", {}, text), ...children);
+    document.documentElement.dataset.ready = "true";
+    this.topbar.draw(this.context());
+  }
+
+  sayNoRun(run) {
+    if (run?.error) this.say(`Run ${run.name} cannot be shown. ${run.error}`, true);
+    else if (run) this.say(`Run ${run.name} has no measured step yet. They appear here as soon as the first are written.`);
+    else if (this.runs.length) this.say(`There is no run ${this.store.state.run} here. Choose one above.`, true);
+    else {
+      this.say(
+        "No run with LCA data yet. TensorBoard may still be reading the logs; otherwise add the callback to a Trainer that logs to this directory:",
+        false,
+        el("pre", {}, "from lightning_lca import LCACallback\n\ntrainer = pl.Trainer(callbacks=[LCACallback()])"),
+      );
+    }
+  }
+
+  /** What each part of the page needs of the whole. */
+  sectionHooks(source) {
+    return {
+      about: () => {
+        const range = this.range();
+        const { run, probe } = this.store.state;
+        return [run, probe && `probe ${probe}`, range && steps(range.start, range.stop)].filter(Boolean).join(" · ");
+      },
+      onRetry: () => {
+        this.sources[source].retry();
+        this.refresh();
+      },
+    };
+  }
+
+  showKeys() {
+    this.main.append(
+      el(
+        "footer",
+        {},
+        "Drag: zoom · double click: whole run · Ctrl + wheel: zoom · Shift + wheel: move · " +
+          "on a layer's name: ↑ ↓ to go, Enter to select, ← → to move, + − to zoom, 0 for the whole run. " +
+          "LCA: the loss change that a layer's motion caused, in units of the loss; negative helped.",
+      ),
+    );
+  }
+}

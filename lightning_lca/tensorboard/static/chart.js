@@ -1,0 +1,264 @@
+/** Lines over the step axis, by uPlot, with the margins of all plots. */
+
+import { FONT_SMALL, margins, sideLabels, stepTicks, valueTicks } from "./axes.js";
+import { el } from "./dom.js";
+import { number } from "./format.js";
+import { colors } from "./theme.js";
+import { hideTooltip, showTooltip } from "./tooltip.js";
+import uPlot from "./uPlot.esm.js";
+import { cursor, zoomable } from "./zoom.js";
+
+/** The range of some values with a little air; [lists of numbers or null]. */
+export function extent(lists, { include = [], air = 0.06 } = {}) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const list of [...lists, include]) {
+    for (const v of list) {
+      if (v === null || v === undefined) continue;
+      if (v < low) low = v;
+      if (v > high) high = v;
+    }
+  }
+  if (low > high) return [-1, 1];
+  if (low === high) return [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
+  const by = (high - low) * air;
+  return [low - by, high + by];
+}
+
+/**
+ * A chart. `update` takes a view: {x, lines: [{values, color, width, dash, alpha}], low, high (steps),
+ * y: [low, high], title (of the y axis), format (y value -> text), below: [draw(chart)], above:
+ * [draw(chart)], labels: [{text, value, color, bold, rank}], describe(position) -> [title, rows],
+ * axis: whether the step axis has numbers}.
+ */
+export class Chart {
+  constructor(host, { testid, label, height, act }) {
+    this.height = height;
+    this.act = act;
+    this.view = null;
+    this.plot = null;
+    this.root = el("div", { class: "chart", role: "img", "aria-label": label, "data-testid": testid });
+    this.root.style.height = `${height}px`;
+    host.append(this.root);
+    cursor.follow(this, (at) => this.showLine(at));
+  }
+
+  update(view) {
+    this.view = view;
+    this.draw();
+  }
+
+  draw() {
+    const width = Math.floor(this.root.clientWidth);
+    if (!this.view || width < 300) return;
+    const { x, lines, low, high, y, title, format = (v) => number(v), axis = true } = this.view;
+    const { left, right } = margins(width);
+    const inner = width - left - right;
+    const ticks = stepTicks(low, high, inner);
+    const line = { stroke: colors.muted, font: FONT_SMALL, grid: { stroke: colors.grid, width: 1 } };
+    this.margins = { left, right };
+    this.plot?.destroy();
+    this.plot = new uPlot(
+      {
+        width,
+        height: this.height,
+        padding: [8, right, axis ? 0 : 8, 0],
+        legend: { show: false },
+        cursor: { x: true, y: false, drag: { x: false, y: false }, points: { show: false }, bind: silent() },
+        scales: { x: { time: false, range: () => [low, high] }, y: { range: () => y } },
+        axes: [
+          {
+            ...line,
+            show: axis,
+            label: "optimizer step",
+            labelFont: FONT_SMALL,
+            labelSize: 18,
+            labelGap: 0,
+            size: 20,
+            gap: 4,
+            ticks: { stroke: colors.frame, size: 4 },
+            grid: { show: false },
+            splits: () => ticks.map((tick) => tick.at),
+            values: () => ticks.map((tick) => tick.label),
+          },
+          {
+            ...line,
+            size: left - 20,
+            label: title,
+            labelFont: FONT_SMALL,
+            labelSize: 20,
+            labelGap: 0,
+            gap: 6,
+            ticks: { show: false },
+            splits: () => valueTicks(y[0], y[1], (this.height - 40) / 36),
+            values: (_, splits) => splits.map(format),
+          },
+        ],
+        series: [
+          {},
+          ...lines.map((l) => ({
+            stroke: l.color,
+            width: l.width ?? 1.5,
+            dash: l.dash,
+            alpha: l.alpha ?? 1,
+            spanGaps: l.spanGaps ?? false,
+            points: { show: x.length <= 40 || lonely, size: 4, fill: l.color },
+          })),
+        ],
+        hooks: {
+          drawAxes: [(u) => this.paint(u, this.view.below)],
+          draw: [
+            (u) => {
+              this.paint(u, this.view.above);
+              this.drawFrame(u);
+              this.drawLabels(u);
+            },
+          ],
+        },
+      },
+      [x, ...lines.map((l) => l.values)],
+      this.root,
+    );
+    zoomable(this.plot.over, () => ({ width: inner, low, high }), {
+      ...this.act,
+      onMove: (at, px, py, event) => this.onMove(at, py, event),
+      onLeave: () => {
+        cursor.move(null, this);
+        this.showLine(null);
+        hideTooltip();
+      },
+    });
+    Object.assign(this.root.dataset, { start: low + 1, stop: high, plotLeft: left, plotWidth: inner });
+  }
+
+  /** Runs the view's own drawing in CSS pixels, clipped to the plot. */
+  paint(u, draws = []) {
+    const context = u.ctx;
+    const ratio = uPlot.pxRatio;
+    context.save();
+    context.beginPath();
+    context.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
+    context.clip();
+    context.scale(ratio, ratio);
+    const tools = {
+      context,
+      x: (step) => u.valToPos(step, "x", true) / ratio,
+      y: (value) => u.valToPos(value, "y", true) / ratio,
+    };
+    for (const draw of draws) draw(tools);
+    context.restore();
+  }
+
+  drawFrame(u) {
+    const { left, top, width, height } = u.bbox;
+    u.ctx.save();
+    u.ctx.strokeStyle = colors.frame;
+    u.ctx.lineWidth = uPlot.pxRatio;
+    u.ctx.strokeRect(left, top, width, height);
+    u.ctx.restore();
+  }
+
+  drawLabels(u) {
+    const context = u.ctx;
+    const ratio = uPlot.pxRatio;
+    const { left, top, width, height } = u.bbox;
+    context.save();
+    context.scale(ratio, ratio);
+    const items = (this.view.labels ?? []).map((label) => ({
+      ...label,
+      y: Math.min(top + height, Math.max(top, u.valToPos(label.value, "y", true))) / ratio,
+    }));
+    sideLabels(context, items, {
+      x: (left + width) / ratio,
+      width: this.margins.right,
+      top: top / ratio,
+      bottom: (top + height) / ratio,
+    });
+    context.restore();
+  }
+
+  onMove(at, y, event) {
+    cursor.move(at, this);
+    this.showLine(at);
+    const told = this.view.describe?.(at, this.plot.posToVal(y, "y"));
+    if (told) showTooltip(event, ...told);
+  }
+
+  showLine(at) {
+    if (!this.plot) return;
+    const outside = at === null || at < this.view.low || at > this.view.high;
+    this.plot.setCursor({ left: outside ? -10 : this.plot.valToPos(at, "x"), top: 0 }, false);
+  }
+}
+
+/** uPlot's own listeners are all off: `zoomable` does what they would do. */
+function silent() {
+  const names = ["mousedown", "mouseup", "click", "dblclick", "mousemove", "mouseleave", "mouseenter"];
+  return Object.fromEntries(names.map((name) => [name, () => null]));
+}
+
+/** Shows points only where a value has no neighbours to be joined to. */
+function lonely(u, series) {
+  const values = u.data[series];
+  return values.some((v, i) => v !== null && values[i - 1] == null && values[i + 1] == null);
+}
+
+/** Draws a filled band between two lists over x; null breaks it. */
+export function band(xs, lows, highs, color) {
+  return ({ context, x, y }) => {
+    context.fillStyle = color;
+    let run = [];
+    const flush = () => {
+      if (run.length) {
+        context.beginPath();
+        for (const i of run) context.lineTo(x(xs[i]), y(highs[i]));
+        for (const i of run.reverse()) context.lineTo(x(xs[i]), y(lows[i]));
+        context.fill();
+      }
+      run = [];
+    };
+    xs.forEach((_, i) => {
+      if (lows[i] === null || highs[i] === null) flush();
+      else run.push(i);
+    });
+    flush();
+  };
+}
+
+/** The same in steps: value i holds from edge i to edge i + 1. */
+export function steppedBand(edges, lows, highs, color) {
+  return ({ context, x, y }) => {
+    context.fillStyle = color;
+    lows.forEach((low, i) => {
+      if (low === null || highs[i] === null) return;
+      const left = x(edges[i]);
+      context.fillRect(left, y(highs[i]), x(edges[i + 1]) - left + 0.3, y(low) - y(highs[i]));
+    });
+  };
+}
+
+/** Draws bars from zero, value i from edge i to edge i + 1; `color(i)`. */
+export function bars(edges, values, color) {
+  return ({ context, x, y }) => {
+    values.forEach((v, i) => {
+      if (!v) return;
+      const left = x(edges[i]);
+      const width = x(edges[i + 1]) - left;
+      context.fillStyle = color(i);
+      context.fillRect(left, y(Math.max(0, v)), Math.max(1, width - (width > 4 ? 1 : 0)), Math.max(0.5, Math.abs(y(0) - y(v))));
+    });
+  };
+}
+
+/** Draws a horizontal line. */
+export function rule(value, color, dash = []) {
+  return ({ context, x, y }) => {
+    context.strokeStyle = color;
+    context.lineWidth = 1;
+    context.setLineDash(dash);
+    context.beginPath();
+    context.moveTo(x(-1e12), Math.round(y(value)) + 0.5);
+    context.lineTo(x(1e12), Math.round(y(value)) + 0.5);
+    context.stroke();
+    context.setLineDash([]);
+  };
+}

@@ -1,0 +1,59 @@
+/** Numbers and names as people read them. */
+
+const MINUS = "\u2212";
+const NARROW = "\u202f"; // Between a number and its unit.
+
+/** A number with some significant digits: 0.922, 1.2e−6, – for none. */
+export function number(value, digits = 3) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  const text =
+    size < 1e-4 || size >= 1e6 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  const plain = text.includes("e+") && size < 1e6 ? Math.round(value).toString() : text;
+  return plain.replace("e+", "e").replaceAll("-", MINUS);
+}
+
+/** The same with its sign. */
+export function signed(value, digits = 3) {
+  return value > 0 ? `+${number(value, digits)}` : number(value, digits);
+}
+
+/** A step or a count: 12,345. */
+export function count(value) {
+  return value === null || value === undefined ? "–" : value.toLocaleString("en-US");
+}
+
+/** A fraction as a percentage: 0.10 %, 36.8 %, 120 %. */
+export function percent(fraction, digits = null) {
+  if (fraction === null || fraction === undefined || !Number.isFinite(fraction)) return "–";
+  const value = fraction * 100;
+  const size = Math.abs(value);
+  if (size > 0 && size < 0.005 && digits === null) return `< 0.01${NARROW}%`;
+  const places = digits ?? (size < 1 ? 2 : size < 100 ? 1 : 0);
+  return `${value.toFixed(places).replace("-", MINUS)}${NARROW}%`;
+}
+
+/** "1 layer", "6 layers". */
+export function plural(n, word) {
+  return `${count(n)} ${word}${n === 1 ? "" : "s"}`;
+}
+
+/** "step 7" or "steps 1–230". */
+export function steps(first, last) {
+  return first === last ? `step ${count(first)}` : `steps ${count(first)}–${count(last)}`;
+}
+
+/** Shortens a name in the middle until it fits; the end, which tells layers apart, keeps more. */
+export function elide(text, width, measure) {
+  if (measure(text) <= width) return text;
+  let low = 1;
+  let high = text.length;
+  const cut = (n) => text.slice(0, Math.floor(n * 0.4)) + "…" + text.slice(text.length - Math.ceil(n * 0.6));
+  while (low < high) {
+    const middle = Math.ceil((low + high) / 2);
+    if (measure(cut(middle)) <= width) low = middle;
+    else high = middle - 1;
+  }
+  return cut(low);
+}

@@ -1,0 +1,164 @@
+/** Credit by row and bin of steps: blue helps, red hurts. */
+
+import { FONT_SMALL } from "./axes.js";
+import { count, number, percent, signed, steps } from "./format.js";
+import { Grid } from "./grid.js";
+import { colors, diverging } from "./theme.js";
+
+/** The 99 % quantile of |value| over all cells with some credit: the end of the colour scale. */
+export function colorLimit(...matrices) {
+  const sizes = [];
+  for (const matrix of matrices) {
+    for (const row of matrix) for (const v of row) if (v) sizes.push(Math.abs(v));
+  }
+  sizes.sort((a, b) => a - b);
+  return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.99 * sizes.length))] : 0;
+}
+
+/** The bin that holds a position on the step axis; edges ascend. */
+export function binAt(edges, at) {
+  let low = 0;
+  let high = edges.length - 2;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (edges[middle] < at) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+/**
+ * Beside a grid's view it takes: rows with `values` [B] and `total`, `edges` [B + 1], `measured` [B]
+ * or null, `limit`, `unit` (what a cell holds), `words` (of the two ends), `change` (the true loss
+ * change in the range, for shares).
+ */
+export class Heatmap extends Grid {
+  paint(context, ratio) {
+    const { rows, rowHeight, edges, measured, limit, low, high } = this.view;
+    const { left, top, width, height } = this.plot;
+    context.fillStyle = colors.background;
+    context.fillRect(left, top, width, height);
+    if (measured) this.hatch(context, measured);
+
+    const columns = Math.round(width * ratio);
+    const image = new ImageData(columns, rows.length);
+    const bins = new Int32Array(columns);
+    for (let c = 0; c < columns; c++) bins[c] = binAt(edges, low + ((c + 0.5) / columns) * (high - low));
+    rows.forEach((row, i) => {
+      const painted = row.values.map((v) => (v === null ? null : diverging(v, limit)));
+      for (let c = 0; c < columns; c++) {
+        const color = measured && !measured[bins[c]] ? null : painted[bins[c]];
+        if (color) image.data.set([...color, 255], 4 * (i * columns + c));
+      }
+    });
+    const small = new OffscreenCanvas(columns, rows.length);
+    small.getContext("2d").putImageData(image, 0, 0);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(small, left, top, width, height);
+    if (rowHeight >= 9) {
+      context.fillStyle = colors.background;
+      for (let i = 1; i < rows.length; i++) context.fillRect(left, top + i * rowHeight - 0.5, width, 1);
+    }
+    this.drawLegend(context);
+    this.drawTotals(context);
+    this.root.dataset.limit = limit;
+    this.root.dataset.bins = edges.length - 1;
+  }
+
+  /** Marks bins without a measured step. */
+  hatch(context, measured) {
+    const { edges } = this.view;
+    const { top, height } = this.plot;
+    context.save();
+    context.beginPath();
+    measured.forEach((n, k) => {
+      if (!n) context.rect(this.x(edges[k]), top, this.x(edges[k + 1]) - this.x(edges[k]), height);
+    });
+    context.clip();
+    context.strokeStyle = colors.empty;
+    context.lineWidth = 1;
+    context.beginPath();
+    for (let x = this.plot.left - height; x < this.plot.left + this.plot.width; x += 6) {
+      context.moveTo(x, top + height);
+      context.lineTo(x + height, top);
+    }
+    context.stroke();
+    context.restore();
+  }
+
+  drawLegend(context) {
+    const { limit, unit, words = ["helps", "hurts"] } = this.view;
+    const { left, top, width } = this.plot;
+    const bar = 132;
+    const y = top - 18;
+    context.font = FONT_SMALL;
+    context.textBaseline = "middle";
+    context.fillStyle = colors.muted;
+    context.textAlign = "right";
+    const ends = [`${words[0]}  ${number(-limit, 2)}`, `${signed(limit, 2)}  ${words[1]}`];
+    const rightText = context.measureText(ends[1]).width + 8;
+    const x = left + width - rightText - bar;
+    for (let i = 0; i < bar; i++) {
+      const at = (2 * i) / (bar - 1) - 1;
+      const [r, g, b] = diverging(at * Math.abs(at), 1);
+      context.fillStyle = `rgb(${r}, ${g}, ${b})`;
+      context.fillRect(x + i, y, 1, 10);
+    }
+    context.strokeStyle = colors.frame;
+    context.strokeRect(x - 0.5, y - 0.5, bar + 1, 11);
+    context.fillStyle = colors.muted;
+    context.fillText(ends[0], x - 8, y + 5.5);
+    context.textAlign = "left";
+    context.fillText(ends[1], x + bar + 8, y + 5.5);
+    const room = x - 16 - context.measureText(ends[0]).width - left;
+    const texts = [`LCA ${unit}, in units of the loss; square-root scale`, `LCA ${unit}; square-root scale`, `LCA ${unit}`];
+    const fits = texts.find((text) => context.measureText(text).width < room);
+    if (fits) context.fillText(fits, left, y + 5.5);
+    context.fillText("sum", left + width + 14, y + 5.5);
+  }
+
+  /** Bars of each row's sum at the right. */
+  drawTotals(context) {
+    const { rows, rowHeight } = this.view;
+    const { left, top, width, right } = this.plot;
+    const text = rowHeight >= 12;
+    const room = right - 14 - (text ? 58 : 6);
+    const totals = rows.map((row) => row.total ?? 0);
+    const low = Math.min(0, ...totals);
+    const high = Math.max(0, ...totals);
+    if (low === high) return;
+    const zero = left + width + 14 + (room * -low) / (high - low);
+    const thick = Math.max(1, Math.min(12, rowHeight * 0.62));
+    context.font = FONT_SMALL;
+    context.textBaseline = "middle";
+    rows.forEach((row, i) => {
+      const y = top + (i + 0.5) * rowHeight;
+      const length = (room * totals[i]) / (high - low);
+      context.fillStyle = totals[i] < 0 ? colors.helps : colors.hurts;
+      context.fillRect(zero, y - thick / 2, length, thick);
+      if (!text) return;
+      context.fillStyle = colors.text;
+      context.textAlign = "right";
+      context.fillText(row.total === null ? "–" : signed(row.total, 2), left + width + right - 2, y + 0.5);
+    });
+    context.strokeStyle = colors.frame;
+    context.beginPath();
+    context.moveTo(Math.round(zero) + 0.5, top);
+    context.lineTo(Math.round(zero) + 0.5, top + rows.length * rowHeight);
+    context.stroke();
+  }
+
+  describe(i, at) {
+    const { rows, edges, measured, change } = this.view;
+    const bin = binAt(edges, at);
+    const row = rows[i];
+    const value = row.values[bin];
+    const lines = [];
+    if (measured && !measured[bin]) lines.push(["", "no measured step"]);
+    else lines.push(["LCA", value === null ? "not a finite number" : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`]);
+    if (measured && measured[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
+    lines.push(["in the whole view", signed(row.total)]);
+    if (change) lines.push(["share of the loss change", percent(row.total / change)]);
+    return [`${row.name} · ${steps(edges[bin] + 1, edges[bin + 1])}`, lines];
+  }
+}

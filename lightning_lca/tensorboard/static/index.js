@@ -1,0 +1,20 @@
+/** What TensorBoard loads for the LCA tab. */
+
+import { App } from "./app.js";
+import { el } from "./dom.js";
+
+/** Loads a style sheet of ours; layout must not start before. */
+function style(name) {
+  return new Promise((done) => {
+    const href = new URL(name, import.meta.url).href;
+    document.head.append(el("link", { rel: "stylesheet", href, on: { load: done, error: done } }));
+  });
+}
+
+/** Fills TensorBoard's frame. */
+export async function render() {
+  document.title = "LCA";
+  document.documentElement.lang = "en";
+  await Promise.all([style("uPlot.min.css"), style("style.css")]);
+  new App(document.body).start();
+}

@@ -1,0 +1,92 @@
+/** Moments of learning: a mark per layer and step; those that layers share stand out. */
+
+import { FONT_SMALL } from "./axes.js";
+import { count, plural } from "./format.js";
+import { Grid } from "./grid.js";
+import { colors } from "./theme.js";
+
+/** Beside a grid's view it takes `moments` [[row, step]]. */
+export class Raster extends Grid {
+  update(view) {
+    this.layers = new Map(); // step -> number of layers with a moment there
+    for (const [, step] of view.moments) this.layers.set(step, (this.layers.get(step) ?? 0) + 1);
+    super.update(view);
+  }
+
+  paint(context) {
+    const { rows, rowHeight, moments, low, high } = this.view;
+    const { left, top, width } = this.plot;
+    context.fillStyle = colors.background;
+    context.fillRect(left, top, width, this.plot.height);
+    context.strokeStyle = colors.grid;
+    context.lineWidth = 1;
+    context.beginPath();
+    for (let i = 1; rowHeight >= 6 && i < rows.length; i++) {
+      context.moveTo(left, Math.round(top + i * rowHeight) + 0.5);
+      context.lineTo(left + width, Math.round(top + i * rowHeight) + 0.5);
+    }
+    context.stroke();
+    const cell = width / (high - low);
+    const mark = Math.max(1.5, Math.min(cell * 0.8, 14));
+    for (const shared of [false, true]) {
+      context.fillStyle = shared ? colors.helps : colors.faint;
+      for (const [row, step] of moments) {
+        if (this.layers.get(step) > 1 !== shared) continue;
+        context.fillRect(this.x(step - 0.5) - mark / 2, top + row * rowHeight + 0.5, mark, Math.max(1, rowHeight - 1));
+      }
+    }
+    this.drawLegend(context);
+    this.drawCounts(context);
+    this.root.dataset.moments = moments.length;
+  }
+
+  drawLegend(context) {
+    const { left, top, width } = this.plot;
+    const y = top - 13;
+    context.font = FONT_SMALL;
+    context.textAlign = "left";
+    context.textBaseline = "middle";
+    let x = left;
+    for (const [color, text] of [[colors.helps, "shared with another layer"], [colors.faint, "of this layer alone"]]) {
+      context.fillStyle = color;
+      context.fillRect(x, y - 5, 3, 10);
+      context.fillStyle = colors.muted;
+      context.fillText(text, x + 8, y);
+      x += context.measureText(text).width + 26;
+    }
+    context.fillText("shared", left + width + 14, y);
+  }
+
+  /** How many of each layer's moments are shared, at the right. */
+  drawCounts(context) {
+    const { rows, rowHeight, moments } = this.view;
+    if (rowHeight < 12) return;
+    const { left, top, width } = this.plot;
+    const all = new Array(rows.length).fill(0);
+    const shared = new Array(rows.length).fill(0);
+    for (const [row, step] of moments) {
+      all[row]++;
+      if (this.layers.get(step) > 1) shared[row]++;
+    }
+    context.textAlign = "left";
+    context.textBaseline = "middle";
+    context.fillStyle = colors.text;
+    context.font = FONT_SMALL;
+    rows.forEach((_, i) => {
+      context.fillText(`${shared[i]} of ${all[i]}`, left + width + 14, top + (i + 0.5) * rowHeight + 0.5);
+    });
+  }
+
+  describe(row, at) {
+    const { rows, moments } = this.view;
+    const step = Math.ceil(at);
+    const reach = Math.max(1, ((this.view.high - this.view.low) / this.plot.width) * 4);
+    const near = moments
+      .filter(([r, s]) => r === row && Math.abs(s - 0.5 - at) <= reach)
+      .sort((a, b) => Math.abs(a[1] - at) - Math.abs(b[1] - at))[0];
+    if (!near) return [`${rows[row].name} · step ${count(step)}`, [["", "no moment of learning"]]];
+    const others = this.layers.get(near[1]) - 1;
+    const shared = others ? `shared with ${plural(others, "other layer")}` : "of this layer alone";
+    return [`${rows[row].name} · step ${count(near[1])}`, [["moment of learning", shared]]];
+  }
+}

@@ -1,0 +1,105 @@
+/** The answer in five seconds: did the loss fall, by which layers, together, and is it to be trusted? */
+
+import { el } from "./dom.js";
+import { count, number, percent, plural, signed, steps } from "./format.js";
+import { synchronyWords } from "./view-synchrony.js";
+
+/** Residual above this share of the true change deserves a warning. */
+const LARGE = 0.01;
+
+/** "conv1 (36.8 %), conv2 (20.1 %)": the first few of sorted layers with their part of the change. */
+function naming(layers, change, most = 2) {
+  const named = layers.slice(0, most).map(({ name, credit }) => {
+    const part = change ? percent(credit / change, 0) : signed(credit, 2);
+    return `${name} ${part}`;
+  });
+  return named.join(", ") + (layers.length > most ? ", …" : "");
+}
+
+/** How the loss moved; {head, detail}. */
+export function lossWords(table, loss) {
+  const { true_change: change, first_step: first, last_step: last, rows } = table;
+  const where = steps(first, last);
+  const told = `${where[0].toUpperCase()}${where.slice(1)}`;
+  const measured = rows === last - first + 1 ? "" : ` · ${count(rows)} measured`;
+  const known = loss.filter((v) => v !== null);
+  const ends = known.length > 1 ? `${number(known[0], 4)} → ${number(known.at(-1), 4)} · ` : "";
+  if (change === null) return { head: "The loss is not a finite number", detail: `${told}${measured}`, warn: true };
+  const head = change ? `The loss ${change < 0 ? "fell" : "rose"} by ${number(Math.abs(change), 4)}` : "The loss stayed as it was";
+  return { head, detail: `${ends}${told}${measured}`, warn: false };
+}
+
+/** Which layers helped and which hurt. */
+export function layerWords({ layers, true_change: change }) {
+  const helped = layers.filter((l) => l.credit < 0).sort((a, b) => a.credit - b.credit);
+  const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
+  const hurting = hurt.length ? `${count(hurt.length)} hurt` : "none hurt";
+  const head = helped.length ? `${plural(helped.length, "layer")} helped, ${hurting}` : `No layer helped, ${hurting}`;
+  const most = helped.length ? `most: ${naming(helped, change)}` : "";
+  const against = hurt.length ? `hurting: ${hurt.slice(0, 2).map((l) => `${l.name} ${signed(l.credit, 2)}`).join(", ")}${hurt.length > 2 ? ", …" : ""}` : "";
+  return { head, detail: [against, most].filter(Boolean).join(" · ") };
+}
+
+/** Whether the credits can be trusted. */
+export function trustWords(table, lost) {
+  const { true_change: change, residual, drift, rows, unconverged } = table;
+  const share = change ? Math.abs(residual / change) : null;
+  const large = share === null ? Math.abs(residual ?? Infinity) > 1e-9 : share > LARGE;
+  const explained = share === null ? null : Math.max(0, 1 - share);
+  let head = "The credits add up";
+  if (explained !== null && residual) {
+    // Never rounded up to all of it.
+    head = explained >= 0.9995 ? "The credits explain > 99.9 %" : `The credits explain ${percent(Math.floor(explained * 1000) / 1000, 1)}`;
+  } else if (large) head = "The credits do not add up";
+  const details = [`residual ${signed(residual)}`];
+  if (drift && change && Math.abs(drift / change) > 0.001) details.push(`drift ${signed(drift)}`);
+  if (unconverged) details.push(`${count(unconverged)} of ${plural(rows, "step")} beyond the tolerance`);
+  if (lost) details.push(`${plural(lost, "chunk")} of the record could not be read`);
+  if (large) details.push("set a tolerance, or lower every_n_steps");
+  return { head, detail: details.join(" · "), warn: large || unconverged > 0 || lost > 0 };
+}
+
+/** The band with the four answers. */
+export class Verdict {
+  constructor(parent) {
+    this.cells = Object.fromEntries(
+      ["loss", "layers", "together", "trust"].map((key) => {
+        const head = el("strong");
+        const detail = el("span");
+        return [key, { root: el("div", { class: "answer", "data-testid": `verdict-${key}` }, head, detail), head, detail }];
+      }),
+    );
+    this.root = el(
+      "div",
+      { id: "verdict", role: "status", "data-testid": "verdict" },
+      ...Object.values(this.cells).map((cell) => cell.root),
+    );
+    parent.append(this.root);
+  }
+
+  put(key, { head, detail, warn = false }) {
+    const cell = this.cells[key];
+    cell.head.textContent = warn ? `⚠ ${head}` : head;
+    cell.detail.textContent = detail;
+    cell.root.title = detail;
+    cell.root.dataset.warn = warn;
+  }
+
+  /** Fills in what is known so far. */
+  draw({ run, table, bins, synchrony }) {
+    if (table && bins) this.put("loss", lossWords(table, bins.loss));
+    if (table) {
+      this.put("layers", layerWords(table));
+      this.put("trust", trustWords(table, run.lost));
+    }
+    if (synchrony) {
+      const { together, words } = synchronyWords(synchrony);
+      const heads = new Map([[true, "Layers learn together"], [false, "Layers learn each by itself"], [null, "Learning together: unknown"]]);
+      this.put("together", { head: heads.get(together), detail: words });
+    }
+  }
+
+  clear() {
+    for (const key of Object.keys(this.cells)) this.put(key, { head: "…", detail: "" });
+  }
+}

@@ -1,0 +1,48 @@
+/** Inside one layer: its channels over time, the most helpful first. */
+
+import { count, plural } from "./format.js";
+import { Heatmap, colorLimit } from "./heatmap.js";
+import { Section } from "./section.js";
+import { binUnit, heatRows, rowHeight } from "./view-layers.js";
+
+export function channelsView(app) {
+  const section = new Section(app.main, {
+    id: "channels",
+    title: "Channels",
+    caption: "The selected layer from within: the most helpful channel at the top, the most hurting at the bottom.",
+    ...app.sectionHooks("channels"),
+  });
+  const map = new Heatmap(section.plot, {
+    testid: "channels-heatmap",
+    label: "Channels by LCA",
+    act: { ...app.act, onSelect: null },
+  });
+  return {
+    section,
+    source: "channels",
+    /** Why there is nothing to show, if so. */
+    blocked({ state }) {
+      section.heading.textContent = state.layer ? `Channels of ${state.layer}` : "Channels";
+      return state.layer ? null : "Click a layer above to see its channels (its neurons, for a linear layer).";
+    },
+    draw(data) {
+      const { layer, edges, channels, credit, total, shown, of } = data;
+      const label = (name) => (name.startsWith(`${layer}/`) ? name.slice(layer.length + 1) : name);
+      map.update({
+        rows: heatRows(channels, credit, total, label),
+        edges,
+        measured: null,
+        low: edges[0],
+        high: edges.at(-1),
+        limit: colorLimit(credit),
+        unit: binUnit(edges),
+        selected: null,
+        rowHeight: rowHeight(channels.length, { room: 480, least: 3, most: 18 }),
+      });
+      const helped = total.filter((v) => v < 0).length;
+      const hurt = total.filter((v) => v > 0).length;
+      const cut = shown < of ? ` Of ${count(of)} channels, the ${count(shown)} that helped or hurt most are shown.` : "";
+      section.note.textContent = `${plural(helped, "channel")} helped, ${count(hurt)} hurt over these steps.${cut}`;
+    },
+  };
+}

@@ -1,0 +1,74 @@
+/** How narrow the majority of helping weights is, against what chance would give. */
+
+import { Chart, extent, rule, steppedBand } from "./chart.js";
+import { percent, steps } from "./format.js";
+import { binAt } from "./heatmap.js";
+import { Section } from "./section.js";
+import { colors } from "./theme.js";
+
+/** The mean of the values that are there, weighted by rows. */
+function mean(values, weights) {
+  let [sum, weight] = [0, 0];
+  values.forEach((v, i) => {
+    if (v === null) return;
+    sum += v * weights[i];
+    weight += weights[i];
+  });
+  return weight ? sum / weight : null;
+}
+
+export function helpingView(app) {
+  const section = new Section(app.main, {
+    id: "helping",
+    title: "Share of weights that help",
+    caption: "Of the weights that moved the loss, how many helped? Beyond the grey band it is more than chance.",
+    ...app.sectionHooks("helping"),
+  });
+  const chart = new Chart(section.plot, { testid: "helping-chart", label: "Share of helping weights", height: 220, act: app.act });
+  return {
+    section,
+    source: "helping",
+    draw({ edges, measured, network, layer }, { state }) {
+      const middle = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
+      const name = layer ? state.layer : null;
+      const edge = (part, side) => part.sd.map((sd) => (sd === null ? null : 0.5 + side * 2 * sd));
+      const near = layer ?? network; // Whose band matters: the one with fewer weights is wider.
+      const lines = [{ values: network.share, color: colors.text, width: 1.75 }];
+      if (layer) lines.push({ values: layer.share, color: colors.selected, width: 1.75 });
+      const means = [["network", mean(network.share, measured), colors.text]];
+      if (layer) means.push([name, mean(layer.share, measured), colors.selected]);
+      const labels = means
+        .filter(([, value]) => value !== null)
+        .map(([text, value, color], i) => ({ text: `${text} ${percent(value)}`, value, color, bold: true, rank: 10 - i }));
+      labels.push({ text: "as many hurt as help", value: 0.5, color: colors.muted, rank: 1 });
+      chart.update({
+        x: middle,
+        lines,
+        low: edges[0],
+        high: edges.at(-1),
+        y: extent(lines.map((l) => l.values), { include: [0.49, 0.51], air: 0.1 }),
+        title: "helping / moving",
+        format: (v) => percent(v, Math.abs(v * 100 - Math.round(v * 100)) > 1e-6 ? 1 : 0),
+        below: [steppedBand(edges, edge(near, -1), edge(near, 1), colors.band), rule(0.5, colors.muted, [4, 3])],
+        labels,
+        describe(at) {
+          const k = binAt(edges, at);
+          const tell = (part) =>
+            part.share[k] === null ? "–" : `${percent(part.share[k])}  (chance: 50 ± ${percent(2 * part.sd[k], 2)})`;
+          const rows = [["network", tell(network)]];
+          if (layer) rows.push([name, tell(layer)]);
+          rows.push(["weights that help / hurt", `${percent(network.helping[k])} / ${percent(network.hurting[k])}`]);
+          return [steps(edges[k] + 1, edges[k + 1]), rows];
+        },
+      });
+      const [, all] = means[0];
+      section.note.textContent =
+        all === null
+          ? ""
+          : `On average ${percent(all)} of the network's moving weights helped` +
+            (layer && means[1][1] !== null ? `, and ${percent(means[1][1])} of ${name}'s. ` : ". ") +
+            `Grey: 50 % ± 2 sd, were each moving weight ${layer ? `of ${name} ` : ""}a coin toss` +
+            (layer ? "." : "; select a layer above to compare.");
+    },
+  };
+}
