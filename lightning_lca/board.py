@@ -38,7 +38,7 @@ class Board:
         """
         self._loggers = list(trainer.loggers)
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run
-        self._tensorboard = next((x for x in self._loggers if _is_tensorboard(x)), None)
+        self._tensorboard = next((x for x in self._loggers if is_a("TensorBoardLogger", x)), None)
         self._own: Any = None
         self._sizes = sizes
         self._unwritten: dict[str | None, list[Rows]] = {}
@@ -57,11 +57,11 @@ class Board:
             return
         for logger in self._loggers:
             # Private: a prefix is applied by the logger's own slow path, value by value.
-            if _is_tensorboard(logger) and not getattr(logger, "_prefix", ""):
+            if is_a("TensorBoardLogger", logger) and not getattr(logger, "_prefix", ""):
                 from tensorboard.compat.proto.summary_pb2 import Summary
 
                 value = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-                _file_writer(logger).add_summary(Summary(value=value), step)
+                file_writer(logger).add_summary(Summary(value=value), step)
             else:
                 logger.log_metrics(dict(values), step=step)
 
@@ -124,7 +124,7 @@ class Board:
 
     def _record_writer(self) -> Any:
         if self._tensorboard is not None:
-            return _file_writer(self._tensorboard).event_writer
+            return file_writer(self._tensorboard).event_writer
         if self._own is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -132,11 +132,13 @@ class Board:
         return self._own
 
 
-def _is_tensorboard(logger: Any) -> bool:
-    return any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)
+def is_a(name: str, logger: Any) -> bool:
+    """Whether a logger is of the class of this name, in either Lightning."""
+    return any(cls.__name__ == name for cls in type(logger).__mro__)
 
 
-def _file_writer(logger: Any) -> Any:
+def file_writer(logger: Any) -> Any:
+    """Finds the writer of events behind a TensorBoardLogger."""
     # Private, but the one way to write many values as one event; it reopens a closed writer.
     return logger.experiment._get_file_writer()
 

@@ -16,7 +16,9 @@ from lightning_lca.batches import read_batches
 from lightning_lca.board import Board
 from lightning_lca.cost import Cost
 from lightning_lca.detail import Detail
+from lightning_lca.distribution import Distributions
 from lightning_lca.flavours import LightningCallback
+from lightning_lca.gallery import Gallery, lay_out
 from lightning_lca.grouping import GroupBy, Grouping
 from lightning_lca.history import History
 from lightning_lca.meter import Meter
@@ -90,7 +92,7 @@ class LCACallback(LightningCallback):
         seed: int = 0,
         track_parameters: bool = False,
         neurons: bool = False,
-        figures: bool = True,
+        figures: bool = False,
         custom_scalars: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
@@ -118,6 +120,7 @@ class LCACallback(LightningCallback):
         self._meters: dict[str | None, Meter] = {}
         self._scalars: dict[str | None, Scalars] = {}
         self._board: Board | None = None
+        self._gallery: Gallery | None = None
         self._cost: Cost | None = None
 
     # -- results ----------------------------------------------------------------------------------
@@ -189,6 +192,9 @@ class LCACallback(LightningCallback):
         self._board = Board(trainer, self._first_meter("board").history.sizes)
         self.log_dir = self._board.log_dir
         self._board.meta(self._describe(trainer, pl_module, grouping), trainer.global_step)
+        self._gallery = Gallery(trainer, self.log_dir, draws=asked.figures)
+        if asked.custom_scalars and self.log_dir is not None:
+            lay_out(next(iter(self._scalars.values())).labels, self.log_dir)
         self._x = self._logged_at = _x_axis(trainer)
         self._interval = asked.log_every_n_steps or trainer.log_every_n_steps
         self._cost = Cost(
@@ -216,6 +222,8 @@ class LCACallback(LightningCallback):
             if every and (self._x + 1) // every > self._logged_at // every:
                 self._log()
                 self._logged_at = self._x + 1
+            if self._gallery is not None and self._gallery.due(trainer.global_step):
+                self._show(trainer.global_step)
         self._record()
         if self._cost is not None:
             self._cost.leave(gradients)
@@ -229,6 +237,7 @@ class LCACallback(LightningCallback):
             self._measure(trainer, pl_module)
             self._x = max(self._x, _x_axis(trainer) - 1)  # The last batch is counted by now.
         self._log()
+        self._show(trainer.global_step, last=True)
         self._finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -263,6 +272,7 @@ class LCACallback(LightningCallback):
             probe,
             grouping,
             detail,
+            Distributions(module),
             asked.rule,
             tolerance=asked.tolerance,
             max_splits=asked.max_splits,
@@ -272,9 +282,10 @@ class LCACallback(LightningCallback):
     def _measure(self, trainer: Any, pl_module: Any) -> int:
         """Measures the open segment with every probe; gives the gradients it took, audits apart."""
         segment, continues = self._path.close(live_weights(pl_module))
+        due = self._gallery is not None and self._gallery.due(trainer.global_step)
         before = sum(meter.gradients for meter in self._meters.values())
         for meter in self._meters.values():
-            meter.measure(segment, continues, trainer.global_step)
+            meter.measure(segment, continues, trainer.global_step, spread=due)
         return sum(meter.gradients for meter in self._meters.values()) - before
 
     def _collect(self) -> None:
@@ -294,6 +305,17 @@ class LCACallback(LightningCallback):
         if values and self._board is not None:
             self._board.scalars(values, self._x)
         self._close_windows()
+
+    def _show(self, step: int, *, last: bool = False) -> None:
+        """Shows the figures and tables of an occasion, or of the end."""
+        if self._gallery is None:
+            return
+        histories = {self._scalars[n].prefix: h for n, h in self.histories.items()}
+        spreads = [meter.take_distributions() for meter in self._meters.values()]
+        for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
+            self._gallery.show(prefix, history, spread, self._x)
+        self._gallery.draw(histories, self._x, last=last)
+        self._gallery.turn(step)
 
     def _close_windows(self) -> None:
         """Ends the windows of finer sums; `_collect` comes first."""

@@ -104,6 +104,11 @@ class Grouping:
         self._on_device: dict[tuple[torch.device, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
 
     @property
+    def owners(self) -> dict[str, str]:
+        """The group of every parameter, {parameter: group}; of its first row, by neuron."""
+        return {n: self.names[int(r.groups[0])] for n, r in self._rows.items() if len(r.groups)}
+
+    @property
     def stems(self) -> list[tuple[str, int]]:
         """Of groups by neuron: the name before the slash, and how many there are in a row.
 

@@ -20,6 +20,7 @@ from lightning_lca.allocation import (
     refine,
 )
 from lightning_lca.detail import Detail
+from lightning_lca.distribution import Distribution, Distributions
 from lightning_lca.grouping import Grouping
 from lightning_lca.history import History
 from lightning_lca.probe import Probe
@@ -65,6 +66,7 @@ class Meter:
         probe: Probe,
         grouping: Grouping,
         detail: Detail,
+        distributions: Distributions,
         rule: Quadrature,
         *,
         tolerance: float | None = None,
@@ -77,6 +79,7 @@ class Meter:
             probe: The loss surface.
             grouping: How weights are summed.
             detail: What finer sums are kept.
+            distributions: Counts the single weights of a layer, when it is asked for.
             rule: Quadrature rule of a segment.
             tolerance: Refines until |residual| is below it, by Simpson's rule.
             max_splits: Most panels of a refinement.
@@ -91,6 +94,8 @@ class Meter:
         self.last: Allocation | None = None
         self._grouping = grouping
         self._detail = detail
+        self._distributions = distributions
+        self._spread: dict[str, Distribution] = {}
         self.windows = detail.said
         self._rule = rule
         self._tolerance = tolerance
@@ -103,13 +108,16 @@ class Meter:
         self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
         self._pending: list[_Pending] = []
 
-    def measure(self, segment: Segment, continues: bool, step: int) -> None:
+    def measure(
+        self, segment: Segment, continues: bool, step: int, *, spread: bool = False
+    ) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
 
         Args:
             segment: Where the weights were and are.
             continues: Whether it starts exactly where the segment before stopped.
             step: Optimizer steps done at its end.
+            spread: Also takes the distributions of credit over single weights.
         """
         began = time.perf_counter()
         first = self._start_of(segment, continues)
@@ -123,6 +131,8 @@ class Meter:
             )
         sums = self._grouping.sums(allocation.values)
         self._detail.update(allocation.values, sums)
+        if spread:
+            self._spread = self._distributions.of(allocation.values)
         before = self._kept.loss if self._kept is not None else allocation.loss_before
         drift = allocation.loss_before - before
         ends = torch.stack([allocation.loss_before, allocation.loss_after, drift])
@@ -186,6 +196,11 @@ class Meter:
         for name, window in windows.items():
             self.history.append_windows(name, window)
         return windows
+
+    def take_distributions(self) -> dict[str, Distribution]:
+        """Gives the distributions taken since the last time, {layer: distribution}."""
+        taken, self._spread = self._spread, {}
+        return taken
 
     def _start_of(self, segment: Segment, continues: bool) -> Sample | None:
         """Gives the sample at the start if one is known that can be trusted."""

@@ -58,8 +58,8 @@ class Scalars:
         panels = list(dict.fromkeys(names))
         self._panel_of = np.zeros((len(groups), len(panels)))
         self._panel_of[np.arange(len(groups)), [panels.index(name) for name in names]] = 1
-        self._prefix = prefix
-        self._labels = [f"{i:02d} {name or 'root'}" for i, name in enumerate(panels)]
+        self.prefix = prefix
+        self.labels = [f"{i:02d} {name or 'root'}" for i, name in enumerate(panels)]
         panel_sizes = [int(size) for size in np.array(sizes) @ self._panel_of]
         self._credit = GroupCredit(len(panels))
         self._helping = HelpingFraction(panel_sizes)
@@ -82,7 +82,7 @@ class Scalars:
         rows, self._window = Rows.join(self._window), []
         credit = self._credit.compute()
         trained = np.maximum(rows.trained, 1)
-        p = self._prefix
+        p = self.prefix
         values = {
             f"{p}/total": float(rows.allocated.sum()),
             f"{p}/residual": float(rows.residual.sum()),
@@ -98,7 +98,7 @@ class Scalars:
         ):
             values |= {
                 f"{p}_layer_{key}/{label}": value
-                for label, value in zip(self._labels, column.reshape(-1).tolist(), strict=True)
+                for label, value in zip(self.labels, column.reshape(-1).tolist(), strict=True)
             }
         self._helping.reset()
         self._hurting.reset()
