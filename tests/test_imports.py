@@ -20,6 +20,14 @@ ROOMS = [
     "ledger",
     "history",
     "detail",
+    "figures.canvas",
+    "figures.timeline",
+    "figures.style",
+    "figures.layers",
+    "figures.majority",
+    "figures.closeup",
+    "figures.moments",
+    "figures",
     "scalars",
     "distribution",
     "board",
@@ -47,11 +55,13 @@ ROOMS = [
     "tensorboard.answers",
     "tensorboard.plugin",
 ]
+PACKAGES = ("figures", "tensorboard")
 HOME = Path(lightning_lca.__file__).parent
 
 
 def imports_of(room):
-    path = HOME / f"{room.replace('.', '/')}.py"
+    path = HOME / room.replace(".", "/")
+    path = path / "__init__.py" if room in PACKAGES else path.with_suffix(".py")
     for node in ast.walk(ast.parse(path.read_text())):
         if (
             isinstance(node, ast.ImportFrom)
@@ -59,7 +69,7 @@ def imports_of(room):
             and node.module.startswith("lightning_lca")
         ):
             base = node.module.partition(".")[2]
-            packages = {"": "", "tensorboard": "tensorboard."}
+            packages = {"": "", **{package: f"{package}." for package in PACKAGES}}
             yield from (
                 [packages[base] + alias.name for alias in node.names]
                 if base in packages
@@ -70,9 +80,10 @@ def imports_of(room):
 
 
 def test_every_module_is_a_room():
-    for package in ("", "tensorboard."):
+    for package in ("", *(f"{name}." for name in PACKAGES)):
         found = (HOME / package.replace(".", "/")).glob("*.py")
         rooms = [r for r in ROOMS if r.rpartition(".")[0] == package.rstrip(".")]
+        rooms = [r for r in rooms if r not in PACKAGES]
         assert sorted(package + p.stem for p in found) == sorted([*rooms, f"{package}__init__"])
 
 

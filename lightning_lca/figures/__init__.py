@@ -1,0 +1,79 @@
+"""Figures of a run: functions from a `History` to a matplotlib Figure, and nothing else.
+
+Each one's docstring says how to read it. No pyplot state is touched, the user's matplotlib settings
+neither leak in nor are changed, and matplotlib is imported when the first figure is drawn.
+
+    history = History.load("lightning_logs/version_0")
+    figures.heatmap(history).savefig("heatmap.png")
+    for name, draw in figures.available(history).items():
+        draw(history).savefig(f"{name}.png")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_lca.figures.closeup import distribution, neurons, trajectories
+from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, totals
+from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
+from lightning_lca.figures.moments import synchrony
+from lightning_lca.figures.timeline import fold, total
+from lightning_lca.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "available",
+    "cumulative",
+    "distribution",
+    "heatmap",
+    "helping",
+    "helping_per_step",
+    "helping_per_weight",
+    "ledger",
+    "neurons",
+    "stack",
+    "synchrony",
+    "totals",
+    "trajectories",
+]
+
+_LAYERS = 8  # Whose neurons are drawn without being asked for.
+
+
+def available(history: History) -> dict[str, Callable[[History], Figure]]:
+    """Lists the figures that a history has the data for, by a name that is safe in a path.
+
+    Neurons get one figure per layer, for the eight layers that moved the loss most. Empty where
+    nothing was measured yet.
+    """
+    if not len(history) or not history.groups:
+        return {}
+    figures: dict[str, Callable[[History], Figure]] = {
+        "heatmap": heatmap,
+        "cumulative": cumulative,
+        "stack": stack,
+        "totals": totals,
+        "ledger": ledger,
+        "helping": helping,
+        "synchrony": synchrony,
+    }
+    if history.rows.helping.any() or history.rows.hurting.any():
+        figures["helping_per_step"] = helping_per_step
+    if history.neurons is not None and len(history.neurons):
+        names, owner = fold(history.neurons.names)
+        moved = np.bincount(owner, total(history.neurons.allocated), len(names))
+        for i in np.sort(np.argsort(-np.abs(moved), kind="stable")[:_LAYERS]):
+            file = re.sub(r"[^\w.-]", "_", f"neurons_{names[i]}")
+            figures[file] = partial(neurons, layer=names[i])
+    if history.weights is not None and (history.weights.allocated != 0).any():
+        figures["helping_per_weight"] = helping_per_weight
+        figures["distribution"] = distribution
+        figures["trajectories"] = trajectories
+    return figures

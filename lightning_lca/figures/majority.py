@@ -1,0 +1,173 @@
+"""How narrow the majority is: figures of the share of weights that help."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_lca.figures import style
+from lightning_lca.figures.timeline import Array, Floats, Layers, Timeline, check, sample
+from lightning_lca.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BINS = 100  # Of the curve over time: shares of single steps are noise.
+_BARS = 50
+
+
+def helping(history: History) -> Figure:
+    """Draws the share of moving weights that help, over time and by layer. Needs T ≥ 1 rows.
+
+    How to read it: of the weights that moved the loss at all, how many lowered it? Left, over time,
+    for the whole network: one half would be a draw, and the grey band is where tosses of fair
+    coins, one per weight and step, would stay (two standard deviations; real weights are not
+    independent, so that excursions beyond it are to be expected). Right, per layer over the whole
+    run, the first on top: blue where a majority helped, red where it hurt.
+
+    Raises:
+        ValueError: Nothing was measured yet.
+    """
+    check(history)
+    time = Timeline.of(history.steps, _BINS)
+    helped, hurt = _votes(history)
+    each, moved = time.sums(helped.values), time.sums(helped.values + hurt.values)
+    share = _percent(each.sum(1), moved.sum(1))
+    band = 100 / np.sqrt(np.maximum(moved.sum(1), 1))
+    by_layer = _percent(each.sum(0), moved.sum(0))
+    overall = float(_percent(each.sum(), moved.sum()))
+    trained = float(history.trained.sum(dtype=np.float64))
+    with style.page(style.HEIGHT if len(helped) < 12 else style.tall(len(helped))) as figure:
+        axes, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
+        axes.fill_between(
+            time.steps,
+            *(50 + np.append(s * band, s * band[-1:]) for s in (-1, 1)),
+            step="post",
+            color=style.CHANCE,
+            linewidth=0,
+        )
+        axes.axhline(50, color="0.3", linewidth=0.8)
+        axes.stairs(share, time.steps, baseline=None, color=style.HELPS, linewidth=1.6)
+        axes.set_ylabel(f"weights that help ({time.unit})")
+        axes.yaxis.set_major_formatter("{x:g}%")
+        style.step_axis(axes)
+        rows = np.arange(len(helped))
+        colours = style.signed(50 - by_layer)
+        right.hlines(rows, 50, by_layer, color=colours, linewidth=2)
+        right.scatter(by_layer, rows, color=colours, s=min(36, 1500 / len(rows)), zorder=3)
+        right.axvline(50, color="0.3", linewidth=0.8)
+        right.set_ylim(len(rows) - 0.5, -0.5)
+        right.margins(x=0.12)
+        right.locator_params("x", nbins=3)
+        right.xaxis.set_major_formatter("{x:g}%")
+        right.set_xlabel("whole run")
+        style.label_rows(right, helped.names, figure.get_figheight())
+        right.yaxis.tick_right()
+        right.tick_params("y", length=0)
+        right.spines["left"].set_visible(False)
+        idle = 1 - moved.sum() / trained if trained else 0.0
+        style.headline(
+            figure,
+            f"{overall:.1f}% of the weights that move the loss help",
+            f"{max(idle, 0):.0%} of all are idle; grey: fair coins",
+        )
+    return figure
+
+
+def helping_per_step(history: History) -> Figure:
+    """Draws in how many steps which share of weights helped, as a histogram. Needs T ≥ 1 rows.
+
+    How to read it: a step counts once, at the percentage of its moving weights that helped. Blue
+    steps had a majority that helped, red ones a majority that hurt. Learning is a narrow majority:
+    the hill is expected close to the middle, a little to the right of it.
+
+    Raises:
+        ValueError: Nothing was measured yet, or no weight has moved.
+    """
+    check(history)
+    helped, hurt = _votes(history)
+    each = helped.values.sum(1)
+    share = _percent(each, each + hurt.values.sum(1))
+    share = share[np.isfinite(share)]
+    if not len(share):
+        raise ValueError("There is nothing to draw: no weight has moved the loss in any step.")
+    reach = max(float(np.abs(share - 50).max()), 0.5)
+    edges = 50 + np.linspace(-reach, reach, 2 * (_BARS // 2) + 1)
+    with style.page() as figure:
+        axes = figure.subplots()
+        # A draw is no majority; it lies on the border, which belongs to the bar on its right.
+        _bars(axes, np.histogram(share, edges)[0], edges, 50 - edges[:-1] - 1e-9)
+        axes.axvline(50, color="0.3", linewidth=0.8)
+        axes.xaxis.set_major_formatter("{x:g}%")
+        axes.set_xlabel("weights that help, of those that move the loss")
+        axes.set_ylabel("measured steps")
+        style.headline(
+            figure,
+            f"On average {share.mean():.1f}% of weights help",
+            f"A majority helps in {np.mean(share > 50):.0%} of {len(share):,} steps",
+        )
+    return figure
+
+
+def helping_per_weight(history: History) -> Figure:
+    """Draws how many weights helped in which share of the steps, as a histogram.
+
+    How to read it: a weight of the random sample counts once, at the percentage of measured steps
+    in which it helped. The grey line is what fair coins would give. A hill as narrow as that one
+    says that no weight is much better than others, only all of them a little better than chance; a
+    wider hill, that some weights help steadily. Weights that never moved the loss are left out.
+
+    Raises:
+        ValueError: The record has no single weights, or none of them has moved.
+    """
+    weights = sample(history)
+    assert weights.helping is not None
+    steps = int(weights.measured.sum())
+    moved = (weights.allocated != 0).any(0)
+    share = 100 * weights.helping.sum(0, dtype=np.int64)[moved] / steps
+    if not len(share):
+        raise ValueError("There is nothing to draw: no weight of the sample has moved the loss.")
+    # Borders between the possible numbers of steps, so that no bar holds one of them more.
+    span = max(1, round((share.max() - share.min()) * steps / 100 / _BARS))
+    lowest = round(share.min() * steps / 100)
+    count = int((share.max() - share.min()) * steps / 100) // span + 2
+    edges = 100 * (lowest - 0.5 + span * np.arange(count + 1)) / steps
+    with style.page() as figure:
+        axes = figure.subplots()
+        _bars(axes, np.histogram(share, edges)[0], edges, 50 - (edges[1:] + edges[:-1]) / 2)
+        sd = 100 * 0.5 / math.sqrt(steps)
+        curve = np.array([0.5 * math.erf((e - 50) / sd / math.sqrt(2)) for e in edges])
+        axes.stairs(len(share) * np.diff(curve), edges, color="0.45", linewidth=1.6, label="coins")
+        axes.axvline(50, color="0.3", linewidth=0.8)
+        axes.xaxis.set_major_formatter("{x:g}%")
+        axes.set_xlabel(f"of {steps:,} measured steps the weight helped in")
+        axes.set_ylabel("weights")
+        idle = int((~moved).sum())
+        left_out = f" ({idle:,} idle left out)" if idle else ""
+        style.headline(
+            figure,
+            f"A weight helps in {share.mean():.1f}% of steps; {np.mean(share > 50):.0%} in most",
+            f"{len(share):,} weights{left_out}; line: fair coins",
+        )
+    return figure
+
+
+def _bars(axes: Axes, counts: Array, edges: Floats, sign: Floats) -> None:
+    axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=style.signed(sign))
+
+
+def _votes(history: History) -> tuple[Layers, Layers]:
+    """Counts the weights of each layer that helped, and those that hurt [T, L]."""
+    rows = history.rows
+    return (
+        Layers.of(history, rows.helping.astype(np.int64)),
+        Layers.of(history, rows.hurting.astype(np.int64)),
+    )
+
+
+def _percent(part: Array, whole: Array) -> Floats:
+    """Gives nan where nothing moved."""
+    return 100 * part / np.where(whole > 0, whole, np.nan)

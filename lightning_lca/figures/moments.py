@@ -1,0 +1,107 @@
+"""Do layers learn at the same moments? The figure of synchrony."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_lca import synchrony as core
+from lightning_lca.figures import style
+from lightning_lca.figures.timeline import Timeline, credit
+from lightning_lca.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SINGLE = 400  # Iterations that are shown one by one; longer runs are binned.
+_BINS = 100
+_ENOUGH = 4  # Layers: with fewer no p is below 5 %.
+
+
+def synchrony(history: History, strongest: int = 20) -> Figure:
+    """Draws each layer's moments of learning, and how many coincide. Needs T ≥ 1 rows.
+
+    How to read it: above, a mark is a moment of learning, an iteration in which the layer's LCA was
+    lower than just before and just after; dark if another layer has one on the same iteration.
+    Columns of dark marks are iterations that the whole network learned from. Below is the number of
+    layers per moment; in long runs the number of pairs of layers that coincide, per step. Grey is
+    what chance gives: the same series, each shifted by one or two iterations at random (mean plus
+    two standard deviations, or the middle 95 %). Bars that rise above the grey coincide more than
+    chance. The p value is for the number of coincident pairs in the whole run.
+
+    Args:
+        history: The record.
+        strongest: Moments of learning per layer, at most: those with the lowest LCA.
+
+    Raises:
+        ValueError: Nothing was measured yet, or `strongest` is below 1.
+    """
+    layers = credit(history)
+    found = core.synchrony(layers.values, strongest)
+    each = Timeline.of(history.steps, len(history))
+    height = style.tall(len(layers), 2.8)
+    with style.page(max(height, 4.4)) as figure:
+        tall = figure.get_figheight()
+        above, below = figure.subplots(2, sharex=True, height_ratios=[max(tall - 2.8, 1), 1.3])
+        at, layer = found.moments.nonzero()
+        shared = found.coincidences[at] > 1
+        size = 0.4 * 72 * (tall - 2.8) / len(layers)
+        for which, colour in ((~shared, "0.7"), (shared, style.HELPS)):
+            above.scatter(
+                each.middles[at[which]],
+                layer[which],
+                marker="|",
+                s=min(max(size, 2), 14) ** 2,
+                linewidths=1.6,
+                color=colour,
+            )
+        above.set_ylim(len(layers) - 0.5, -0.5)
+        style.label_rows(above, layers.names, tall - 1.6)
+        if len(history) <= _SINGLE:
+            _one_by_one(below, found, each)
+        else:
+            _binned(below, found, history)
+        below.set_xlim(each.steps[0], each.steps[-1])
+        below.set_ylim(bottom=0)
+        below.locator_params("y", nbins=3)
+        style.step_axis(below)
+        style.headline(figure, *_finding(found))
+    return figure
+
+
+def _one_by_one(axes: Axes, found: core.Synchrony, each: Timeline) -> None:
+    axes.stairs(found.band, each.steps, fill=True, color=style.CHANCE)
+    shared = found.coincidences > 1
+    for which, colour in ((~shared, "0.5"), (shared, style.HELPS)):
+        axes.bar(
+            each.steps[:-1][which],
+            found.coincidences[which],
+            np.diff(each.steps)[which],
+            align="edge",
+            color=colour,
+        )
+    axes.set_ylabel("layers")
+
+
+def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
+    time = Timeline.of(history.steps, _BINS)
+    rates = core.rates(found.moments, time.rows)
+    axes.stairs(rates.high, time.steps, fill=True, color=style.CHANCE)
+    axes.stairs(rates.observed, time.steps, fill=True, color=style.HELPS, alpha=0.8)
+    axes.stairs(rates.expected, time.steps, baseline=None, color="0.3", linewidth=1.2)
+    axes.set_ylabel("pairs per\niteration")
+
+
+def _finding(found: core.Synchrony) -> tuple[str, str]:
+    layers = found.moments.shape[1]
+    detail = (
+        f"{found.pairs:,} pairs of moments coincide; by chance {found.null_pairs.mean():,.0f} "
+        f"(p = {found.p_pairs:.2g})"
+    )
+    if layers < _ENOUGH:
+        return f"{layers} layers are too few to tell whether they learn together", detail
+    if found.p_pairs <= 0.05:
+        return "Layers learn together", detail
+    return "No sign that layers learn together", detail
