@@ -15,7 +15,7 @@ from tensorboard.plugins import base_plugin
 
 NAME = "lca"
 _STATIC = Path(__file__).parent / "static"
-_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", "": "text/plain"}
+_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 App = Callable[..., Any]
 
@@ -55,12 +55,10 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Gives a handler for every route: the answers, and the page's files by their names."""
+        """Gives a handler for every route: the answers, and the page's files by name."""
         from lightning_lca.tensorboard.answers import ANSWERS
 
-        files = (
-            sorted(p for p in _STATIC.iterdir() if p.suffix in _TYPES) if _STATIC.exists() else []
-        )
+        files = [path for path in _STATIC.glob("*") if path.is_file()]
         apps = {f"/{path.name}": _file(path) for path in files}
         return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
 
@@ -117,6 +115,6 @@ def _file(path: Path) -> App:
     def app(request: Request) -> Any:
         if request.method not in ("GET", "HEAD"):
             return _refuse(request, f"{request.method} is not answered here. Use GET.", 405)
-        return http_util.Respond(request, path.read_bytes(), _TYPES[path.suffix])
+        return http_util.Respond(request, path.read_bytes(), _TYPES.get(path.suffix, "text/plain"))
 
     return app

@@ -130,10 +130,11 @@ def _bytes(reading: _Reading) -> int:
 
 
 def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -> None:
-    """Feeds what is new; from the start where something older came or something went away."""
+    """Feeds what is new; from the start where a session wrote over an older one."""
     new = {tag: mark for tag, mark in tags.items() if reading.seen.get(tag) != mark}
+    again = (new.keys() & reading.seen.keys()) - {record.META}
     late = any(mark.wall_time <= reading.until for mark in new.values())
-    if reading.run is None or late or not tags.keys() >= reading.seen.keys():
+    if reading.run is None or again or late or reading.seen.keys() - tags.keys():
         reading.forget()
         new = tags
     for event in _events(source, name, new, reading.until):

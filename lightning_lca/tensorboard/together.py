@@ -12,7 +12,9 @@ from lightning_lca.tensorboard.bins import Range, plain
 from lightning_lca.tensorboard.tables import Table
 
 MOST = 1000  # Moments per layer that may be asked for.
-_WORK = 20_000_000  # Moments times draws: beyond it fewer draws are made, to answer in time.
+_WORK = (
+    6_000_000  # Moments times draws: with more of the one, less of the other, to answer in time.
+)
 
 
 def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
