@@ -99,6 +99,7 @@ def distribution(history: History) -> Figure:
             )
             axes.axvline(0, color="0.3", linewidth=0.8)
             axes.locator_params("x", nbins=5)
+            axes.xaxis.set_major_formatter(style.tick)
             axes.set_ylabel("weights")
         below.set_yscale("log")
         below.set_xlabel("LCA of a weight over the run (loss):  helps  ←   →  hurts")
@@ -138,6 +139,7 @@ def trajectories(history: History) -> Figure:
             for line, colour in zip(lines.T, style.signed(whole[chosen]), strict=True):
                 axes.plot(time.steps, line, color=colour, linewidth=1.2, alpha=0.8)
             axes.set_title(f"{len(chosen)} {title} weights")
+            axes.yaxis.set_major_formatter(style.tick)
             style.step_axis(axes)
         figure.axes[0].set_ylabel("cumulative LCA (loss)")
         name = style.elide([weights.names[best[0]]], 28)[0]

@@ -79,7 +79,8 @@ def cumulative(history: History) -> Figure:
             axes.plot(time.steps, lines[:, i], color="0.8", linewidth=0.8)
         colours = style.by_depth(len(named))
         for colour, i in zip(colours, named, strict=True):
-            axes.plot(time.steps, lines[:, i], color=colour, linewidth=2)
+            # A single layer is all of the loss change: it shows around the black line.
+            axes.plot(time.steps, lines[:, i], color=colour, linewidth=2 if len(layers) > 1 else 6)
         above.plot(time.steps, true, color=style.TRUE, linewidth=2.2)
         labels = [style.elide(layers.names)[i] for i in named]
         ends = [style.last(lines[:, i]) for i in named]
@@ -180,6 +181,7 @@ def ledger(history: History) -> Figure:
             below.legend(loc="best", handlelength=1.4)
         below.axhline(0, color="0.3", linewidth=0.8)
         below.set_ylabel(f"residual\n(loss {time.unit})")
+        below.yaxis.set_major_formatter(style.tick)
         style.step_axis(below)
         change, residual = style.last(true), float(total(history.residual))
         share = _percent(abs(residual / change)) if change else style.number(residual)
@@ -220,8 +222,10 @@ def totals(history: History) -> Figure:
                     axes.barh(rows, side[kind], 0.75, left[kind], color=shade)
             axes.vlines(whole, rows - 0.46, rows + 0.46, color=style.TRUE, linewidth=2)
             _legend_of_kinds(figure)
-            shares = parts.sum(1) / whole.sum() if whole.sum() else np.zeros(3)
-            second = f"Kernels {shares[0]:.0%}, biases {shares[1]:.0%}, norms {shares[2]:.0%}"
+            # Adding zero makes no "-0%" of a small share.
+            shares = 100 * parts.sum(1) / whole.sum() if whole.sum() else np.zeros(3)
+            kernels, biases, norms = shares.round() + 0.0
+            second = f"Kernels {kernels:.0f}%, biases {biases:.0f}%, norms {norms:.0f}%"
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.margins(x=0.04)
@@ -290,6 +294,9 @@ def _who_helped_and_who_hurt(history: History, layers: Layers) -> tuple[str, str
     change = history.loss_after[-1] - history.loss_before[0]
     names = style.elide(layers.names)
     best, worst = int(whole.argmin()), int(whole.argmax())
+    if len(names) == 1:
+        verb = "hurt" if whole[0] > 0 else "helped"
+        return f"{names[0]}: LCA {style.number(whole[0])}", f"The only layer {verb} overall"
     if whole[best] >= 0:
         first = "No layer helped"
     elif change < 0:
@@ -298,6 +305,6 @@ def _who_helped_and_who_hurt(history: History, layers: Layers) -> tuple[str, str
         first = f"{names[best]} helped most: {style.number(whole[best])}"
     hurting = int((whole > 0).sum())
     if not hurting:
-        return first, "No layer hurt overall" if len(layers) > 1 else "The layer helped overall"
+        return first, "No layer hurt overall"
     many = f"{hurting} of {len(layers)} layers hurt overall"
     return first, f"{many}, {names[worst]} most ({style.number(whole[worst], 2)})"

@@ -51,7 +51,7 @@ def helping(history: History) -> Figure:
         )
         axes.axhline(50, color="0.3", linewidth=0.8)
         axes.stairs(share, time.steps, baseline=None, color=style.HELPS, linewidth=1.6)
-        axes.set_ylabel(f"weights that help ({time.unit})")
+        axes.set_ylabel("weights that help")
         axes.yaxis.set_major_formatter("{x:g}%")
         style.step_axis(axes)
         rows = np.arange(len(helped))
@@ -72,7 +72,7 @@ def helping(history: History) -> Figure:
         style.headline(
             figure,
             f"{overall:.1f}% of the weights that move the loss help",
-            f"{max(idle, 0):.0%} of all are idle; grey: fair coins",
+            f"{max(idle, 0):.0%} are idle; curve: mean {time.unit}; grey band: fair coins",
         )
     return figure
 
@@ -107,7 +107,7 @@ def helping_per_step(history: History) -> Figure:
         style.headline(
             figure,
             f"On average {share.mean():.1f}% of weights help",
-            f"A majority helps in {np.mean(share > 50):.0%} of {len(share):,} steps",
+            f"A majority helps in {np.mean(share > 50):.0%} of {len(share):,} measured steps",
         )
     return figure
 
@@ -140,7 +140,7 @@ def helping_per_weight(history: History) -> Figure:
         _bars(axes, np.histogram(share, edges)[0], edges, 50 - (edges[1:] + edges[:-1]) / 2)
         sd = 100 * 0.5 / math.sqrt(steps)
         curve = np.array([0.5 * math.erf((e - 50) / sd / math.sqrt(2)) for e in edges])
-        axes.stairs(len(share) * np.diff(curve), edges, color="0.45", linewidth=1.6, label="coins")
+        axes.stairs(len(share) * np.diff(curve), edges, color="0.45", linewidth=1.6)
         axes.axvline(50, color="0.3", linewidth=0.8)
         axes.xaxis.set_major_formatter("{x:g}%")
         axes.set_xlabel(f"of {steps:,} measured steps the weight helped in")
@@ -149,7 +149,7 @@ def helping_per_weight(history: History) -> Figure:
         left_out = f" ({idle:,} idle left out)" if idle else ""
         style.headline(
             figure,
-            f"A weight helps in {share.mean():.1f}% of steps; {np.mean(share > 50):.0%} in most",
+            f"{np.mean(share > 50):.0%} of weights help in more than half of the steps",
             f"{len(share):,} weights{left_out}; line: fair coins",
         )
     return figure

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SINGLE = 400  # Iterations that are shown one by one; longer runs are binned.
 _BINS = 100
+_ALONE = "#a9c4e2"
 _ENOUGH = 4  # Layers: with fewer no p is below 5 %.
 
 
@@ -24,8 +25,8 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
     """Draws each layer's moments of learning, and how many coincide. Needs T ≥ 1 rows.
 
     How to read it: above, a mark is a moment of learning, an iteration in which the layer's LCA was
-    lower than just before and just after; dark if another layer has one on the same iteration.
-    Columns of dark marks are iterations that the whole network learned from. Below is the number of
+    lower than just before and just after; dark if another layer has one on the same iteration,
+    pale if not. Columns of dark marks are iterations that the whole network learned from. Below is the number of
     layers per moment; in long runs the number of pairs of layers that coincide, per step. Grey is
     what chance gives: the same series, each shifted by one or two iterations at random (mean plus
     two standard deviations, or the middle 95 %). Bars that rise above the grey coincide more than
@@ -47,14 +48,14 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=[max(tall - 2.8, 1), 1.3])
         at, layer = found.moments.nonzero()
         shared = found.coincidences[at] > 1
-        size = 0.4 * 72 * (tall - 2.8) / len(layers)
-        for which, colour in ((~shared, "0.7"), (shared, style.HELPS)):
+        size = 0.6 * 72 * (tall - 2.8) / len(layers)
+        for which, colour in ((~shared, _ALONE), (shared, style.HELPS)):
             above.scatter(
                 each.middles[at[which]],
                 layer[which],
                 marker="|",
                 s=min(max(size, 2), 14) ** 2,
-                linewidths=1.6,
+                linewidths=1.8,
                 color=colour,
             )
         above.set_ylim(len(layers) - 0.5, -0.5)
@@ -64,8 +65,8 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
         else:
             _binned(below, found, history)
         below.set_xlim(each.steps[0], each.steps[-1])
-        below.set_ylim(bottom=0)
-        below.locator_params("y", nbins=3)
+        below.set_ylim(0, max(below.get_ylim()[1], 1))
+        below.locator_params("y", nbins=3, integer=True)
         style.step_axis(below)
         style.headline(figure, *_finding(found))
     return figure
@@ -74,7 +75,7 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
 def _one_by_one(axes: Axes, found: core.Synchrony, each: Timeline) -> None:
     axes.stairs(found.band, each.steps, fill=True, color=style.CHANCE)
     shared = found.coincidences > 1
-    for which, colour in ((~shared, "0.5"), (shared, style.HELPS)):
+    for which, colour in ((~shared, _ALONE), (shared, style.HELPS)):
         axes.bar(
             each.steps[:-1][which],
             found.coincidences[which],
@@ -101,7 +102,7 @@ def _finding(found: core.Synchrony) -> tuple[str, str]:
         f"(p = {found.p_pairs:.2g})"
     )
     if layers < _ENOUGH:
-        return f"{layers} layers are too few to tell whether they learn together", detail
+        return "Too few layers to tell whether they learn together", detail
     if found.p_pairs <= 0.05:
         return "Layers learn together", detail
     return "No sign that layers learn together", detail

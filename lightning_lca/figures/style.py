@@ -63,7 +63,7 @@ def by_depth(count: int) -> list[tuple[float, float, float]]:
     """Colours for lines of layers from first to last, apart from blue, red and black."""
     from matplotlib import colormaps
 
-    return [tuple(c[:3]) for c in colormaps["viridis"](np.linspace(0.05, 0.88, count))]
+    return [tuple(c[:3]) for c in colormaps["viridis"](np.linspace(0, 0.78, count))]
 
 
 def signed(values: Array) -> list[str]:
@@ -157,24 +157,24 @@ def grid_of_credit(axes: Axes, steps: Array, credit: Floats, unit: str) -> None:
         ax=axes,
         extend="both" if largest > limit else "neither",
         ticks=[-limit, -limit / 4, 0, limit / 4, limit],
-        format=lambda value, _: brief(value),
+        format=tick,
         pad=0.02,
         # As thick in a tall figure as in a low one.
         aspect=8 * figure.get_figheight(),
         extendfrac=0.05 * HEIGHT / figure.get_figheight(),
     )
     bar.set_label(f"LCA (loss {unit})")
-    bar.ax.set_title("hurts", color=HURTS)
-    bar.ax.set_xlabel("helps", color=HELPS)
+    bar.ax.set_title("hurts", color=HURTS, pad=12)
+    bar.ax.set_xlabel("helps", color=HELPS, labelpad=14)
     for side in [*axes.spines.values(), bar.outline]:
         side.set_visible(False)
     step_axis(axes)
 
 
-def brief(value: float) -> str:
-    """Writes a number for a tick in few letters.
+def tick(value: float, _: int | None = None) -> str:
+    """Writes credit for a tick in few letters.
 
-    >>> brief(-0.00068), brief(0.049), brief(0)
+    >>> tick(-0.00068), tick(0.049), tick(0)
     ('−7e−4', '+0.049', '0')
     """
     if not value:
