@@ -168,8 +168,8 @@ def _runs(logdir: Path) -> dict[str, Reader]:
         runs["" if name == "." else name] = reader
         if reader.lost:
             _say(
-                f"{directory}: {reader.lost} pieces of the record could not be read (cut off or "
-                "damaged). The steps that they hold are missing in what follows."
+                f"{directory}: {_pieces(reader.lost)} of the record could not be read (cut off or "
+                "damaged). The steps in there are missing in what follows."
             )
     for message in damaged:
         _say(message)
@@ -189,6 +189,10 @@ def _histories(reader: Reader, probe: str | None, name: str) -> dict[str, Histor
         there = ", ".join(map(repr, filter(None, reader.histories))) or "a single one, unnamed"
         raise _InputError(f"No probe {probe!r}{f' in {name}' if name else ''}; there is {there}.")
     return {probe: reader.histories[probe]}
+
+
+def _pieces(count: int) -> str:
+    return "1 piece" if count == 1 else f"{count} pieces"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -151,7 +151,8 @@ def _log_dir(tensorboard: Any, loggers: list[Any], root: Path) -> Path:
         if getattr(logger, "log_dir", None):
             return Path(logger.log_dir)
         if logger.save_dir:
-            return Path(logger.save_dir) / str(logger.name) / str(logger.version)
+            own = [str(part) for part in (logger.name, logger.version) if part is not None]
+            return Path(logger.save_dir, *own)
     parent = root / "lca_logs"
     version = 0
     while True:

@@ -92,7 +92,7 @@ class LCACallback(LightningCallback):
         seed: int = 0,
         track_parameters: bool = False,
         neurons: bool = False,
-        figures: bool = False,
+        figures: bool = True,
         custom_scalars: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""

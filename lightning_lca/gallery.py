@@ -156,42 +156,19 @@ def lay_out(labels: Sequence[str], log_dir: Path) -> None:
         log_dir: Directory of the run.
     """
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.custom_scalar import layout_pb2, summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from torch.utils.tensorboard.summary import custom_scalars
 
-    def charts(kind: str, title: str) -> list[Any]:
-        groups = [labels[i : i + _LINES] for i in range(0, len(labels), _LINES)]
-        return [
-            layout_pb2.Chart(
-                title=title if len(groups) == 1 else f"{title}, {group[0]} to {group[-1]}",
-                multiline=layout_pb2.MultilineChartContent(
-                    tag=[f"^{re.escape(f'lca_layer_{kind}/{label}')}$" for label in group]
-                ),
-            )
-            for group in groups
-        ]
-
-    ledger_chart = layout_pb2.Chart(
-        title="LCA and residual since the last log",
-        multiline=layout_pb2.MultilineChartContent(tag=["^lca/total$", "^lca/residual$"]),
-    )
-    layout = layout_pb2.Layout(
-        category=[
-            layout_pb2.Category(
-                title="LCA",
-                chart=[
-                    *charts("cum", "cumulative LCA"),
-                    *charts("help", "helping fraction"),
-                    ledger_chart,
-                ],
-            )
-        ]
-    )
+    charts = {"LCA and residual since the last log": ["lca/total", "lca/residual"]}
+    for kind, title in (("cum", "cumulative LCA"), ("help", "helping fraction")):
+        for i in range(0, len(labels), _LINES):
+            group = labels[i : i + _LINES]
+            which = f", {group[0]} to {group[-1]}" if len(labels) > _LINES else ""
+            charts[title + which] = [f"lca_layer_{kind}/{label}" for label in group]
+    layout = {t: ["Multiline", [f"^{re.escape(tag)}$" for tag in c]] for t, c in charts.items()}
     writer = EventFileWriter(str(log_dir / "lca_layout"))
-    packed = summary.pb(layout).SerializeToString()
-    event = Event(step=0, wall_time=time.time())
-    event.summary.ParseFromString(packed)
-    writer.add_event(event)
+    summary = custom_scalars({"LCA": layout})
+    writer.add_event(Event(step=0, wall_time=time.time(), summary=summary))
     writer.close()
 
 
@@ -240,7 +217,9 @@ def _to_comet(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> N
 
 
 def _to_mlflow(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
-    logger.experiment.log_figure(logger.run_id, figure, f"{_file_name(tag)}/{step:07d}.png")
+    logger.experiment.log_figure(
+        logger.run_id, figure, f"lca_figures/{_file_name(tag)}/{step:07d}.png"
+    )
 
 
 def _file_name(tag: str) -> str:

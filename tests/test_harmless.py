@@ -852,6 +852,11 @@ OPTIONS = {
     "tracked parameters": Case(Everything, lca={"track_parameters": True}),
     "the midpoint rule": Case(Everything, lca={"quadrature": "midpoint"}),
     "the gauss2 rule": Case(Everything, lca={"quadrature": "gauss2", "group_by": "neuron"}),
+    "every dashboard": Case(
+        Everything,
+        trainer={"max_steps": 12},
+        lca={"neurons": True, "track_parameters": True},
+    ),
     "a loss_fn": Case(
         Everything, lca={"loss_fn": lambda m, batch: {"a": m.training_step(batch, 0)}}
     ),
@@ -861,7 +866,11 @@ OPTIONS = {
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # fork, Python >= 3.12
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=i) for i, c in (MODELS | SETTINGS | OPTIONS).items()]
+    "case",
+    [
+        pytest.param(c, id=i, marks=[pytest.mark.figures] if i == "every dashboard" else [])
+        for i, c in (MODELS | SETTINGS | OPTIONS).items()
+    ],
 )
 def test_training_is_bitwise_the_same_with(case, tmp_path, capsys):
     plain, measured, lca = twins(case, tmp_path, capsys)
