@@ -13,6 +13,7 @@ import { compareView } from "./view-compare.js";
 import { cumulativeView } from "./view-cumulative.js";
 import { helpingView } from "./view-helping.js";
 import { layersView } from "./view-layers.js";
+import { ledgerView } from "./view-ledger.js";
 import { synchronyView } from "./view-synchrony.js";
 import { tableView } from "./view-table.js";
 import { clampRange, panned, zoomed } from "./zoom.js";
@@ -41,7 +42,7 @@ export class App {
     this.banner = el("div", { id: "banner", class: "message", "data-testid": "banner", hidden: true });
     parent.append(head, this.banner, this.main);
     this.verdict = new Verdict(this.main);
-    this.views = [layersView, channelsView, cumulativeView, helpingView, synchronyView, compareView, tableView].map((make) => make(this));
+    this.views = [layersView, channelsView, cumulativeView, ledgerView, helpingView, synchronyView, compareView, tableView].map((make) => make(this));
     this.showKeys();
   }
 
@@ -59,7 +60,7 @@ export class App {
 
   /** Hidden behind another tab of the browser or of TensorBoard. */
   get hidden() {
-    return document.hidden || document.documentElement.clientWidth === 0;
+    return document.hidden || window.innerHeight === 0;
   }
 
   /** Looks for new data now and then; never twice at once. */
@@ -106,7 +107,7 @@ export class App {
     const { run } = this;
     if (!run || run.error || !run.rows) return null;
     const { start, stop } = this.store.state;
-    const [first, last] = [Math.min(run.first_step, this.sources.bins.first ?? Infinity), run.last_step];
+    const { first_step: first, last_step: last } = run;
     return { start: start ?? first, stop: stop ?? last, first, last };
   }
 
@@ -155,7 +156,7 @@ export class App {
     want("table", {});
     want("helping", { bins: Math.max(40, Math.floor(inner / 5)), layer });
     want("synchrony", { bins: Math.max(40, Math.floor(inner / 3)), strongest: state.strongest });
-    if (layer) want("channels", { bins: Math.min(fitting, 500), layer });
+    if (layer && run.channels) want("channels", { bins: Math.min(fitting, 500), layer });
     else this.sources.channels.reset();
     const other = this.runs.find(({ name }) => name === state.vs_run);
     if (other?.probes.includes(state.vs_probe ?? "")) {
@@ -196,7 +197,7 @@ export class App {
       const blocked = view.blocked?.(context);
       view.section.root.setAttribute("aria-busy", busy);
       if (blocked) {
-        const [text, children] = [blocked].flat(1).length > 1 ? blocked : [blocked, []];
+        const [text, children] = [blocked].flat();
         view.section.say(text, { children });
       } else if (error) view.section.say(error, { error: true });
       else if (data) {

@@ -1,6 +1,6 @@
 /** What all plots share, so that steps stand below each other: margins, ticks and side labels. */
 
-import { count, elide } from "./format.js";
+import { count, elide, number } from "./format.js";
 import { FONT } from "./theme.js";
 
 export const FONT_SMALL = `11px ${FONT}`;
@@ -44,6 +44,21 @@ export function valueTicks(low, high, wanted) {
   return ticks;
 }
 
+/** Ticks as text with the decimals that their distance needs: -1.0, -0.5, 0. */
+export function tickLabels(ticks) {
+  if (ticks.length < 2) return ticks.map((v) => number(v, 2));
+  const every = Math.abs(ticks[1] - ticks[0]);
+  const most = Math.max(...ticks.map(Math.abs));
+  const tiny = most < 1e-3 || most >= 1e6;
+  const unit = tiny ? 10 ** Math.floor(Math.log10(most)) : 1;
+  const places = Math.max(0, -Math.floor(Math.log10((every / unit) * 1.0001)));
+  return ticks.map((v) => {
+    if (Math.abs(v) < every / 1e6) return "0";
+    const text = (v / unit).toFixed(places) + (tiny ? `e${Math.round(Math.log10(unit))}` : "");
+    return text.replaceAll("-", "\u2212");
+  });
+}
+
 /** Writes names beside a plot at their heights, moved apart where they would overlap. */
 export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) {
   const room = Math.max(1, Math.floor((bottom - top) / gap));
@@ -78,7 +93,7 @@ export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) 
     context.lineTo(x + 12, at[i]);
     context.stroke();
     context.globalAlpha = 1;
-    context.fillStyle = item.color;
+    context.fillStyle = item.ink ?? item.color;
     context.font = item.bold ? FONT_BOLD : FONT_SMALL;
     context.fillText(elide(item.text, width - 18, (t) => context.measureText(t).width), x + 15, at[i]);
   });

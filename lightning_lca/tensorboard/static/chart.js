@@ -1,12 +1,13 @@
 /** Lines over the step axis, by uPlot, with the margins of all plots. */
 
-import { FONT_SMALL, margins, sideLabels, stepTicks, valueTicks } from "./axes.js";
+import { FONT_SMALL, margins, sideLabels, stepTicks, tickLabels, valueTicks } from "./axes.js";
 import { el } from "./dom.js";
-import { number } from "./format.js";
 import { colors } from "./theme.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
 import uPlot from "./uPlot.esm.js";
 import { cursor, zoomable } from "./zoom.js";
+
+const YAXIS = 76; // Ticks and title of the y axis.
 
 /** The range of some values with a little air; [lists of numbers or null]. */
 export function extent(lists, { include = [], air = 0.06 } = {}) {
@@ -26,8 +27,8 @@ export function extent(lists, { include = [], air = 0.06 } = {}) {
 
 /**
  * A chart. `update` takes a view: {x, lines: [{values, color, width, dash, alpha}], low, high (steps),
- * y: [low, high], title (of the y axis), format (y value -> text), below: [draw(chart)], above:
- * [draw(chart)], labels: [{text, value, color, bold, rank}], describe(position) -> [title, rows],
+ * y: [low, high], title (of the y axis), labels ([y] -> [text]), below: [draw(chart)], above:
+ * [draw(chart)], names: [{text, value, color, bold, rank}], describe(position) -> [title, rows],
  * axis: whether the step axis has numbers}.
  */
 export class Chart {
@@ -50,7 +51,7 @@ export class Chart {
   draw() {
     const width = Math.floor(this.root.clientWidth);
     if (!this.view || width < 300) return;
-    const { x, lines, low, high, y, title, format = (v) => number(v), axis = true } = this.view;
+    const { x, lines, low, high, y, title, labels = tickLabels, axis = true } = this.view;
     const { left, right } = margins(width);
     const inner = width - left - right;
     const ticks = stepTicks(low, high, inner);
@@ -61,7 +62,7 @@ export class Chart {
       {
         width,
         height: this.height,
-        padding: [8, right, axis ? 0 : 8, 0],
+        padding: [8, right, axis ? 0 : 8, left - YAXIS],
         legend: { show: false },
         cursor: { x: true, y: false, drag: { x: false, y: false }, points: { show: false }, bind: silent() },
         scales: { x: { time: false, range: () => [low, high] }, y: { range: () => y } },
@@ -82,15 +83,15 @@ export class Chart {
           },
           {
             ...line,
-            size: left - 20,
+            size: YAXIS - 18,
             label: title,
             labelFont: FONT_SMALL,
-            labelSize: 20,
+            labelSize: 18,
             labelGap: 0,
             gap: 6,
             ticks: { show: false },
-            splits: () => valueTicks(y[0], y[1], (this.height - 40) / 36),
-            values: (_, splits) => splits.map(format),
+            splits: () => valueTicks(y[0], y[1], (this.height - 30) / 32),
+            values: (_, splits) => labels(splits),
           },
         ],
         series: [
@@ -153,6 +154,7 @@ export class Chart {
     u.ctx.save();
     u.ctx.strokeStyle = colors.frame;
     u.ctx.lineWidth = uPlot.pxRatio;
+    u.ctx.setLineDash([]);
     u.ctx.strokeRect(left, top, width, height);
     u.ctx.restore();
   }
@@ -163,7 +165,7 @@ export class Chart {
     const { left, top, width, height } = u.bbox;
     context.save();
     context.scale(ratio, ratio);
-    const items = (this.view.labels ?? []).map((label) => ({
+    const items = (this.view.names ?? []).map((label) => ({
       ...label,
       y: Math.min(top + height, Math.max(top, u.valToPos(label.value, "y", true))) / ratio,
     }));
@@ -202,36 +204,14 @@ function lonely(u, series) {
   return values.some((v, i) => v !== null && values[i - 1] == null && values[i + 1] == null);
 }
 
-/** Draws a filled band between two lists over x; null breaks it. */
-export function band(xs, lows, highs, color) {
-  return ({ context, x, y }) => {
-    context.fillStyle = color;
-    let run = [];
-    const flush = () => {
-      if (run.length) {
-        context.beginPath();
-        for (const i of run) context.lineTo(x(xs[i]), y(highs[i]));
-        for (const i of run.reverse()) context.lineTo(x(xs[i]), y(lows[i]));
-        context.fill();
-      }
-      run = [];
-    };
-    xs.forEach((_, i) => {
-      if (lows[i] === null || highs[i] === null) flush();
-      else run.push(i);
-    });
-    flush();
-  };
-}
-
-/** The same in steps: value i holds from edge i to edge i + 1. */
+/** Draws a filled band: low and high value i hold from edge i to edge i + 1; null breaks it. */
 export function steppedBand(edges, lows, highs, color) {
   return ({ context, x, y }) => {
     context.fillStyle = color;
     lows.forEach((low, i) => {
       if (low === null || highs[i] === null) return;
-      const left = x(edges[i]);
-      context.fillRect(left, y(highs[i]), x(edges[i + 1]) - left + 0.3, y(low) - y(highs[i]));
+      const [left, right] = [Math.round(x(edges[i])), Math.round(x(edges[i + 1]))]; // Without seams.
+      context.fillRect(left, y(highs[i]), right - left, y(low) - y(highs[i]));
     });
   };
 }

@@ -34,6 +34,13 @@ export function percent(fraction, digits = null) {
   return `${value.toFixed(places).replace("-", MINUS)}${NARROW}%`;
 }
 
+/** Ticks of fractions as percentages with the places that their distance needs. */
+export function percentLabels(ticks) {
+  const every = ticks.length > 1 ? ticks[1] - ticks[0] : 1;
+  const places = Math.max(0, -Math.floor(Math.log10(every * 100.01)));
+  return ticks.map((v) => percent(v, places));
+}
+
 /** "1 layer", "6 layers". */
 export function plural(n, word) {
   return `${count(n)} ${word}${n === 1 ? "" : "s"}`;
@@ -44,8 +51,16 @@ export function steps(first, last) {
   return first === last ? `step ${count(first)}` : `steps ${count(first)}–${count(last)}`;
 }
 
-/** Shortens a name in the middle until it fits; the end, which tells layers apart, keeps more. */
+/**
+ * Shortens a name until it fits: first the words of its path to their initials, from the left, as
+ * numbers and the end tell layers apart (e.l.10.self_attn); then by an ellipsis in the middle.
+ */
 export function elide(text, width, measure) {
+  const words = text.split(".");
+  for (let i = 0; measure(words.join(".")) > width && i < words.length - 1; i++) {
+    if (!/^\d*$/.test(words[i])) words[i] = words[i].slice(0, 1);
+  }
+  text = words.join(".");
   if (measure(text) <= width) return text;
   let low = 1;
   let high = text.length;

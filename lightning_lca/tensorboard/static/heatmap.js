@@ -1,9 +1,9 @@
 /** Credit by row and bin of steps: blue helps, red hurts. */
 
-import { FONT_SMALL } from "./axes.js";
-import { count, number, percent, signed, steps } from "./format.js";
+import { FONT_BOLD, FONT_SMALL } from "./axes.js";
+import { count, elide, number, percent, signed, steps } from "./format.js";
 import { Grid } from "./grid.js";
-import { colors, diverging } from "./theme.js";
+import { colors, diverging, rgb } from "./theme.js";
 
 /** The 99 % quantile of |value| over all cells with some credit: the end of the colour scale. */
 export function colorLimit(...matrices) {
@@ -30,7 +30,7 @@ export function binAt(edges, at) {
 /**
  * Beside a grid's view it takes: rows with `values` [B] and `total`, `edges` [B + 1], `measured` [B]
  * or null, `limit`, `unit` (what a cell holds), `words` (of the two ends), `change` (the true loss
- * change in the range, for shares).
+ * change in the range, for shares), `title` (where a page has several).
  */
 export class Heatmap extends Grid {
   paint(context, ratio) {
@@ -41,14 +41,15 @@ export class Heatmap extends Grid {
     if (measured) this.hatch(context, measured);
 
     const columns = Math.round(width * ratio);
+    const missing = rgb(colors.empty);
     const image = new ImageData(columns, rows.length);
     const bins = new Int32Array(columns);
     for (let c = 0; c < columns; c++) bins[c] = binAt(edges, low + ((c + 0.5) / columns) * (high - low));
     rows.forEach((row, i) => {
-      const painted = row.values.map((v) => (v === null ? null : diverging(v, limit)));
+      const painted = row.values.map((v) => (v === null ? missing : diverging(v, limit)));
       for (let c = 0; c < columns; c++) {
-        const color = measured && !measured[bins[c]] ? null : painted[bins[c]];
-        if (color) image.data.set([...color, 255], 4 * (i * columns + c));
+        if (measured && !measured[bins[c]]) continue;
+        image.data.set([...painted[bins[c]], 255], 4 * (i * columns + c));
       }
     });
     const small = new OffscreenCanvas(columns, rows.length);
@@ -87,7 +88,7 @@ export class Heatmap extends Grid {
   }
 
   drawLegend(context) {
-    const { limit, unit, words = ["helps", "hurts"] } = this.view;
+    const { limit, unit, title, words = ["helps", "hurts"] } = this.view;
     const { left, top, width } = this.plot;
     const bar = 132;
     const y = top - 18;
@@ -97,7 +98,7 @@ export class Heatmap extends Grid {
     context.textAlign = "right";
     const ends = [`${words[0]}  ${number(-limit, 2)}`, `${signed(limit, 2)}  ${words[1]}`];
     const rightText = context.measureText(ends[1]).width + 8;
-    const x = left + width - rightText - bar;
+    const x = Math.round(left + width - rightText - bar);
     for (let i = 0; i < bar; i++) {
       const at = (2 * i) / (bar - 1) - 1;
       const [r, g, b] = diverging(at * Math.abs(at), 1);
@@ -110,10 +111,20 @@ export class Heatmap extends Grid {
     context.fillText(ends[0], x - 8, y + 5.5);
     context.textAlign = "left";
     context.fillText(ends[1], x + bar + 8, y + 5.5);
-    const room = x - 16 - context.measureText(ends[0]).width - left;
+    let from = left;
+    if (title) {
+      context.font = FONT_BOLD;
+      context.fillStyle = colors.text;
+      const name = elide(title, width * 0.4, (t) => context.measureText(t).width);
+      context.fillText(name, left, y + 5.5);
+      from += context.measureText(name).width + 14;
+      context.font = FONT_SMALL;
+      context.fillStyle = colors.muted;
+    }
+    const room = x - 16 - context.measureText(ends[0]).width - from;
     const texts = [`LCA ${unit}, in units of the loss; square-root scale`, `LCA ${unit}; square-root scale`, `LCA ${unit}`];
     const fits = texts.find((text) => context.measureText(text).width < room);
-    if (fits) context.fillText(fits, left, y + 5.5);
+    if (fits) context.fillText(fits, from, y + 5.5);
     context.fillText("sum", left + width + 14, y + 5.5);
   }
 

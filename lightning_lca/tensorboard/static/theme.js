@@ -70,7 +70,7 @@ export function followTheme(onChange) {
 }
 
 /** sRGB #rrggbb -> [r, g, b] in 0..255. */
-function rgb(hex) {
+export function rgb(hex) {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 }
 
@@ -129,7 +129,7 @@ export function diverging(value, limit) {
 
 /** Colours of n layers in network order, for areas side by side: dark to light, blind-safe. */
 export function sequence(n) {
-  const stops = ["#2c2a5e", "#34618c", "#3b8f8a", "#8fb35c", "#e8c24a"].map((c) => oklab(rgb(c)));
+  const stops = ["#4b4a8f", "#3a6fa0", "#3f9a94", "#93b865", "#e8c24a"].map((c) => oklab(rgb(c)));
   return Array.from({ length: n }, (_, i) => {
     const at = n > 1 ? (i / (n - 1)) * (stops.length - 1) : 1;
     const k = Math.min(stops.length - 2, Math.floor(at));

@@ -58,10 +58,7 @@ export class TopBar {
       this.moves,
       this.whole,
       field("Compare with", this.versus),
-      el("span", { class: "spacer" }),
-      el("span", { class: "status" }, el("label", { class: "field", title: "Look for new steps every few seconds" }, this.live, el("span", {}, "Live")), this.updated),
-      this.csv,
-      this.copy,
+      el("span", { class: "status" }, el("label", { class: "field", title: "Look for new steps every few seconds" }, this.live, el("span", {}, "Live")), this.updated, this.csv, this.copy),
     );
     parent.append(this.root);
   }

@@ -16,14 +16,20 @@ function naming(layers, change, most = 2) {
   return named.join(", ") + (layers.length > most ? ", …" : "");
 }
 
+/** A loss with a fixed number of decimals, so that two can be compared at a glance. */
+function lossText(value) {
+  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1000 ? value.toFixed(4) : number(value, 4);
+}
+
 /** How the loss moved; {head, detail}. */
-export function lossWords(table, loss) {
-  const { true_change: change, first_step: first, last_step: last, rows } = table;
+export function lossWords(table, { loss, edges }) {
+  const { true_change: change, rows } = table;
+  const [first, last] = [edges[0] + 1, edges.at(-1)];
   const where = steps(first, last);
   const told = `${where[0].toUpperCase()}${where.slice(1)}`;
   const measured = rows === last - first + 1 ? "" : ` · ${count(rows)} measured`;
   const known = loss.filter((v) => v !== null);
-  const ends = known.length > 1 ? `${number(known[0], 4)} → ${number(known.at(-1), 4)} · ` : "";
+  const ends = known.length > 1 ? `${lossText(known[0])} → ${lossText(known.at(-1))} · ` : "";
   if (change === null) return { head: "The loss is not a finite number", detail: `${told}${measured}`, warn: true };
   const head = change ? `The loss ${change < 0 ? "fell" : "rose"} by ${number(Math.abs(change), 4)}` : "The loss stayed as it was";
   return { head, detail: `${ends}${told}${measured}`, warn: false };
@@ -33,21 +39,25 @@ export function lossWords(table, loss) {
 export function layerWords({ layers, true_change: change }) {
   const helped = layers.filter((l) => l.credit < 0).sort((a, b) => a.credit - b.credit);
   const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
+  const broken = layers.filter((l) => l.credit === null).length;
   const hurting = hurt.length ? `${count(hurt.length)} hurt` : "none hurt";
   const head = helped.length ? `${plural(helped.length, "layer")} helped, ${hurting}` : `No layer helped, ${hurting}`;
   const most = helped.length ? `most: ${naming(helped, change)}` : "";
   const against = hurt.length ? `hurting: ${hurt.slice(0, 2).map((l) => `${l.name} ${signed(l.credit, 2)}`).join(", ")}${hurt.length > 2 ? ", …" : ""}` : "";
-  return { head, detail: [against, most].filter(Boolean).join(" · ") };
+  const unknown = broken ? `${plural(broken, "layer")} not finite` : "";
+  return { head, detail: [unknown, against, most].filter(Boolean).join(" · "), warn: broken > 0 };
 }
 
 /** Whether the credits can be trusted. */
 export function trustWords(table, lost) {
-  const { true_change: change, residual, drift, rows, unconverged } = table;
+  const { true_change: change, allocated, residual, drift, rows, unconverged } = table;
   const share = change ? Math.abs(residual / change) : null;
   const large = share === null ? Math.abs(residual ?? Infinity) > 1e-9 : share > LARGE;
   const explained = share === null ? null : Math.max(0, 1 - share);
   let head = "The credits add up";
-  if (explained !== null && residual) {
+  if (allocated === null) head = "Some credits are not finite";
+  else if (explained === 0) head = "The credits do not explain the change";
+  else if (explained !== null && residual) {
     // Never rounded up to all of it.
     head = explained >= 0.9995 ? "The credits explain > 99.9 %" : `The credits explain ${percent(Math.floor(explained * 1000) / 1000, 1)}`;
   } else if (large) head = "The credits do not add up";
@@ -56,7 +66,7 @@ export function trustWords(table, lost) {
   if (unconverged) details.push(`${count(unconverged)} of ${plural(rows, "step")} beyond the tolerance`);
   if (lost) details.push(`${plural(lost, "chunk")} of the record could not be read`);
   if (large) details.push("set a tolerance, or lower every_n_steps");
-  return { head, detail: details.join(" · "), warn: large || unconverged > 0 || lost > 0 };
+  return { head, detail: details.join(" · "), warn: large || allocated === null || unconverged > 0 || lost > 0 };
 }
 
 /** The band with the four answers. */
@@ -87,15 +97,14 @@ export class Verdict {
 
   /** Fills in what is known so far. */
   draw({ run, table, bins, synchrony }) {
-    if (table && bins) this.put("loss", lossWords(table, bins.loss));
+    if (table && bins) this.put("loss", lossWords(table, bins));
     if (table) {
       this.put("layers", layerWords(table));
       this.put("trust", trustWords(table, run.lost));
     }
     if (synchrony) {
-      const { together, words } = synchronyWords(synchrony);
-      const heads = new Map([[true, "Layers learn together"], [false, "Layers learn each by itself"], [null, "Learning together: unknown"]]);
-      this.put("together", { head: heads.get(together), detail: words });
+      const { head, words } = synchronyWords(synchrony);
+      this.put("together", { head, detail: words });
     }
   }
 

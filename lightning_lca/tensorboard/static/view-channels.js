@@ -21,8 +21,9 @@ export function channelsView(app) {
     section,
     source: "channels",
     /** Why there is nothing to show, if so. */
-    blocked({ state }) {
+    blocked({ state, run }) {
       section.heading.textContent = state.layer ? `Channels of ${state.layer}` : "Channels";
+      if (!run.channels) return "This record has no channels. Train with LCACallback(neurons=True) to see inside each layer.";
       return state.layer ? null : "Click a layer above to see its channels (its neurons, for a linear layer).";
     },
     draw(data) {

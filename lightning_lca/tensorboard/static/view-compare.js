@@ -3,10 +3,10 @@
 import { Chart, extent, rule } from "./chart.js";
 import { el } from "./dom.js";
 import { count, plural, signed } from "./format.js";
-import { Heatmap, binAt, colorLimit } from "./heatmap.js";
+import { Heatmap, colorLimit } from "./heatmap.js";
 import { Section } from "./section.js";
+import { added, nearestEdge, running } from "./sums.js";
 import { colors } from "./theme.js";
-import { added, running } from "./view-cumulative.js";
 import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 
 /** What tells two measurements apart: the probe within a run, else the run (and probe). */
@@ -24,10 +24,9 @@ export function compareView(app) {
     ...app.sectionHooks("compare"),
   });
   const act = { ...app.act };
-  const parts = ["a", "b", "difference"].map((part) => ({
-    title: section.addSubtitle(""),
-    map: new Heatmap(section.plot, { testid: `compare-${part}`, label: "Layers in network order", act }),
-  }));
+  const maps = ["a", "b", "difference"].map(
+    (part) => new Heatmap(section.plot, { testid: `compare-${part}`, label: "Layers in network order", act }),
+  );
   const sumsTitle = section.addSubtitle("");
   const chart = new Chart(section.plot, { testid: "compare-chart", label: "Cumulative LCA of both", height: 230, act });
   return {
@@ -56,8 +55,8 @@ export function compareView(app) {
         [`${nameB} minus ${nameA}`, difference, colorLimit(difference), ["helps more", "hurts more"]],
       ];
       views.forEach(([text, credit, end, words], i) => {
-        parts[i].title.textContent = text;
-        parts[i].map.update({
+        maps[i].update({
+          title: text,
           rows: heatRows(layers, credit),
           edges,
           measured: null,
@@ -91,12 +90,12 @@ export function compareView(app) {
         y: extent([sumA, sumB]),
         title: "LCA (loss units)",
         below: [rule(0, colors.muted)],
-        labels: [
+        names: [
           { text: nameA, value: sumA.at(-1), color: colors.text, bold: true, rank: 2 },
           { text: nameB, value: sumB.at(-1), color: colors.selected, bold: true, rank: 1 },
         ],
         describe(at) {
-          const k = binAt(edges, at) + 1;
+          const k = nearestEdge(edges, at);
           return [`after step ${count(edges[k])}`, [[nameA, signed(sumA[k])], [nameB, signed(sumB[k])]]];
         },
       });

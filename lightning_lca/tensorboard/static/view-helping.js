@@ -1,7 +1,7 @@
 /** How narrow the majority of helping weights is, against what chance would give. */
 
 import { Chart, extent, rule, steppedBand } from "./chart.js";
-import { percent, steps } from "./format.js";
+import { percent, percentLabels, steps } from "./format.js";
 import { binAt } from "./heatmap.js";
 import { Section } from "./section.js";
 import { colors } from "./theme.js";
@@ -37,10 +37,10 @@ export function helpingView(app) {
       if (layer) lines.push({ values: layer.share, color: colors.selected, width: 1.75 });
       const means = [["network", mean(network.share, measured), colors.text]];
       if (layer) means.push([name, mean(layer.share, measured), colors.selected]);
-      const labels = means
+      const names = means
         .filter(([, value]) => value !== null)
         .map(([text, value, color], i) => ({ text: `${text} ${percent(value)}`, value, color, bold: true, rank: 10 - i }));
-      labels.push({ text: "as many hurt as help", value: 0.5, color: colors.muted, rank: 1 });
+      names.push({ text: "as many hurt as help", value: 0.5, color: colors.muted, rank: 1 });
       chart.update({
         x: middle,
         lines,
@@ -48,9 +48,9 @@ export function helpingView(app) {
         high: edges.at(-1),
         y: extent(lines.map((l) => l.values), { include: [0.49, 0.51], air: 0.1 }),
         title: "helping / moving",
-        format: (v) => percent(v, Math.abs(v * 100 - Math.round(v * 100)) > 1e-6 ? 1 : 0),
+        labels: percentLabels,
         below: [steppedBand(edges, edge(near, -1), edge(near, 1), colors.band), rule(0.5, colors.muted, [4, 3])],
-        labels,
+        names,
         describe(at) {
           const k = binAt(edges, at);
           const tell = (part) =>

@@ -11,7 +11,7 @@ export function binUnit(edges) {
 }
 
 /** Height of a row, so that few layers are easy to hit and many still fit. */
-export function rowHeight(rows, { room = 640, least = 6, most = 30, tall = false } = {}) {
+export function rowHeight(rows, { room = 720, least = 6, most = 30, tall = false } = {}) {
   const fitting = Math.floor(room / Math.max(1, rows));
   return Math.min(most, Math.max(tall ? 14 : least, fitting));
 }
@@ -22,7 +22,7 @@ export function heatRows(names, credit, totals = null, label = (name) => name) {
     name,
     label: label(name),
     values: credit[i],
-    total: totals ? totals[i] : credit[i].reduce((sum, v) => sum + (v ?? 0), 0),
+    total: totals ? totals[i] : credit[i].reduce((sum, v) => (v === null || sum === null ? null : sum + v), 0),
   }));
 }
 
@@ -57,9 +57,11 @@ export function layersView(app) {
         rowHeight: rowHeight(layers.length, { tall: state.tall === "1" }),
       });
       const empty = measured.filter((n) => !n).length;
-      section.note.textContent = empty
-        ? `Hatched: ${plural(empty, "bin")} of ${count(measured.length)} without a measured step.`
-        : "";
+      const broken = credit.flat().filter((v) => v === null).length;
+      section.note.textContent = [
+        empty ? `Hatched: ${plural(empty, "bin")} of ${count(measured.length)} without a measured step.` : "",
+        broken ? `Grey: ${plural(broken, "cell")} whose credit is not a finite number.` : "",
+      ].join(" ");
     },
   };
 }

@@ -2,7 +2,7 @@
 
 import { Chart, bars, extent, rule, steppedBand } from "./chart.js";
 import { el } from "./dom.js";
-import { count, number, percent, steps } from "./format.js";
+import { count, number, steps } from "./format.js";
 import { binAt } from "./heatmap.js";
 import { Raster } from "./raster.js";
 import { Section } from "./section.js";
@@ -10,19 +10,30 @@ import { colors } from "./theme.js";
 import { rowHeight } from "./view-layers.js";
 
 /** "p < 0.001" where no draw came near, else "p = 0.03". */
-export function pWords({ p_value: p, draws }) {
-  return p <= 1.001 / (draws + 1) ? `p < ${number(1.001 / (draws + 1), 1)}` : `p = ${number(p, 2)}`;
+function pWords({ p_pairs: p, draws }) {
+  return p <= 1.001 / (draws + 1) ? `p < ${number(1.001 / (draws + 1), 1)}` : `p = ${Number(p.toPrecision(2))}`;
 }
 
-/** What the count of shared moments says: {together: true, false or null, words}. */
+/**
+ * What the moments say: {together: true, false or null, head, words}. Pairs of layers decide: with
+ * many layers nearly every moment has company by chance, but not that of so many.
+ */
 export function synchronyWords(data) {
-  const { synchronized, moments, null_low: low, null_high: high, layers } = data;
-  if (layers.length < 2) return { together: null, words: "One layer alone has none to learn with." };
-  if (!moments) return { together: null, words: "No moment of learning lies in these steps." };
-  const range = low === high ? number(low) : `${count(Math.round(low))} to ${count(Math.round(high))}`;
-  const facts = `${count(synchronized)} of ${count(moments)} moments are shared; chance would give ${range}`;
-  if (data.p_value < 0.05) return { together: true, words: `${facts}: layers learn together (${pWords(data)}).` };
-  return { together: false, words: `${facts}: no more than chance (${pWords(data)}).` };
+  const { layers, moments, pairs, pairs_null_low: low, pairs_null_high: high, p_pairs: p } = data;
+  const unknown = "Learning together: unknown";
+  if (layers.length < 2) return { together: null, head: unknown, words: "One layer has no other to learn with." };
+  if (!moments) return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
+  const chance = low === high ? count(Math.round(low)) : `${count(Math.round(low))}–${count(Math.round(high))}`;
+  const facts = `Two layers peak on the same step ${count(pairs)} times; chance would give ${chance}`;
+  return p < 0.05
+    ? { together: true, head: "Layers learn together", words: `${facts} (${pWords(data)}).` }
+    : { together: false, head: "No sign of learning together", words: `${facts} (${pWords(data)}).` };
+}
+
+/** How many moments have company, as a sentence. */
+function sharedWords({ synchronized, moments, null_low: low, null_high: high }) {
+  const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
+  return `${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
 }
 
 export function synchronyView(app) {
@@ -44,6 +55,9 @@ export function synchronyView(app) {
   return {
     section,
     source: "synchrony",
+    blocked({ run }) {
+      return run.layers.length < 2 ? "One layer has no other to learn with." : null;
+    },
     draw(data, { state }) {
       if (document.activeElement !== strongest) strongest.value = state.strongest ?? 20;
       const { edges, layers } = data;
@@ -58,8 +72,8 @@ export function synchronyView(app) {
         rowHeight: rowHeight(layers.length, { room: 320, least: 3, most: 20 }),
       });
       chart.update(data.expected ? perStep(data) : perBin(data));
-      const { words, together } = synchronyWords(data);
-      section.note.textContent = words;
+      const { words, together, head } = synchronyWords(data);
+      section.note.textContent = together === null ? words : `${head}. ${words} ${sharedWords(data)}`;
       section.note.dataset.together = together;
     },
   };
@@ -74,10 +88,10 @@ function perStep({ edges, layers, coincidences, band, expected }) {
     high: edges.at(-1),
     y: [0, Math.max(3, extent([coincidences, band])[1])],
     title: "layers at once",
-    format: (v) => (Number.isInteger(v) ? count(v) : ""),
+    labels: (ticks) => ticks.map((v) => (Number.isInteger(v) ? count(Math.abs(v)) : "")),
     below: [steppedBand(edges, band.map((v) => (v === null ? null : 0)), band, colors.band)],
     above: [bars(edges, coincidences, (i) => (coincidences[i] > band[i] && coincidences[i] > 1 ? colors.helps : colors.faint))],
-    labels: [{ text: "grey: within chance", value: 0.5, color: colors.muted, rank: 1 }],
+    names: [{ text: "grey: within chance", value: 0.5, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);
       return [
@@ -91,7 +105,7 @@ function perStep({ edges, layers, coincidences, band, expected }) {
   };
 }
 
-/** Many steps to a bin: how often more layers than by chance had a moment. */
+/** Many steps to a bin: how many pairs of layers had a moment on the same step. */
 function perBin({ edges, rate, rate_null: chance, rate_high: high }) {
   return {
     x: edges,
@@ -99,18 +113,17 @@ function perBin({ edges, rate, rate_null: chance, rate_high: high }) {
     low: edges[0],
     high: edges.at(-1),
     y: [0, extent([rate, high], { include: [0] })[1] || 0.01],
-    title: "share of steps",
-    format: (v) => percent(v, v && v < 0.01 ? 2 : v < 0.1 ? 1 : 0),
+    title: "pairs per step",
     below: [steppedBand(edges, high.map((v) => (v === null ? null : 0)), high, colors.band)],
     above: [bars(edges, rate, (i) => (rate[i] > high[i] ? colors.helps : colors.faint)), rule(0, colors.frame)],
-    labels: [{ text: "grey: within chance", value: 0, color: colors.muted, rank: 1 }],
+    names: [{ text: "grey: within chance", value: 0, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);
       return [
         steps(edges[k] + 1, edges[k + 1]),
         [
-          ["steps with unusually many layers", percent(rate[k])],
-          ["by chance", `${percent(chance[k])} (up to ${percent(high[k])})`],
+          ["pairs of layers per step", number(rate[k], 2)],
+          ["by chance", `${number(chance[k], 2)} (up to ${number(high[k], 2)})`],
         ],
       ];
     },

@@ -1,0 +1,95 @@
+/** Whether the credits add up to the true change of the loss: total, truth and what is left over. */
+
+import { Chart, bars, extent, rule } from "./chart.js";
+import { count, number, percent, signed, steps } from "./format.js";
+import { binAt } from "./heatmap.js";
+import { Section } from "./section.js";
+import { end, nearestEdge, sumsOf } from "./sums.js";
+import { colors } from "./theme.js";
+import { originToggle } from "./view-cumulative.js";
+
+export function ledgerView(app) {
+  const section = new Section(app.main, {
+    id: "ledger",
+    title: "Do the credits add up?",
+    caption: "All layers together should follow the true change of the loss. What they miss is the residual.",
+    ...app.sectionHooks("bins"),
+  });
+  const drawOrigin = originToggle(app, section);
+  const totals = new Chart(section.plot, { testid: "total-chart", label: "All layers and the true loss change", height: 170, act: app.act });
+  const rest = new Chart(section.plot, { testid: "residual-chart", label: "Residual per bin", height: 120, act: app.act });
+  return {
+    section,
+    source: "bins",
+    draw(bins, { state, table }) {
+      drawOrigin(state);
+      drawTotals(totals, bins, state.origin === "run");
+      drawResidual(rest, bins);
+      section.note.textContent = table ? words(table) : "";
+    },
+  };
+}
+
+function drawTotals(chart, bins, sinceRun) {
+  const { edges } = bins;
+  const { total, truth } = sumsOf(bins, sinceRun);
+  chart.update({
+    x: edges,
+    lines: [
+      { values: truth, color: colors.text, width: 2 },
+      { values: total, color: colors.hurts, width: 2, dash: [5, 5] },
+    ],
+    low: edges[0],
+    high: edges.at(-1),
+    y: extent([total, truth], { include: [0] }),
+    title: "loss change",
+    axis: false,
+    below: [rule(0, colors.muted)],
+    names: [
+      { text: "true change", value: end(truth), color: colors.text, bold: true, rank: 2 },
+      { text: "all layers' LCA", value: end(total), color: colors.hurts, bold: true, rank: 1 },
+    ],
+    describe(at) {
+      const k = nearestEdge(edges, at);
+      return [
+        `after step ${count(edges[k])}`,
+        [
+          ["true change", signed(truth[k])],
+          ["all layers' LCA", signed(total[k])],
+        ],
+      ];
+    },
+  });
+}
+
+function drawResidual(chart, { edges, residual, drift, unconverged }) {
+  const missed = unconverged.some(Boolean);
+  chart.update({
+    x: edges,
+    lines: [],
+    low: edges[0],
+    high: edges.at(-1),
+    y: extent([residual], { include: [0] }),
+    title: "residual",
+    above: [bars(edges, residual, (i) => (unconverged[i] ? colors.warn : colors.muted)), rule(0, colors.frame)],
+    names: missed ? [{ text: "amber: over tolerance", value: 0, color: colors.warn, rank: 1 }] : [],
+    describe(at) {
+      const k = binAt(edges, at);
+      const rows = [
+        ["residual", signed(residual[k])],
+        ["drift", signed(drift[k])],
+      ];
+      if (unconverged[k]) rows.push(["steps over tolerance", count(unconverged[k])]);
+      return [steps(edges[k] + 1, edges[k + 1]), rows];
+    },
+  });
+}
+
+/** The ledger of the range in a line. */
+function words({ true_change: change, allocated, residual, drift, largest_residual: largest }) {
+  const share = change ? ` (${percent(Math.abs(residual / change))} of the change)` : "";
+  return (
+    `True change ${signed(change, 5)} = LCA ${signed(allocated, 5)}, residual ${signed(residual)}${share}, ` +
+    `drift ${signed(drift)}. Largest residual of one step: ${number(largest, 2)}.`
+  );
+}
