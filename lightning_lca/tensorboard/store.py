@@ -18,7 +18,9 @@ from lightning_lca.tensorboard.source import Event, Mark, Source
 from lightning_lca.tensorboard.tables import Run, Table, listing
 
 MEMORY = 200 * 2**20  # Bytes of tables that are kept; the one in use stays in any case.
-PATIENCE = 1.0  # Seconds for which a listing is believed, and for which many runs may be read.
+PATIENCE = 1.0  # Seconds for which a listing is believed,
+SELDOM = 10.0  # or so many times the seconds that it took: for very long records it takes long.
+BUDGET = 1.0  # Seconds for which runs are read in order to describe them.
 _BATCH = 512  # Tags that are read at once: some 15 MB.
 _TABLES = ("chunk", "neurons")  # What the page shows. Single weights would fill the memory.
 
@@ -72,7 +74,7 @@ class Store:
         waited longest. Of runs not read yet there is the name, and None for the number of rows.
         """
         names = source.runs()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + BUDGET
         for name in sorted(names, key=lambda n: self._believed_until(source, n)):
             with self._lock, contextlib.suppress(QueryError):
                 self._current(source, name, to_describe=True)
@@ -98,8 +100,9 @@ class Store:
         reading = self._readings.get(key) or _Reading()
         known = reading.description if to_describe else reading.run
         asked = time.monotonic()
-        if known is None or asked > reading.believed_until:
+        if known is None or asked >= reading.believed_until:
             tags = source.tags(name)
+            listed = time.monotonic()
             if not tags:
                 self._readings.pop(key, None)
                 raise QueryError(
@@ -108,9 +111,8 @@ class Store:
                 )
             if known is None or tags != reading.seen:
                 _feed(source, name, reading, tags)
-            # Listing a long record takes long: then it is done more seldom.
             done = time.monotonic()
-            reading.believed_until = done + max(PATIENCE, 10 * (done - asked))
+            reading.believed_until = done + max(PATIENCE, SELDOM * (listed - asked))
         if reading.run is not None:
             self._readings.pop(key, None)
             self._readings[key] = reading
