@@ -98,6 +98,7 @@ def main() -> None:
         probe_batches=4,  # 256 images, the same at every step.
         every_n_steps=args.every_n_steps,
         tolerance=args.tolerance,
+        neurons=True,  # So that the dashboard can open a layer.
     )
     trainer = pl.Trainer(
         max_epochs=args.epochs,
