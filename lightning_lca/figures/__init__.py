@@ -72,7 +72,7 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
         for i in np.sort(np.argsort(-np.abs(moved), kind="stable")[:_LAYERS]):
             file = re.sub(r"[^\w.-]", "_", f"neurons_{names[i]}")
             figures[file] = partial(neurons, layer=names[i])
-    if history.weights is not None and (history.weights.allocated != 0).any():
+    if history.weights is not None and total(history.weights.allocated).any():
         figures["helping_per_weight"] = helping_per_weight
         figures["distribution"] = distribution
         figures["trajectories"] = trajectories

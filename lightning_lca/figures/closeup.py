@@ -102,6 +102,7 @@ def distribution(history: History) -> Figure:
             axes.xaxis.set_major_formatter(style.tick)
             axes.set_ylabel("weights")
         below.set_yscale("log")
+        below.set_ylim(bottom=0.5)
         below.set_xlabel("LCA of a weight over the run (loss):  helps  ←   →  hurts")
         helped = np.sort(whole[whole < 0])
         few = max(1, round(0.01 * len(whole)))

@@ -222,12 +222,12 @@ def totals(history: History) -> Figure:
                     axes.barh(rows, side[kind], 0.75, left[kind], color=shade)
             axes.vlines(whole, rows - 0.46, rows + 0.46, color=style.TRUE, linewidth=2)
             _legend_of_kinds(figure)
-            # Adding zero makes no "-0%" of a small share.
-            shares = 100 * parts.sum(1) / whole.sum() if whole.sum() else np.zeros(3)
-            kernels, biases, norms = shares.round() + 0.0
+            shares = 100 * parts.sum(1) / parts.sum() if parts.sum() else np.zeros(3)
+            kernels, biases, norms = shares.round() + 0.0  # So that there is no "-0%".
             second = f"Kernels {kernels:.0f}%, biases {biases:.0f}%, norms {norms:.0f}%"
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.use_sticky_edges = False
         axes.margins(x=0.04)
         style.label_rows(axes, layers.names, figure.get_figheight())
         axes.set_xlabel("total LCA (loss):  helps  ←   →  hurts")

@@ -56,7 +56,7 @@ def helping(history: History) -> Figure:
         style.step_axis(axes)
         rows = np.arange(len(helped))
         colours = style.signed(50 - by_layer)
-        right.hlines(rows, 50, by_layer, color=colours, linewidth=2)
+        right.hlines(rows, 50, by_layer, color=colours, linewidth=2 if len(rows) < 40 else 0.6)
         right.scatter(by_layer, rows, color=colours, s=min(36, 1500 / len(rows)), zorder=3)
         right.axvline(50, color="0.3", linewidth=0.8)
         right.set_ylim(len(rows) - 0.5, -0.5)

@@ -26,11 +26,12 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
 
     How to read it: above, a mark is a moment of learning, an iteration in which the layer's LCA was
     lower than just before and just after; dark if another layer has one on the same iteration,
-    pale if not. Columns of dark marks are iterations that the whole network learned from. Below is the number of
-    layers per moment; in long runs the number of pairs of layers that coincide, per step. Grey is
-    what chance gives: the same series, each shifted by one or two iterations at random (mean plus
-    two standard deviations, or the middle 95 %). Bars that rise above the grey coincide more than
-    chance. The p value is for the number of coincident pairs in the whole run.
+    pale if not. Columns of dark marks are iterations that the whole network learned from. Below is
+    the number of layers per moment; in long runs the number of pairs of layers that coincide, per
+    iteration (a measured step). Grey is what chance gives: the same series, each shifted by one or
+    two iterations at random (mean plus two standard deviations, or the 97.5 % quantile, with the
+    mean as a line). Bars that rise above the grey coincide more than chance. The p value is for the
+    number of coincident pairs in the whole run.
 
     Args:
         history: The record.

@@ -63,7 +63,8 @@ def by_depth(count: int) -> list[tuple[float, float, float]]:
     """Colours for lines of layers from first to last, apart from blue, red and black."""
     from matplotlib import colormaps
 
-    return [tuple(c[:3]) for c in colormaps["viridis"](np.linspace(0, 0.78, count))]
+    places = np.linspace(0, 0.78, count) if count > 1 else [0.5]
+    return [tuple(c[:3]) for c in colormaps["viridis"](places)]
 
 
 def signed(values: Array) -> list[str]:
