@@ -320,7 +320,7 @@ def test_moments_of_learning_and_their_coincidences_are_drawn_over_what_chance_g
     np.testing.assert_array_equal(heights, found.coincidences)
     (band,) = (p for p in below.patches if isinstance(p, StepPatch))
     np.testing.assert_allclose(band.get_data().values, found.band)
-    assert f"{found.pairs} pairs" in figure.get_suptitle()
+    assert f"pairs of moments: {found.pairs}; by chance" in figure.get_suptitle()
     assert f"p = {found.p_pairs:.2g}" in figure.get_suptitle()
 
 

@@ -145,7 +145,8 @@ def stack(history: History) -> Figure:
         helped, hurt = whole[whole < 0].sum(), whole[whole > 0].sum()
         style.headline(
             figure,
-            f"Layers helped by {-helped:.3g}, " + (f"hurt by {hurt:.3g}" if hurt else "none hurt"),
+            f"Layers helped by {abs(helped):.3g}, "
+            + (f"hurt by {hurt:.3g}" if hurt else "none hurt"),
             "Blue helps, red hurts; dark: first layer, pale: last",
         )
     return figure
@@ -177,14 +178,16 @@ def ledger(history: History) -> Figure:
         above.legend(loc="best", handlelength=1.4)
         below.stairs(time.sums(history.residual), time.steps, fill=True, color="0.35")
         if drifted:
-            below.stairs(drift, time.steps, color="#9467bd", linewidth=1.6, label="drift")
-            below.legend(loc="best", handlelength=1.4)
+            below.stairs(
+                drift, time.steps, color="#9467bd", linewidth=1.6, label="drift", zorder=0.5
+            )
+            below.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.7)
         below.axhline(0, color="0.3", linewidth=0.8)
         below.set_ylabel(f"residual\n(loss {time.unit})")
         below.yaxis.set_major_formatter(style.tick)
         style.step_axis(below)
         change, residual = style.last(true), float(total(history.residual))
-        share = _percent(abs(residual / change)) if change else style.number(residual)
+        share = _percent(abs(residual / change)) if change else f"{residual:.2g}"
         style.headline(
             figure,
             f"LCA misses {share} of the loss change {style.number(change)}",
@@ -306,5 +309,7 @@ def _who_helped_and_who_hurt(history: History, layers: Layers) -> tuple[str, str
     hurting = int((whole > 0).sum())
     if not hurting:
         return first, "No layer hurt overall"
-    many = f"{hurting} of {len(layers)} layers hurt overall"
-    return first, f"{many}, {names[worst]} most ({style.number(whole[worst], 2)})"
+    most = style.number(whole[worst], 2)
+    if hurting == 1:
+        return first, f"Only {names[worst]} hurt overall ({most})"
+    return first, f"{hurting} of {len(layers)} layers hurt overall, {names[worst]} most ({most})"

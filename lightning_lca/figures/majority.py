@@ -36,11 +36,11 @@ def helping(history: History) -> Figure:
     helped, hurt = _votes(history)
     each, moved = time.sums(helped.values), time.sums(helped.values + hurt.values)
     share = _percent(each.sum(1), moved.sum(1))
-    band = 100 / np.sqrt(np.maximum(moved.sum(1), 1))
+    band = 100 / np.sqrt(np.where(moved.sum(1) > 0, moved.sum(1), np.nan))
     by_layer = _percent(each.sum(0), moved.sum(0))
     overall = float(_percent(each.sum(), moved.sum()))
     trained = float(history.trained.sum(dtype=np.float64))
-    with style.page(style.HEIGHT if len(helped) < 12 else style.tall(len(helped))) as figure:
+    with style.page(style.tall(len(helped))) as figure:
         axes, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
         axes.fill_between(
             time.steps,
@@ -69,9 +69,10 @@ def helping(history: History) -> Figure:
         right.tick_params("y", length=0)
         right.spines["left"].set_visible(False)
         idle = 1 - moved.sum() / trained if trained else 0.0
+        finding = f"{overall:.1f}% of the weights that move the loss help"
         style.headline(
             figure,
-            f"{overall:.1f}% of the weights that move the loss help",
+            finding if moved.any() else "No weight has moved the loss",
             f"{max(idle, 0):.0%} are idle; curve: mean {time.unit}; grey band: fair coins",
         )
     return figure
@@ -127,14 +128,14 @@ def helping_per_weight(history: History) -> Figure:
     assert weights.helping is not None
     steps = int(weights.measured.sum())
     moved = (weights.allocated != 0).any(0)
-    share = 100 * weights.helping.sum(0, dtype=np.int64)[moved] / steps
-    if not len(share):
+    helped = weights.helping.sum(0, dtype=np.int64)[moved]
+    if not len(helped):
         raise ValueError("There is nothing to draw: no weight of the sample has moved the loss.")
+    share = 100 * helped / steps
     # Borders between the possible numbers of steps, so that no bar holds one of them more.
-    span = max(1, round((share.max() - share.min()) * steps / 100 / _BARS))
-    lowest = round(share.min() * steps / 100)
-    count = int((share.max() - share.min()) * steps / 100) // span + 2
-    edges = 100 * (lowest - 0.5 + span * np.arange(count + 1)) / steps
+    lowest, possible = helped.min(), np.ptp(helped) + 1
+    span = -(-possible // _BARS)
+    edges = 100 * (lowest - 0.5 + span * np.arange(-(-possible // span) + 1)) / steps
     with style.page() as figure:
         axes = figure.subplots()
         _bars(axes, np.histogram(share, edges)[0], edges, 50 - (edges[1:] + edges[:-1]) / 2)

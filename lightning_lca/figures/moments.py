@@ -66,8 +66,7 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
         else:
             _binned(below, found, history)
         below.set_xlim(each.steps[0], each.steps[-1])
-        below.set_ylim(0, max(below.get_ylim()[1], 1))
-        below.locator_params("y", nbins=3, integer=True)
+        below.set_ylim(bottom=0)
         style.step_axis(below)
         style.headline(figure, *_finding(found))
     return figure
@@ -84,6 +83,8 @@ def _one_by_one(axes: Axes, found: core.Synchrony, each: Timeline) -> None:
             align="edge",
             color=colour,
         )
+    axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+    axes.locator_params("y", nbins=3, integer=True)
     axes.set_ylabel("layers")
 
 
@@ -93,13 +94,15 @@ def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
     axes.stairs(rates.high, time.steps, fill=True, color=style.CHANCE)
     axes.stairs(rates.observed, time.steps, fill=True, color=style.HELPS, alpha=0.8)
     axes.stairs(rates.expected, time.steps, baseline=None, color="0.3", linewidth=1.2)
+    axes.set_ylim(0, axes.get_ylim()[1] if rates.observed.any() or rates.high.any() else 1)
+    axes.locator_params("y", nbins=3)
     axes.set_ylabel("pairs per\niteration")
 
 
 def _finding(found: core.Synchrony) -> tuple[str, str]:
     layers = found.moments.shape[1]
     detail = (
-        f"{found.pairs:,} pairs of moments coincide; by chance {found.null_pairs.mean():,.0f} "
+        f"Coincident pairs of moments: {found.pairs:,}; by chance {found.null_pairs.mean():,.0f} "
         f"(p = {found.p_pairs:.2g})"
     )
     if layers < _ENOUGH:

@@ -116,7 +116,8 @@ def tall(rows: int, around: float = 1.2) -> float:
 
 def label_rows(axes: Axes, names: Sequence[str], height: float) -> None:
     """Names rows 0, 1, … from top to bottom; every nth where the height has no room for all."""
-    every = max(1, int(np.ceil(len(names) * _ROW / max(height - 1.2, _ROW))))
+    room = max(height - 1.2, _ROW) / _ROW
+    every = max(1, int(np.ceil(len(names) / room - 1e-6)))
     shown = range(0, len(names), every)
     axes.set_yticks(list(shown), [elide(names)[i] for i in shown])
     axes.tick_params("y", length=0)
@@ -166,7 +167,7 @@ def grid_of_credit(axes: Axes, steps: Array, credit: Floats, unit: str) -> None:
     )
     bar.set_label(f"LCA (loss {unit})")
     bar.ax.set_title("hurts", color=HURTS, pad=12)
-    bar.ax.set_xlabel("helps", color=HELPS, labelpad=14)
+    bar.ax.set_xlabel("helps", color=HELPS, labelpad=14 if largest > limit else 24)
     for side in [*axes.spines.values(), bar.outline]:
         side.set_visible(False)
     step_axis(axes)
