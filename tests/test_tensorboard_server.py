@@ -165,7 +165,7 @@ def all_read(server, logs):
 @pytest.fixture(scope="module", params=["fast", "slow"])
 def server(request, logs):
     slow = request.param == "slow"
-    arguments = ["--load_fast=false"] if slow else ["--load_fast=true"]
+    arguments = ["--load_fast=false"] if slow else ["--load_fast=auto"]
     server = Server(logs, *arguments, prefix="/some/where" if slow else "")
     try:
         server.wait(lambda: all_read(server, logs))

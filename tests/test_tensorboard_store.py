@@ -441,6 +441,18 @@ def test_the_channels_of_a_parameter_are_those_of_its_layer():
         views.channels(table, Range(), "free")
 
 
+def test_the_channels_of_a_recurrent_layer_are_those_of_all_its_levels():
+    history = History(["rnn", "block", "block.conv"], [8, 2, 1], "layer")
+    history.append(make_rows(range(1, 21), groups=3, sizes=np.array([8, 2, 1])))
+    names = ("rnn.l0/0", "rnn.l0/1", "rnn.l1/0", "block/0", "block.conv/0")
+    steps, measured = np.array([10, 20]), np.array([10, 10])
+    credit = np.arange(10.0).reshape(2, 5)
+    history.append_windows("neurons", Windows(names, steps, measured, credit))
+    table = Table.of(history)
+    shown = [views.channels(table, Range(), layer)["channels"] for layer in table.layers]
+    assert shown == [["rnn.l0/0", "rnn.l0/1", "rnn.l1/0"], ["block/0"], ["block.conv/0"]]
+
+
 def test_spacing_of_a_sparse_run_is_the_least_width():
     table = make_table([10, 20, 30, 37])
     answer = views.bins(table, Range(bins=2000))

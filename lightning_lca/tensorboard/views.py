@@ -74,9 +74,7 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
             "LCACallback(neurons=True) to see the channels of a layer."
         )
     table.find(layer)
-    # A parameter's channels are those of its module.
-    module = layer.rpartition(".")[0] if table.group_by == "parameter" else layer
-    own = np.array([i for i, n in enumerate(names) if n.rpartition("/")[0] == module], np.int64)
+    own = _channels_of(table, names, layer)
     if not len(own):
         raise QueryError(f"Layer {show(layer)} has no channels. Choose another one.")
     finest = max(1, _CELLS // min(_CHANNELS, len(own)))
@@ -148,6 +146,18 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     answer["only_a"] = [name for name in a.layers if name not in b.columns]
     answer["only_b"] = [name for name in b.layers if name not in a.columns]
     return answer
+
+
+def _channels_of(shown: Table, names: tuple[str, ...], layer: str) -> Ints:
+    """Finds a layer's own channels among all, by their names."""
+    if shown.group_by == "parameter":  # Its channels are those of its layer.
+        path, _, leaf = layer.rpartition(".")
+        layer = path.partition("parametrizations.")[0].rstrip(".") or leaf
+    stems = [name.rpartition("/")[0] for name in names]
+    own = [i for i, stem in enumerate(stems) if stem == layer]
+    # A recurrent network is one layer here, with channels in each of its own: rnn.l0, rnn.l1.
+    own = own or [i for i, stem in enumerate(stems) if stem.startswith(f"{layer}.")]
+    return np.array(own, np.int64)
 
 
 def _credit(shown: Table, tiles: Bins) -> Floats:
