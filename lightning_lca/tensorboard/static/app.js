@@ -29,7 +29,7 @@ export class App {
   constructor(parent) {
     this.store = new Store();
     this.runs = null;
-    this.sources = Object.fromEntries(NAMES.map((name) => [name, new Source(name, () => this.draw())]));
+    this.sources = Object.fromEntries(NAMES.map((name) => [name, new Source(name, () => this.draw(name))]));
     this.act = {
       onRange: (start, stop) => this.setRange(start, stop),
       onWhole: () => this.store.set({ start: null, stop: null }),
@@ -185,8 +185,8 @@ export class App {
     };
   }
 
-  /** Draws everything that is there. */
-  draw() {
+  /** Draws what is there: everything, or what shows one source. */
+  draw(name = null) {
     if (!this.runs) return;
     const context = this.context();
     this.topbar.draw(context);
@@ -194,12 +194,13 @@ export class App {
     this.verdict.draw(context);
     for (const view of this.views) {
       const { data, error, busy } = this.sources[view.source];
-      const blocked = view.blocked?.(context);
       view.section.root.setAttribute("aria-busy", busy);
+      if (name && ![view.source, view.also].includes(name)) continue;
+      const blocked = view.blocked?.(context);
       if (blocked) {
-        const [text, children] = [blocked].flat();
-        view.section.say(text, { children });
-      } else if (error) view.section.say(error, { error: true });
+        const [text, buttons] = [blocked].flat();
+        view.section.say(text, { buttons });
+      } else if (error) view.section.fail(error);
       else if (data) {
         view.section.show();
         view.draw(data, context);

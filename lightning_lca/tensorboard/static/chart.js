@@ -34,13 +34,27 @@ export function extent(lists, { include = [], air = 0.06 } = {}) {
 export class Chart {
   constructor(host, { testid, label, height, act }) {
     this.height = height;
-    this.act = act;
     this.view = null;
     this.plot = null;
     this.root = el("div", { class: "chart", role: "img", "aria-label": label, "data-testid": testid });
     this.root.style.height = `${height}px`;
+    this.hit = el("div", { class: "hit" }); // Outlives the plots, so that a drag does.
+    this.root.append(this.hit);
     host.append(this.root);
+    zoomable(this.hit, () => this.scale(), {
+      ...act,
+      onMove: (at, x, y, event) => this.onMove(at, y, event),
+      onLeave: () => {
+        cursor.move(null, this);
+        this.showLine(null);
+        hideTooltip();
+      },
+    });
     cursor.follow(this, (at) => this.showLine(at));
+  }
+
+  scale() {
+    return { width: this.hit.clientWidth, low: this.view.low, high: this.view.high };
   }
 
   update(view) {
@@ -50,7 +64,7 @@ export class Chart {
 
   draw() {
     const width = Math.floor(this.root.clientWidth);
-    if (!this.view || width < 300) return;
+    if (width < 300) return; // Hidden: TensorBoard shows another tab.
     const { x, lines, low, high, y, title, labels = tickLabels, axis = true } = this.view;
     const { left, right } = margins(width);
     const inner = width - left - right;
@@ -119,15 +133,9 @@ export class Chart {
       [x, ...lines.map((l) => l.values)],
       this.root,
     );
-    zoomable(this.plot.over, () => ({ width: inner, low, high }), {
-      ...this.act,
-      onMove: (at, px, py, event) => this.onMove(at, py, event),
-      onLeave: () => {
-        cursor.move(null, this);
-        this.showLine(null);
-        hideTooltip();
-      },
-    });
+    const { offsetTop, offsetHeight } = this.plot.over;
+    Object.assign(this.hit.style, { left: `${left}px`, top: `${offsetTop}px`, width: `${inner}px`, height: `${offsetHeight}px` });
+    this.root.append(this.hit); // In front.
     Object.assign(this.root.dataset, { start: low + 1, stop: high, plotLeft: left, plotWidth: inner });
   }
 

@@ -57,17 +57,27 @@ export class Section {
     this.png.disabled = false;
   }
 
-  /** Shows words in place of the plot; an error can be retried. */
-  say(text, { error = false, children = [] } = {}) {
+  /** Shows words in place of the plot, with buttons, [[text, click, test id]]. */
+  say(text, { error = false, buttons = [] } = {}) {
     this.plot.hidden = this.note.hidden = true;
     this.png.disabled = true;
     this.message.hidden = false;
+    const said = JSON.stringify([text, error, buttons]);
+    if (this.said === said) return; // Nobody wants a button to change under the pointer.
+    this.said = said;
     this.message.classList.toggle("error", error);
     this.message.setAttribute("role", error ? "alert" : "note");
-    this.message.replaceChildren(el("p", {}, text), ...children);
-    if (error) {
-      this.message.append(el("button", { type: "button", "data-testid": "retry", on: { click: this.onRetry } }, "Retry"));
-    }
+    this.message.replaceChildren(
+      el("p", {}, text),
+      ...buttons.map(([label, click, testid]) =>
+        el("button", { type: "button", "data-testid": testid, on: { click } }, label),
+      ),
+    );
+  }
+
+  /** Shows an error, which can be retried. */
+  fail(text) {
+    this.say(text, { error: true, buttons: [["Retry", this.onRetry, "retry"]] });
   }
 
   /** A subtitle within the plot, aligned with the plots' left edge; for several plots in a part. */

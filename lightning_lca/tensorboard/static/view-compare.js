@@ -1,7 +1,6 @@
 /** Two probes of a run, or two runs, side by side: each, their difference, and one layer's sums. */
 
 import { Chart, extent, rule } from "./chart.js";
-import { el } from "./dom.js";
 import { count, plural, signed } from "./format.js";
 import { Heatmap, colorLimit } from "./heatmap.js";
 import { Section } from "./section.js";
@@ -32,15 +31,14 @@ export function compareView(app) {
   return {
     section,
     source: "compare",
+    also: "table",
     blocked({ other, choices }) {
       section.heading.textContent = "Comparison";
       if (other) return null;
       if (!choices.length) return "Nothing to compare with yet: another run, or a second probe such as probe={\"train\": \"train\", \"val\": \"val\"}, appears here.";
       return [
         "Compare with another probe or run:",
-        choices.slice(0, 6).map(({ run, probe, text }) =>
-          el("button", { type: "button", on: { click: () => app.store.set({ vs_run: run, vs_probe: probe }) } }, text),
-        ),
+        choices.slice(0, 6).map(({ run, probe, text }) => [text, () => app.store.set({ vs_run: run, vs_probe: probe }), "suggestion"]),
       ];
     },
     draw(data, { state, own, other, change }) {

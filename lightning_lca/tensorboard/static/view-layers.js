@@ -40,6 +40,7 @@ export function layersView(app) {
   return {
     section,
     source: "bins",
+    also: "table",
     draw(bins, { state, table }) {
       const { edges, layers, credit, measured } = bins;
       tall.hidden = rowHeight(layers.length) >= 13;

@@ -21,6 +21,7 @@ export function ledgerView(app) {
   return {
     section,
     source: "bins",
+    also: "table",
     draw(bins, { state, table }) {
       drawOrigin(state);
       drawTotals(totals, bins, state.origin === "run");

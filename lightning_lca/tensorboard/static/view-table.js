@@ -47,6 +47,7 @@ export function tableView(app) {
 
   function draw(data, context) {
     latest = [data, context];
+    const focused = body.contains(document.activeElement) ? document.activeElement.title : null;
     const rows = data.layers.map((row, i) => ({ ...row, order: i + 1 }));
     rows.sort((a, b) => compare(a[sort.key], b[sort.key], sort.falling) || a.order - b.order);
     const most = Math.max(...rows.map((row) => Math.abs(row.credit ?? 0)), Number.MIN_VALUE);
@@ -71,6 +72,7 @@ export function tableView(app) {
         return el("tr", { "data-name": row.name, "data-selected": chosen }, ...cells);
       }),
     );
+    if (focused !== null) [...body.querySelectorAll("button")].find(({ title }) => title === focused)?.focus({ preventScroll: true });
   }
   return { section, source: "table", draw };
 }
