@@ -8,6 +8,8 @@ import uPlot from "./uPlot.esm.js";
 import { cursor, zoomable } from "./zoom.js";
 
 const YAXIS = 76; // Ticks and title of the y axis.
+const XAXIS = 38; // Of the step axis.
+const AIR = 8; // Above a plot, and below one without a step axis.
 
 /** The range of some values with a little air; [lists of numbers or null]. */
 export function extent(lists, { include = [], air = 0.06 } = {}) {
@@ -76,7 +78,7 @@ export class Chart {
       {
         width,
         height: this.height,
-        padding: [8, right, axis ? 0 : 8, left - YAXIS],
+        padding: [AIR, right, axis ? 0 : AIR, left - YAXIS],
         legend: { show: false },
         cursor: { x: true, y: false, drag: { x: false, y: false }, points: { show: false }, bind: silent() },
         scales: { x: { time: false, range: () => [low, high] }, y: { range: () => y } },
@@ -88,7 +90,7 @@ export class Chart {
             labelFont: FONT_SMALL,
             labelSize: 18,
             labelGap: 0,
-            size: 20,
+            size: XAXIS - 18,
             gap: 4,
             ticks: { stroke: colors.frame, size: 4 },
             grid: { show: false },
@@ -133,8 +135,8 @@ export class Chart {
       [x, ...lines.map((l) => l.values)],
       this.root,
     );
-    const { offsetTop, offsetHeight } = this.plot.over;
-    Object.assign(this.hit.style, { left: `${left}px`, top: `${offsetTop}px`, width: `${inner}px`, height: `${offsetHeight}px` });
+    const room = this.height - AIR - (axis ? XAXIS : AIR);
+    Object.assign(this.hit.style, { left: `${left}px`, top: `${AIR}px`, width: `${inner}px`, height: `${room}px` });
     this.root.append(this.hit); // In front.
     Object.assign(this.root.dataset, { start: low + 1, stop: high, plotLeft: left, plotWidth: inner });
   }
