@@ -335,6 +335,7 @@ def test_dragging_zooms_and_the_numbers_follow(page, history):
 
     page.drag("cumulative-chart", 0.03, 0.63)
     assert (page.data("heatmap")["start"], page.data("heatmap")["stop"]) == ("16", "25")
+    page.js("scrollTo(0, 0)")
     ActionChains(page.driver).double_click(page.find("heatmap", ".hit")).perform()
     page.ready()
     assert page.data("heatmap")["stop"] == str(STEPS)
