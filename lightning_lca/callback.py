@@ -12,20 +12,15 @@ from torch import Tensor
 
 from lightning_lca import flavours
 from lightning_lca.allocation import Allocation
-from lightning_lca.batches import read_batches
-from lightning_lca.board import Board
 from lightning_lca.cost import Cost
-from lightning_lca.detail import Detail
-from lightning_lca.distribution import Distributions
 from lightning_lca.flavours import LightningCallback
-from lightning_lca.gallery import Gallery, lay_out
-from lightning_lca.grouping import GroupBy, Grouping
+from lightning_lca.grouping import GroupBy
 from lightning_lca.history import History
 from lightning_lca.meter import Meter
 from lightning_lca.path import Path
-from lightning_lca.probe import Probe, ProbeMode, live_weights
+from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
-from lightning_lca.scalars import Scalars
+from lightning_lca.session import Session, x_axis
 from lightning_lca.settings import Settings, check_trainer
 
 
@@ -117,10 +112,8 @@ class LCACallback(LightningCallback):
         self.log_dir: FilePath | None = None
         self._path = Path()
         self._opened_at = 0
-        self._meters: dict[str | None, Meter] = {}
-        self._scalars: dict[str | None, Scalars] = {}
-        self._board: Board | None = None
-        self._gallery: Gallery | None = None
+        self._session: Session | None = None
+        self._kept: dict[str, Any] | None = None
         self._cost: Cost | None = None
 
     # -- results ----------------------------------------------------------------------------------
@@ -128,8 +121,10 @@ class LCACallback(LightningCallback):
     @property
     def histories(self) -> dict[str | None, History]:
         """Every probe's table of measured steps, by name; the name of a single probe is None."""
-        self._collect()
-        return {name: meter.history for name, meter in self._meters.items()}
+        if self._session is None:
+            return {}
+        self._session.collect()
+        return {name: meter.history for name, meter in self._session.meters.items()}
 
     @property
     def history(self) -> History:
@@ -182,21 +177,14 @@ class LCACallback(LightningCallback):
         """Reads the probes, evaluates each once, and opens the record."""
         asked = self._settings
         check_trainer(trainer, pl_module, asked)
-        grouping = Grouping(pl_module, asked.group_by)
         self._path = Path()
-        self._meters, self._scalars = {}, {}
-        for name, source in asked.sources.items():
-            self._meters[name] = self._make_meter(trainer, pl_module, source, grouping)
-            prefix = f"lca_{name}" if self._scalars else "lca"
-            self._scalars[name] = Scalars(grouping.names, grouping.sizes, prefix)
-        self._board = Board(trainer, self._first_meter("board").history.sizes)
-        self.log_dir = self._board.log_dir
-        self._board.meta(self._describe(trainer, pl_module, grouping), trainer.global_step)
-        self._gallery = Gallery(trainer, self.log_dir, draws=asked.figures)
-        if asked.custom_scalars and self.log_dir is not None:
-            lay_out(next(iter(self._scalars.values())).labels, self.log_dir)
-        self._x = self._logged_at = _x_axis(trainer)
-        self._interval = asked.log_every_n_steps or trainer.log_every_n_steps
+        self._session = Session(trainer, pl_module, asked)
+        self.log_dir = self._session.log_dir
+        kept, self._kept = self._kept, None
+        self._session.begin(kept)
+        if kept and kept["open"]:
+            self._opened_at = kept["open"]["at"]
+            self._path.resume(kept["open"]["weights"], live_weights(pl_module))
         self._cost = Cost(
             asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
         )
@@ -211,20 +199,17 @@ class LCACallback(LightningCallback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Closes the segment if it is due, measures it, and logs on the interval."""
+        session = self._session
+        if session is None:
+            return
         if self._cost is not None:
             self._cost.enter()
         gradients = None
         done = trainer.global_step - self._opened_at
         if self._path.is_open and done >= self._settings.every_n_steps:
-            gradients = self._measure(trainer, pl_module)
-            self._x = _x_axis(trainer)
-            every = self._interval
-            if every and (self._x + 1) // every > self._logged_at // every:
-                self._log()
-                self._logged_at = self._x + 1
-            if self._gallery is not None and self._gallery.due(trainer.global_step):
-                self._show(trainer.global_step)
-        self._record()
+            gradients = self._measure(session, trainer, pl_module)
+            session.log(x_axis(trainer), trainer.global_step)
+        session.record()
         if self._cost is not None:
             self._cost.leave(gradients)
             if line := self._cost.line():
@@ -233,146 +218,54 @@ class LCACallback(LightningCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
+        session = self._session
+        if session is None:
+            return
+        x = x_axis(trainer) - 1  # The last batch is counted by now.
         if self._path.is_open and trainer.global_step > self._opened_at:
-            self._measure(trainer, pl_module)
-            self._x = max(self._x, _x_axis(trainer) - 1)  # The last batch is counted by now.
-        self._log()
-        self._show(trainer.global_step, last=True)
-        self._finish()
+            self._measure(session, trainer, pl_module)
+            session.end(x, trainer.global_step)
+        else:
+            session.end(0, trainer.global_step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Writes what was measured; the user's own error stays on top."""
         try:
-            self._finish()
+            if self._session is not None:
+                self._session.close()
         except Exception as error:
             warnings.warn(f"LCA: the record could not be finished: {error!r}", stacklevel=2)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Gives what a checkpoint needs: some numbers, and where the record is.
+
+        With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
+        the weights.
+        """
+        if self._session is None:
+            return self._kept or {}
+        opened = None
+        if self._path.is_open:
+            weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
+            opened = {"at": self._opened_at, "weights": weights}
+        return self._session.state() | {"open": opened}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave, for the training that is about to start."""
+        self._kept = state_dict or None
+
     # -- inside -----------------------------------------------------------------------------------
 
-    def _make_meter(self, trainer: Any, module: Any, source: Any, grouping: Grouping) -> Meter:
-        asked = self._settings
-        batches = read_batches(source, trainer, asked.probe_batches, asked.seed)
-        probe = Probe(
-            trainer,
-            module,
-            batches,
-            mode=asked.probe_mode,
-            loss_fn=asked.loss_fn,
-            seed=asked.seed,
-        )
-        probe.check()
-        detail = Detail(
-            module,
-            grouping,
-            neurons=asked.neurons,
-            weights=asked.track_parameters,
-            seed=asked.seed,
-        )
-        return Meter(
-            probe,
-            grouping,
-            detail,
-            Distributions(module),
-            asked.rule,
-            tolerance=asked.tolerance,
-            max_splits=asked.max_splits,
-            track_parameters=asked.track_parameters,
-        )
-
-    def _measure(self, trainer: Any, pl_module: Any) -> int:
-        """Measures the open segment with every probe; gives the gradients it took, audits apart."""
+    def _measure(self, session: Session, trainer: Any, pl_module: Any) -> int:
         segment, continues = self._path.close(live_weights(pl_module))
-        due = self._gallery is not None and self._gallery.due(trainer.global_step)
-        before = sum(meter.gradients for meter in self._meters.values())
-        for meter in self._meters.values():
-            meter.measure(segment, continues, trainer.global_step, spread=due)
-        return sum(meter.gradients for meter in self._meters.values()) - before
-
-    def _collect(self) -> None:
-        """Copies what was measured since the last time to the host."""
-        for name, meter in self._meters.items():
-            if meter.pending:
-                rows = meter.collect()
-                self._scalars[name].update(rows)
-                if self._board is not None:
-                    self._board.add(name, rows)
-
-    def _log(self) -> None:
-        self._collect()
-        values: dict[str, float] = {}
-        for scalars in self._scalars.values():
-            values |= scalars.take()
-        if values and self._board is not None:
-            self._board.scalars(values, self._x)
-        self._close_windows()
-
-    def _show(self, step: int, *, last: bool = False) -> None:
-        """Shows the figures and tables of an occasion, or of the end."""
-        if self._gallery is None:
-            return
-        histories = {self._scalars[n].prefix: h for n, h in self.histories.items()}
-        spreads = [meter.take_distributions() for meter in self._meters.values()]
-        for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
-            self._gallery.show(prefix, history, spread, self._x)
-        self._gallery.draw(histories, self._x, last=last)
-        self._gallery.turn(step)
-
-    def _close_windows(self) -> None:
-        """Ends the windows of finer sums; `_collect` comes first."""
-        for name, meter in self._meters.items():
-            windows = meter.take_windows()
-            if self._board is not None:
-                self._board.add_windows(name, windows)
-
-    def _record(self) -> None:
-        """Writes to the record when a chunk is full, or waits for long."""
-        board = self._board
-        if board is None:
-            return
-        waiting = [meter.pending + board.waiting(name) for name, meter in self._meters.items()]
-        if board.overdue or max(waiting) >= board.chunk_steps:
-            self._collect()
-            if not self._interval:
-                self._close_windows()
-            board.write(everything=board.overdue)
-
-    def _finish(self) -> None:
-        self._path.abandon()
-        self._collect()
-        self._close_windows()
-        if self._board is not None:
-            self._board.write(everything=True)
-            self._board.close()
-            self._board = None
-
-    def _describe(self, trainer: Any, module: Any, grouping: Grouping) -> dict[str, Any]:
-        """Gives what a reader of the record must know, as JSON."""
-        return {
-            "version": 1,
-            "first_step": trainer.global_step,
-            "probes": list(self._settings.sources),
-            "group_by": self._settings.group_by,
-            "groups": grouping.names,
-            "sizes": grouping.sizes,
-            "shapes": {n: list(p.shape) for n, p in module.named_parameters()},
-            "windows": self._first_meter("meta").windows,
-            "modules": {n: type(m).__name__ for n, m in module.named_modules()},
-            "settings": self._settings.describe(),
-        }
+        return session.measure(segment, continues, trainer.global_step)
 
     def _first_meter(self, what: str) -> Meter:
-        if not self._meters:
+        if self._session is None:
             raise RuntimeError(
                 f"{what} is there once training has started: call trainer.fit first."
             )
-        return next(iter(self._meters.values()))
-
-
-def _x_axis(trainer: Any) -> int:
-    """Gives the step at which `self.log` logs this batch, so that LCA lines up with it."""
-    # Private; LearningRateMonitor uses the same. global_step counts optimizers and is one ahead.
-    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-    return int(trainer.global_step if stepped is None else stepped)
+        return next(iter(self._session.meters.values()))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -167,7 +167,7 @@ def lay_out(labels: Sequence[str], log_dir: Path) -> None:
             charts[title + which] = [f"lca_layer_{kind}/{label}" for label in group]
     layout = {t: ["Multiline", [f"^{re.escape(tag)}$" for tag in c]] for t, c in charts.items()}
     writer = EventFileWriter(str(log_dir / "lca_layout"))
-    summary = custom_scalars({"LCA": layout})
+    summary = custom_scalars({"LCA": layout})  # type: ignore[no-untyped-call]
     writer.add_event(Event(step=0, wall_time=time.time(), summary=summary))
     writer.close()
 

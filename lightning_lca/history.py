@@ -95,6 +95,18 @@ class History:
         """
         return self._table("weights")
 
+    @property
+    def windows(self) -> dict[str, Windows]:
+        """All tables of windows that the record has, by name."""
+        tables = {name: self._table(name) for name in self._windows}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def measures_like(self, other: History) -> bool:
+        """Whether both have the same columns."""
+        return self.groups == other.groups and {n: w.names for n, w in self.windows.items()} == {
+            n: w.names for n, w in other.windows.items()
+        }
+
     def _table(self, name: str) -> Windows | None:
         parts = self._windows.get(name)
         if parts is None:
@@ -272,7 +284,7 @@ class Reader:
             return
         for probe, history in fresh.items():
             before = self.histories.get(probe)
-            if before is not None and _alike(before, history):
+            if before is not None and before.measures_like(history):
                 before.cut(first)
                 fresh[probe] = before
         self.histories, self.meta = fresh, meta
@@ -299,11 +311,3 @@ def _empty(meta: dict[str, Any]) -> History:
     for name, table in tables.items():
         history.append_windows(name, table)
     return history
-
-
-def _alike(a: History, b: History) -> bool:
-    """Whether two sessions measured the same things."""
-    return a.groups == b.groups and all(
-        (x and x.names) == (y and y.names)
-        for x, y in ((a._table(t), b._table(t)) for t in record.WINDOWS)
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ class Meter:
         self._reused = 0
         self._out: dict[str, Tensor] = {}
         self._kept: Sample | None = None
+        self._loss: Tensor | None = None  # At the end of the last segment.
         self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
         self._pending: list[_Pending] = []
 
@@ -133,7 +135,7 @@ class Meter:
         self._detail.update(allocation.values, sums)
         if spread:
             self._spread = self._distributions.of(allocation.values)
-        before = self._kept.loss if self._kept is not None else allocation.loss_before
+        before = allocation.loss_before if self._loss is None else self._loss
         drift = allocation.loss_before - before
         ends = torch.stack([allocation.loss_before, allocation.loss_after, drift])
         row = torch.cat([ends, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
@@ -202,6 +204,38 @@ class Meter:
         taken, self._spread = self._spread, {}
         return taken
 
+    def state(self) -> dict[str, Any]:
+        """Gives what a checkpoint needs, history apart."""
+        return {
+            "loss": None if self._loss is None else self._loss.cpu(),
+            "reuse": self._reuse,
+            "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
+        }
+
+    def resume(self, state: dict[str, Any], history: History | None) -> History | None:
+        """Goes on from a checkpoint; gives the history if it goes on, too.
+
+        Args:
+            state: What `state` gave.
+            history: What was measured up to then; None if that is not known.
+        """
+        self._reuse = state["reuse"]
+        if state["loss"] is not None:
+            self._loss = state["loss"].to(self.probe.device)
+        if self.totals is not None and state["totals"]:
+            self.totals = {n: t.to(self.probe.device) for n, t in state["totals"].items()}
+        if history is None:
+            return None
+        if history.measures_like(self.history):
+            self.history = history
+            return history
+        warnings.warn(
+            "LCA: the history goes on without what was measured before the checkpoint: layers "
+            "or settings of the record have changed.",
+            stacklevel=2,
+        )
+        return None
+
     def _start_of(self, segment: Segment, continues: bool) -> Sample | None:
         """Gives the sample at the start if one is known that can be trusted."""
         surroundings = self.probe.surroundings()
@@ -230,6 +264,7 @@ class Meter:
 
     def _keep(self, last: Sample) -> None:
         """Keeps the end sample, its gradient in the buffers that held the credits."""
+        self._loss = last.loss
         if last.gradient is not None:
             torch._foreach_copy_(list(self._out.values()), [last.gradient[n] for n in self._out])
         self._kept = Sample(last.loss, None if last.gradient is None else self._out)

@@ -37,6 +37,23 @@ class Path:
         self._start, self._stop = self._stop, self._start
         self.is_open = True
 
+    @property
+    def start(self) -> Weights:
+        """Where the open segment began {name: [*shape]}."""
+        return self._start
+
+    def resume(self, start: Weights, weights: Weights) -> None:
+        """Takes up a segment that was open when a checkpoint was saved.
+
+        Args:
+            start: Where it began.
+            weights: The live weights; what is not among them is not trained any more.
+        """
+        self.open(weights)
+        names = [n for n in start if n in self._start]
+        _copy({n: start[n] for n in names}, self._start)
+        self._same = False
+
     def close(self, weights: Weights) -> tuple[Segment, bool]:
         """Ends the segment at the live weights; says whether it began where the last one ended."""
         if not self.is_open:
@@ -48,10 +65,6 @@ class Path:
         self._closed_before = len(names) == len(self._start)
         segment = Segment({n: self._start[n] for n in names}, {n: self._stop[n] for n in names})
         return segment, bool(self._same)
-
-    def abandon(self) -> None:
-        """Forgets the open segment."""
-        self.is_open = self._closed_before = False
 
 
 def _alike(a: Weights, b: Weights) -> bool:

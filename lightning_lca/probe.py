@@ -69,7 +69,7 @@ class Probe:
         self._mode = mode
         self._loss_fn = loss_fn
         self._seed = seed
-        self._devices = {p.device for p in module.parameters()}
+        self._devices: set[torch.device] = {p.device for p in module.parameters()}
         sizes = batch_sizes(batches)
         self._shares = [size / sum(sizes) for size in sizes]
         self._watching = True
@@ -145,6 +145,11 @@ class Probe:
             self._by_backward = self._unreached < unreached
         return sample
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self._devices))
+
     def surroundings(self) -> tuple[tuple[bool, ...], Tensor]:
         """Fingerprints what the loss reads beside the trained weights: training flags and tensors.
 
@@ -158,7 +163,7 @@ class Probe:
                 m.training and self._mode != "eval"
             )
             read += [b for b in m._buffers.values() if b is not None and not by_batch]
-        return flags, fingerprint(read, next(iter(self._devices)))
+        return flags, fingerprint(read, self.device)
 
     # -- one evaluation ---------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_lca.metrics import GroupCredit, HelpingFraction, HurtingFraction
 from lightning_lca.rows import Rows
@@ -74,6 +75,28 @@ class Scalars:
         self._credit.update(torch.from_numpy(rows.allocated @ self._panel_of))
         self._helping.update(torch.from_numpy(rows.helping @ self._panel_of))
         self._hurting.update(torch.from_numpy(rows.hurting @ self._panel_of))
+
+    @property
+    def credit(self) -> Tensor:
+        """Every panel's credit since the start of training [panels] float64."""
+        return self._credit.credit.clone()
+
+    @property
+    def waiting(self) -> int:
+        """Number of measured steps since the last log."""
+        return sum(map(len, self._window))
+
+    def resume(self, credit: Tensor, rows: Rows, logged: int) -> None:
+        """Takes up the sums of a checkpoint.
+
+        Args:
+            credit: As it was then.
+            rows: What was measured up to then, as far as it is known.
+            logged: How many of the rows had been logged.
+        """
+        if len(rows) > logged:
+            self.update(rows[logged:])
+        self._credit.credit = credit.clone()
 
     def take(self) -> dict[str, float]:
         """Gives the values and starts a new window; nothing if no step was measured in this one."""

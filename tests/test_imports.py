@@ -41,6 +41,7 @@ ROOMS = [
     "meter",
     "cost",
     "settings",
+    "session",
     "callback",
     "export",
     "demo",
