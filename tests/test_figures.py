@@ -28,8 +28,8 @@ def history(steps=230, names=NAMES, every=1, by="layer", seed=0, detail=True):
     residual, drift = random.normal(0, 1e-4, (2, steps))
     loss = 4 + np.concatenate([[0], (allocated.sum(1) + residual + drift).cumsum()])
     sizes = random.integers(200, 250, groups)
-    helping = random.binomial(sizes, 0.5).astype(np.uint8) - random.integers(
-        0, 20, (steps, groups), np.uint8
+    helping = random.binomial(sizes, 0.5, (steps, groups)).astype(np.uint8) - random.integers(
+        0, 8, (steps, groups), np.uint8
     )
     hurting = (sizes - 9 - helping).astype(np.uint8)  # As narrow as when read from a record.
     true = np.full(steps, True)
@@ -180,6 +180,9 @@ def test_the_stack_is_as_deep_as_helping_and_as_high_as_hurting():
         at = edges[..., 1][edges[..., 0] == step]
         assert at.min() == pytest.approx(np.minimum(sums[step], 0).sum())
         assert at.max() == pytest.approx(np.maximum(sums[step], 0).sum())
+    thick = [np.ptp(area[area[:, 0] == 230, 1]) for area in edges]  # All blue ones, then all red.
+    expected = [*-np.minimum(sums[-1], 0), *np.maximum(sums[-1], 0)]
+    np.testing.assert_allclose(thick, expected, atol=1e-12)
     assert line(axes, np.append(0, run.loss_after - run.loss_before[0])).get_color() == "black"
 
 
@@ -237,6 +240,16 @@ def test_helping_is_the_share_of_moving_weights_within_the_band_of_fair_coins():
     np.testing.assert_array_equal(dots[:, 1], range(4))
 
 
+def test_neurons_are_added_up_to_layers_whatever_the_width_of_their_counts():
+    run = history(names=tuple(f"{n}/{i}" for n in "ab" for i in range(9)), by="neuron")
+    helping, hurting = (c.astype(int).sum(0) for c in (run.rows.helping, run.rows.hurting))
+    helped, moved = (c.reshape(2, 9).sum(1) for c in (helping, helping + hurting))
+    dots = figures.helping(run).axes[1].collections[1].get_offsets()
+    np.testing.assert_allclose(dots[:, 0], 100 * helped / moved)
+    shown = image(figures.heatmap(run).axes[0])
+    np.testing.assert_allclose(shown[1], run.allocated[:, 9:].sum(1))
+
+
 def test_every_step_is_in_the_histogram_of_steps_on_its_side():
     run = history()
     helping, hurting = (c.astype(int).sum(1) for c in (run.rows.helping, run.rows.hurting))
@@ -244,6 +257,7 @@ def test_every_step_is_in_the_histogram_of_steps_on_its_side():
     blue = sum(p.get_height() for p in bars(axes) if colour(p) == style.HELPS)
     red = sum(p.get_height() for p in bars(axes) if colour(p) == style.HURTS)
     assert (blue, red) == ((helping >= hurting).sum(), (helping < hurting).sum())
+    assert min(blue, red) > 50
 
 
 @pytest.mark.parametrize("steps", [24, 230, 2000])
