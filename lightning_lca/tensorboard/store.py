@@ -21,7 +21,7 @@ MEMORY = 200 * 2**20  # Bytes of tables that are kept; the one in use stays in a
 PATIENCE = 1.0  # Seconds for which a listing is believed,
 SELDOM = 10.0  # or so many times the seconds that it took: for very long records it takes long.
 BUDGET = 1.0  # Seconds for which runs are read in order to describe them.
-_BATCH = 512  # Tags that are read at once: some 15 MB.
+_BATCH = 256  # Tags that are read at once: some 8 MB.
 _TABLES = ("chunk", "neurons")  # What the page shows. Single weights would fill the memory.
 
 
@@ -139,7 +139,11 @@ def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -
     if reading.run is None or again or late or reading.seen.keys() - tags.keys():
         reading.forget()
         new = tags
+    fed, join_at = 0, _BATCH
     for event in _events(source, name, new, reading.until):
+        if (fed := fed + 1) == join_at:
+            _join(reading.reader)
+            join_at += max(_BATCH, fed // 2)
         try:
             reading.reader.feed(event.tag, event.data)
         except Exception:  # Whatever is wrong with one chunk must not hide the others.
@@ -152,6 +156,12 @@ def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -
     tables = {p: Table.of(h, source.experiment, name, stamp, p) for p, h in histories.items()}
     reading.run = Run(name, stamp, tables, reading.reader.meta, lost)
     reading.description = reading.run.describe()
+
+
+def _join(reader: Reader) -> None:
+    """Makes one array of many small ones; these leave holes that the process would keep."""
+    for history in reader.histories.values():
+        _ = history.rows, history.group_by != "neuron" and history.neurons
 
 
 def _events(source: Source, name: str, new: dict[str, Mark], since: float) -> Iterator[Event]:

@@ -164,7 +164,8 @@ class Server:
     def _processes(self) -> Iterator[int]:
         yield (pid := self.process.pid)
         for task in Path(f"/proc/{pid}/task").iterdir():
-            yield from map(int, (task / "children").read_text().split())
+            with contextlib.suppress(FileNotFoundError):  # A thread that ended meanwhile.
+                yield from map(int, (task / "children").read_text().split())
 
 
 def _cpu(pid: int) -> float:
