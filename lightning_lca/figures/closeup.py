@@ -53,7 +53,7 @@ def neurons(history: History, layer: str) -> Figure:
     numbers = [windows.names[i].rpartition("/")[2] for i in mine[order]]
     with style.page(style.HEIGHT + 0.4) as figure:
         axes = figure.subplots()
-        style.grid_of_credit(axes, time.steps, grid, time.unit)
+        style.grid_of_credit(figure, axes, time.steps, grid, time.unit)
         if together == 1:
             style.label_rows(axes, numbers, figure.get_figheight())
             axes.set_ylabel("neuron, best on top")

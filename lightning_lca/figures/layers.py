@@ -42,7 +42,7 @@ def heatmap(history: History) -> Figure:
     height = style.tall(len(layers))
     with style.page(height) as figure:
         axes = figure.subplots()
-        style.grid_of_credit(axes, time.steps, time.sums(layers.values).T, time.unit)
+        style.grid_of_credit(figure, axes, time.steps, time.sums(layers.values).T, time.unit)
         style.label_rows(axes, layers.names, figure.get_figheight())
         style.headline(figure, *_who_helped_and_who_hurt(history, layers))
     return figure

@@ -139,7 +139,7 @@ def step_axis(axes: Axes) -> None:
     axes.set_xlabel("optimizer step")
 
 
-def grid_of_credit(axes: Axes, steps: Array, credit: Floats, unit: str) -> None:
+def grid_of_credit(figure: Figure, axes: Axes, steps: Array, credit: Floats, unit: str) -> None:
     """Draws rows × bins in colour [N, B], clipped at the 99 % quantile, on a square-root scale."""
     from matplotlib.colors import FuncNorm
 
@@ -152,8 +152,6 @@ def grid_of_credit(axes: Axes, steps: Array, credit: Floats, unit: str) -> None:
     borders = np.arange(len(credit) + 1) - 0.5
     image = axes.pcolorfast(steps, borders, credit, cmap=diverging(), norm=norm)
     axes.set_ylim(len(credit) - 0.5, -0.5)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     bar = figure.colorbar(
         image,
         ax=axes,
