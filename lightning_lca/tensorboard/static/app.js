@@ -94,10 +94,12 @@ export class App {
     const several = (r) => r.probes.length > 1;
     const own = run.probes
       .filter((p) => p !== probe)
-      .map((p) => ({ run: run.name, probe: p, text: `probe ${p || "–"}` }));
+      .map((p) => ({ run: run.name, probe: p, text: `probe ${p || "–"}`, last: run.last_step }));
     const others = this.runs
       .filter((r) => r !== run && !r.error)
-      .flatMap((r) => r.probes.map((p) => ({ run: r.name, probe: p, text: several(r) ? `${r.name} · ${p}` : r.name })));
+      .flatMap((r) =>
+        r.probes.map((p) => ({ run: r.name, probe: p, text: several(r) ? `${r.name} · ${p}` : r.name, last: r.last_step })),
+      );
     others.sort((a, b) => (b.probe === probe) - (a.probe === probe));
     return [...own, ...others];
   }

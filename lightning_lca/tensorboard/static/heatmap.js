@@ -167,7 +167,7 @@ export class Heatmap extends Grid {
     const lines = [];
     if (measured && !measured[bin]) lines.push(["", "no measured step"]);
     else lines.push(["LCA", value === null ? "not a finite number" : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`]);
-    if (measured && measured[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
+    if (measured?.[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
     lines.push(["in the whole view", signed(row.total)]);
     if (change) lines.push(["share of the loss change", percent(row.total / change)]);
     return [`${row.name} · ${steps(edges[bin] + 1, edges[bin + 1])}`, lines];

@@ -19,7 +19,7 @@ function save(blob, name) {
 /** Draws the plot's canvases and subtitles below a title, and saves them. */
 export function savePng(plot, title, about) {
   const area = plot.getBoundingClientRect();
-  const ratio = Math.max(2, window.devicePixelRatio || 1);
+  const ratio = window.devicePixelRatio || 1; // That of the canvases: nothing is blurred.
   const canvas = document.createElement("canvas");
   canvas.width = (area.width + 2 * PAD) * ratio;
   canvas.height = (area.height + HEAD + 2 * PAD) * ratio;

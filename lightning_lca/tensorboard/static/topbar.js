@@ -87,6 +87,7 @@ export class TopBar {
   }
 
   draw({ state, runs, run, choices }) {
+    this.root.classList.toggle("bare", !run);
     const names = runs.map(({ name }) => [name, name]);
     fill(this.run, names, run?.name ?? "");
     this.probeField.hidden = !run || run.probes.length < 2;

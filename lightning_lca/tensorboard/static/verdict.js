@@ -28,6 +28,7 @@ export function lossWords(table, { loss, edges }) {
   const where = steps(first, last);
   const told = `${where[0].toUpperCase()}${where.slice(1)}`;
   const measured = rows === last - first + 1 ? "" : ` · ${count(rows)} measured`;
+  if (!rows) return { head: "No measured step here", detail: told, warn: true };
   const known = loss.filter((v) => v !== null);
   const ends = known.length > 1 ? `${lossText(known[0])} → ${lossText(known.at(-1))} · ` : "";
   if (change === null) return { head: "The loss is not a finite number", detail: `${told}${measured}`, warn: true };
@@ -51,6 +52,7 @@ export function layerWords({ layers, true_change: change }) {
 /** Whether the credits can be trusted. */
 export function trustWords(table, lost) {
   const { true_change: change, allocated, residual, drift, rows, unconverged } = table;
+  if (!rows) return { head: "Nothing to add up", detail: "" };
   const share = change ? Math.abs(residual / change) : null;
   const large = share === null ? Math.abs(residual ?? Infinity) > 1e-9 : share > LARGE;
   const explained = share === null ? null : Math.max(0, 1 - share);

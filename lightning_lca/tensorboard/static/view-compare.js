@@ -4,7 +4,7 @@ import { Chart, extent, rule } from "./chart.js";
 import { count, plural, signed } from "./format.js";
 import { Heatmap, colorLimit } from "./heatmap.js";
 import { Section } from "./section.js";
-import { added, nearestEdge, running } from "./sums.js";
+import { added, end, nearestEdge, running } from "./sums.js";
 import { colors } from "./theme.js";
 import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 
@@ -41,26 +41,30 @@ export function compareView(app) {
         choices.slice(0, 6).map(({ run, probe, text }) => [text, () => app.store.set({ vs_run: run, vs_probe: probe }), "suggestion"]),
       ];
     },
-    draw(data, { state, own, other, change }) {
+    draw(data, { state, run, own, other, change }) {
       const { edges, layers, a, b, before_a: beforeA, before_b: beforeB } = data;
       const [nameA, nameB] = pairNames(own, other);
       section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
-      const difference = b.map((row, i) => row.map((v, k) => (v === null || a[i][k] === null ? null : v - a[i][k])));
+      const within = (last) => edges.slice(0, -1).map((edge) => (edge < last ? 1 : 0));
+      const [measuredA, measuredB] = [within(run.last_step), within(other.last)];
+      const both = measuredA.map((n, k) => n && measuredB[k]);
+      const minus = (v, w) => (v === null || w === null ? null : v - w);
+      const difference = b.map((row, i) => row.map((v, k) => (both[k] ? minus(v, a[i][k]) : 0)));
       const limit = colorLimit(a, b);
       const views = [
-        [nameA, a, limit, undefined],
-        [nameB, b, limit, undefined],
-        [`${nameB} minus ${nameA}`, difference, colorLimit(difference), ["helps more", "hurts more"]],
+        [nameA, a, measuredA, limit, undefined],
+        [nameB, b, measuredB, limit, undefined],
+        [`${nameB} minus ${nameA}`, difference, both, colorLimit(difference), ["helps more", "hurts more"]],
       ];
-      views.forEach(([text, credit, end, words], i) => {
+      views.forEach(([text, credit, measured, top, words], i) => {
         maps[i].update({
           title: text,
           rows: heatRows(layers, credit),
           edges,
-          measured: null,
+          measured,
           low: edges[0],
           high: edges.at(-1),
-          limit: end,
+          limit: top,
           unit: binUnit(edges),
           words,
           axis: i === 2,
@@ -75,7 +79,8 @@ export function compareView(app) {
         chosen >= 0
           ? running(credit[chosen], whole ? before[chosen] : 0)
           : added(credit.map((row, i) => running(row, whole ? before[i] : 0)), edges.length);
-      const [sumA, sumB] = [sum(a, beforeA), sum(b, beforeB)];
+      const until = (values, measured) => values.map((v, k) => (k === 0 || measured[k - 1] ? v : null));
+      const [sumA, sumB] = [until(sum(a, beforeA), measuredA), until(sum(b, beforeB), measuredB)];
       sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? state.layer : "all layers"}`;
       chart.update({
         x: edges,
@@ -89,8 +94,8 @@ export function compareView(app) {
         title: "LCA (loss units)",
         below: [rule(0, colors.muted)],
         names: [
-          { text: nameA, value: sumA.at(-1), color: colors.text, bold: true, rank: 2 },
-          { text: nameB, value: sumB.at(-1), color: colors.selected, bold: true, rank: 1 },
+          { text: nameA, value: end(sumA), color: colors.text, bold: true, rank: 2 },
+          { text: nameB, value: end(sumB), color: colors.selected, bold: true, rank: 1 },
         ],
         describe(at) {
           const k = nearestEdge(edges, at);
