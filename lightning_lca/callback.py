@@ -22,6 +22,7 @@ from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.session import Session, x_axis
 from lightning_lca.settings import Settings, check_trainer
+from lightning_lca.steps import Steps
 
 
 class LCACallback(LightningCallback):
@@ -112,6 +113,8 @@ class LCACallback(LightningCallback):
         self.log_dir: FilePath | None = None
         self._path = Path()
         self._opened_at = 0
+        self._steps: Steps | None = None
+        self._trained: dict[str, Tensor] = {}
         self._session: Session | None = None
         self._kept: dict[str, Any] | None = None
         self._cost: Cost | None = None
@@ -182,6 +185,9 @@ class LCACallback(LightningCallback):
         self.log_dir = self._session.log_dir
         kept, self._kept = self._kept, None
         self._session.begin(kept)
+        self._steps = Steps(trainer, pl_module, self._open)
+        if kept:
+            self._steps.resume(kept["steps"])
         if kept and kept["open"]:
             self._opened_at = kept["open"]["at"]
             self._path.resume(kept["open"]["weights"], live_weights(pl_module))
@@ -189,26 +195,32 @@ class LCACallback(LightningCallback):
             asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
         )
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes which weights are trained: later, a toggled optimizer may hide some."""
+        self._trained = live_weights(pl_module)
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""
-        if not self._path.is_open:
-            self._opened_at = trainer.global_step
-            self._path.open(live_weights(pl_module))
+        if pl_module.automatic_optimization:
+            self._trained = live_weights(pl_module)
+        self._open()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Closes the segment if it is due, measures it, and logs on the interval."""
-        session = self._session
-        if session is None:
+        session, steps = self._session, self._steps
+        if session is None or steps is None:
             return
         if self._cost is not None:
             self._cost.enter()
         gradients = None
-        done = trainer.global_step - self._opened_at
-        if self._path.is_open and done >= self._settings.every_n_steps:
-            gradients = self._measure(session, trainer, pl_module)
-            session.log(x_axis(trainer), trainer.global_step)
+        done = steps.done
+        if self._path.is_open and done - self._opened_at >= self._settings.every_n_steps:
+            gradients = self._measure(session, pl_module, done)
+            session.log(x_axis(trainer), done)
         session.record()
         if self._cost is not None:
             self._cost.leave(gradients)
@@ -218,18 +230,20 @@ class LCACallback(LightningCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
-        session = self._session
-        if session is None:
+        session, steps = self._session, self._steps
+        if session is None or steps is None:
             return
-        x = x_axis(trainer) - 1  # The last batch is counted by now.
-        if self._path.is_open and trainer.global_step > self._opened_at:
-            self._measure(session, trainer, pl_module)
-            session.end(x, trainer.global_step)
-        else:
-            session.end(0, trainer.global_step)
+        steps.leave()
+        x = 0
+        if self._path.is_open and steps.done > self._opened_at:
+            self._measure(session, pl_module, steps.done)
+            x = x_axis(trainer) - 1  # The last batch is counted by now.
+        session.end(x, steps.done)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Writes what was measured; the user's own error stays on top."""
+        if self._steps is not None:
+            self._steps.leave()
         try:
             if self._session is not None:
                 self._session.close()
@@ -242,13 +256,13 @@ class LCACallback(LightningCallback):
         With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
         the weights.
         """
-        if self._session is None:
+        if self._session is None or self._steps is None:
             return self._kept or {}
         opened = None
         if self._path.is_open:
             weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
             opened = {"at": self._opened_at, "weights": weights}
-        return self._session.state() | {"open": opened}
+        return self._session.state() | {"open": opened, "steps": self._steps.done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, for the training that is about to start."""
@@ -256,9 +270,15 @@ class LCACallback(LightningCallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _measure(self, session: Session, trainer: Any, pl_module: Any) -> int:
+    def _open(self) -> None:
+        """Starts a segment where the weights are, unless one is open."""
+        if not self._path.is_open and self._steps is not None:
+            self._opened_at = self._steps.done
+            self._path.open(self._trained)
+
+    def _measure(self, session: Session, pl_module: Any, step: int) -> int:
         segment, continues = self._path.close(live_weights(pl_module))
-        return session.measure(segment, continues, trainer.global_step)
+        return session.measure(segment, continues, step)
 
     def _first_meter(self, what: str) -> Meter:
         if self._session is None:

@@ -60,6 +60,10 @@ class Session:
         Args:
             kept: What `state` gave when the checkpoint was saved; None for a new training.
         """
+        if kept:
+            self._started_at = max(self._started_at, kept["steps"])
+            self._description["first_step"] = self._started_at
+            self._gallery.turn(self._started_at)
         histories = self._read_back(kept) if kept else {}
         if self._board is not None:
             self._board.meta(self._description, self._started_at)

@@ -82,13 +82,13 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
     """Refuses what cannot be measured, and warns of what cannot be measured well.
 
     Raises:
-        MisconfigurationException: Manual optimization, or several processes.
+        MisconfigurationException: Manual optimization without loss_fn, or several processes.
     """
-    if not module.automatic_optimization:
+    if not module.automatic_optimization and settings.loss_fn is None:
         raise MisconfigurationException(
-            "LCACallback does not measure manual optimization yet (automatic_optimization=False): "
-            "running such a training_step as the probe would step its optimizers. Remove the "
-            "callback, or use lightning_lca.allocate inside your training_step."
+            "With manual optimization (automatic_optimization=False) training_step steps the "
+            "optimizers, so it cannot be run to measure the loss. Tell which loss is meant: "
+            "LCACallback(loss_fn=lambda module, batch: ...), which returns a scalar tensor."
         )
     if trainer.world_size > 1:
         raise MisconfigurationException(

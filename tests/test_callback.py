@@ -115,7 +115,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (Manual, {}, "does not measure manual optimization"),
+        (Manual, {}, "Tell which loss is meant: LCACallback\\(loss_fn="),
         (Frozen, {}, "The model has no trainable weight"),
         (Classifier, {"probe": []}, "The probe is empty: got 0 batches"),
         (

@@ -42,6 +42,7 @@ ROOMS = [
     "cost",
     "settings",
     "session",
+    "steps",
     "callback",
     "export",
     "demo",
