@@ -191,6 +191,20 @@ def test_a_session_that_takes_over_or_writes_over_is_followed(provider, source):
     assert (len(store.run(source, "run").table(None).rows), store.run(source, "run").lost) == (3, 0)
 
 
+def test_a_chunk_seen_in_part_and_then_written_over_is_not_lost(provider, source):
+    store, rows = Store(), make_rows(range(1, 11), 1)
+    provider.session("run")
+    tags = record.tagged("chunk", 1, None, rows.parts(SIZES))
+    halves = [dict(list(tags.items())[:2]), dict(list(tags.items())[2:])]
+    provider.write("run", halves[0], 10)
+    assert store.run(source, "run").lost == 1
+    provider.write("run", halves[1], 10)
+    provider.session("run")
+    provider.chunk("run", make_rows(range(1, 21), 2))
+    assert_current(store, source, provider)
+    assert store.run(source, "run").lost == 0
+
+
 def test_what_comes_late_is_put_in_its_place(provider, source):
     store = Store()
     provider.session("run", at=1.0)
