@@ -4,6 +4,7 @@ import { Source } from "./api.js";
 import { margins } from "./axes.js";
 import { el } from "./dom.js";
 import { steps } from "./format.js";
+import { Runs } from "./runs.js";
 import { Store } from "./state.js";
 import { followTheme } from "./theme.js";
 import { TopBar } from "./topbar.js";
@@ -18,31 +19,47 @@ import { synchronyView } from "./view-synchrony.js";
 import { tableView } from "./view-table.js";
 import { clampRange, panned, zoomed } from "./zoom.js";
 
-const POLL = 3000; // Milliseconds between looks for new data.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
 const NAMES = ["bins", "table", "helping", "synchrony", "channels", "compare"];
-
-/** Orders names with their numbers: version_2 before version_10. */
-const natural = new Intl.Collator("en", { numeric: true }).compare;
 
 export class App {
   constructor(parent) {
     this.store = new Store();
-    this.runs = null;
-    this.sources = Object.fromEntries(NAMES.map((name) => [name, new Source(name, () => this.draw(name))]));
+    this.runs = new Runs(
+      () => this.store.state.live !== "0",
+      (error, isNew) => this.onRuns(error, isNew),
+    );
+    this.sources = Object.fromEntries(
+      NAMES.map((name) => [name, new Source(name, () => this.draw(name))]),
+    );
     this.act = {
       onRange: (start, stop) => this.setRange(start, stop),
       onWhole: () => this.store.set({ start: null, stop: null }),
       onWheel: (kind, turn, at) => this.onWheel(kind, turn, at),
-      onSelect: (layer) => this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
+      onSelect: (layer) =>
+        this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
     };
     this.main = el("main");
     const head = el("div", { id: "head" });
     this.topbar = new TopBar(head, this);
-    this.banner = el("div", { id: "banner", class: "message", "data-testid": "banner", hidden: true });
+    this.banner = el("div", {
+      id: "banner",
+      class: "message",
+      "data-testid": "banner",
+      hidden: true,
+    });
     parent.append(head, this.banner, this.main);
     this.verdict = new Verdict(this.main);
-    this.views = [layersView, channelsView, cumulativeView, ledgerView, helpingView, synchronyView, compareView, tableView].map((make) => make(this));
+    this.views = [
+      layersView,
+      channelsView,
+      cumulativeView,
+      ledgerView,
+      helpingView,
+      synchronyView,
+      compareView,
+      tableView,
+    ].map((make) => make(this));
     this.showKeys();
   }
 
@@ -54,54 +71,21 @@ export class App {
       clearTimeout(this.resizing);
       this.resizing = setTimeout(() => this.refresh(), 80);
     }).observe(this.main);
-    this.listing = new Source("runs", (source) => this.onRuns(source));
-    this.poll();
+    this.runs.poll();
   }
 
-  /** Hidden behind another tab of the browser or of TensorBoard. */
-  get hidden() {
-    return document.hidden || window.innerHeight === 0;
+  /** Takes a list of runs, or why there is none. */
+  onRuns(error, isNew) {
+    const { updated } = this.topbar;
+    updated.textContent = error ? "no answer" : `updated ${new Date().toLocaleTimeString("en-GB")}`;
+    updated.title = error ?? "";
+    if (error && !this.runs.all) this.say(error, true);
+    if (isNew) this.refresh();
   }
 
-  /** Looks for new data now and then; never twice at once. */
-  poll() {
-    const due = !this.runs || this.store.state.live !== "0";
-    if (due && !this.hidden && !this.listing.busy) this.listing.want({}, Date.now());
-    setTimeout(() => this.poll(), this.runs?.length ? POLL : POLL / 2);
-  }
-
-  onRuns({ data, error }) {
-    if (error) {
-      this.topbar.updated.textContent = "no answer";
-      if (!this.runs) this.say(error, true);
-      return;
-    }
-    const time = new Date().toLocaleTimeString("en-GB");
-    this.topbar.updated.textContent = `updated ${time}`;
-    const before = JSON.stringify(this.runs);
-    this.runs = [...data.runs].sort((a, b) => natural(a.name, b.name));
-    if (JSON.stringify(this.runs) !== before) this.refresh();
-  }
-
-  /** The run of the state, else the latest. */
+  /** The run that is shown. */
   get run() {
-    const { state } = this.store;
-    return this.runs?.find(({ name }) => name === state.run) ?? (state.run === null ? this.runs?.at(-1) : undefined);
-  }
-
-  /** Every other measurement: the probes of this run, then the other runs with the same probe first. */
-  choices(run, probe) {
-    const several = (r) => r.probes.length > 1;
-    const own = run.probes
-      .filter((p) => p !== probe)
-      .map((p) => ({ run: run.name, probe: p, text: `probe ${p || "–"}`, last: run.last_step }));
-    const others = this.runs
-      .filter((r) => r !== run && !r.error)
-      .flatMap((r) =>
-        r.probes.map((p) => ({ run: r.name, probe: p, text: several(r) ? `${r.name} · ${p}` : r.name, last: r.last_step })),
-      );
-    others.sort((a, b) => (b.probe === probe) - (a.probe === probe));
-    return [...own, ...others];
+    return this.runs.find(this.store.state.run);
   }
 
   /** The steps shown and those there are; null before anything is known. */
@@ -122,25 +106,24 @@ export class App {
     const range = this.range();
     if (!range) return;
     const { start, stop } = range;
-    this.setRange(...(kind === "pan" ? panned(start, stop, 0.2 * turn) : zoomed(start, stop, turn > 0 ? 1.5 : 1 / 1.5, at)));
+    this.setRange(
+      ...(kind === "pan"
+        ? panned(start, stop, 0.2 * turn)
+        : zoomed(start, stop, turn > 0 ? 1.5 : 1 / 1.5, at)),
+    );
   }
 
   /** Asks for what the state needs, and draws what is there. */
   refresh() {
     const { state } = this.store;
     const { run } = this;
-    if (!this.runs) return;
+    if (!this.runs.all) return;
     if (!run || run.error || !run.rows) {
       this.sayNoRun(run);
       return;
     }
     this.banner.hidden = true;
     this.main.hidden = false;
-    if (this.shown !== run.name) {
-      for (const source of Object.values(this.sources)) source.reset();
-      this.verdict.clear();
-      this.shown = run.name;
-    }
     const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
     const layer = run.layers.includes(state.layer) ? state.layer : null;
     if (state.run !== run.name || state.probe !== probe || state.layer !== layer) {
@@ -153,16 +136,24 @@ export class App {
     const inner = Math.floor((width - left - right) / 50) * 50;
     const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / run.layers.length)));
     const common = { run: run.name, probe, start: state.start, stop: state.stop };
-    const want = (name, extra, version = run.stamp) => this.sources[name].want({ ...common, ...extra }, version);
-    want("bins", { bins: fitting });
-    want("table", {});
-    want("helping", { bins: Math.max(40, Math.floor(inner / 5)), layer });
-    want("synchrony", { bins: Math.max(40, Math.floor(inner / 3)), strongest: state.strongest });
-    if (layer && run.channels) want("channels", { bins: Math.min(fitting, 500), layer });
+    const want = (name, bins, extra = {}, version = run.stamp) => {
+      const source = this.sources[name];
+      // An answer about something else must not stand under the new name.
+      const about = JSON.stringify([run.name, probe, extra]);
+      if (source.about !== about) source.reset();
+      source.about = about;
+      source.want({ ...common, bins, ...extra }, version);
+    };
+    want("bins", fitting);
+    want("table", null);
+    want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
+    want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
+    if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
-    const other = this.runs.find(({ name }) => name === state.vs_run);
+    const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
     if (other?.probes.includes(state.vs_probe ?? "")) {
-      want("compare", { bins: Math.min(fitting, 600), run_b: other.name, probe_b: state.vs_probe }, `${run.stamp} ${other.stamp}`);
+      const pair = { run_b: other.name, probe_b: state.vs_probe };
+      want("compare", Math.min(fitting, 600), pair, `${run.stamp} ${other.stamp}`);
     } else this.sources.compare.reset();
     this.draw();
   }
@@ -172,24 +163,25 @@ export class App {
     const { state } = this.store;
     const { run, sources } = this;
     const table = sources.table.data;
-    const choices = run && !run.error ? this.choices(run, state.probe) : [];
+    const choices = run && !run.error ? this.runs.others(run, state.probe) : [];
     return {
       state,
       run,
-      runs: this.runs,
+      runs: this.runs.all ?? [],
       table,
       bins: sources.bins.data,
       synchrony: sources.synchrony.data,
       change: table?.true_change,
       choices,
       own: { run: state.run, probe: state.probe },
-      other: choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null,
+      other:
+        choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null,
     };
   }
 
   /** Draws what is there: everything, or what shows one source. */
   draw(name = null) {
-    if (!this.runs) return;
+    if (!this.runs.all) return;
     const context = this.context();
     this.topbar.draw(context);
     if (this.main.hidden || !context.run) return;
@@ -224,13 +216,24 @@ export class App {
 
   sayNoRun(run) {
     if (run?.error) this.say(`Run ${run.name} cannot be shown. ${run.error}`, true);
-    else if (run) this.say(`Run ${run.name} has no measured step yet. They appear here as soon as the first are written.`);
-    else if (this.runs.length) this.say(`There is no run ${this.store.state.run} here. Choose one above.`, true);
+    else if (run)
+      this.say(
+        `Run ${run.name} has no measured step yet. They appear here as soon as the first are written.`,
+      );
+    else if (this.runs.all.length)
+      this.say(
+        `There is no run ${this.store.state.run} here yet. TensorBoard may still be reading the logs; ` +
+          "otherwise choose a run above.",
+      );
     else {
       this.say(
         "No run with LCA data yet. TensorBoard may still be reading the logs; otherwise add the callback to a Trainer that logs to this directory:",
         false,
-        el("pre", {}, "from lightning_lca import LCACallback\n\ntrainer = pl.Trainer(callbacks=[LCACallback()])"),
+        el(
+          "pre",
+          {},
+          "from lightning_lca import LCACallback\n\ntrainer = pl.Trainer(callbacks=[LCACallback()])",
+        ),
       );
     }
   }
@@ -241,7 +244,9 @@ export class App {
       about: () => {
         const range = this.range();
         const { run, probe } = this.store.state;
-        return [run, probe && `probe ${probe}`, range && steps(range.start, range.stop)].filter(Boolean).join(" · ");
+        return [run, probe && `probe ${probe}`, range && steps(range.start, range.stop)]
+          .filter(Boolean)
+          .join(" · ");
       },
       onRetry: () => {
         this.sources[source].retry();

@@ -26,7 +26,10 @@ export function stepTicks(low, high, pixels) {
   const label = 16 + 6.5 * count(high).length;
   const cell = pixels / (high - low);
   if (cell >= label) {
-    return Array.from({ length: high - low }, (_, i) => ({ at: low + i + 0.5, label: count(low + i + 1) }));
+    return Array.from({ length: high - low }, (_, i) => ({
+      at: low + i + 0.5,
+      label: count(low + i + 1),
+    }));
   }
   const every = Math.max(1, niceStep(high - low, Math.min(12, pixels / Math.max(label, 60))));
   const ticks = [];
@@ -40,7 +43,8 @@ export function stepTicks(low, high, pixels) {
 export function valueTicks(low, high, wanted) {
   const every = niceStep(high - low, wanted);
   const ticks = [];
-  for (let k = Math.ceil(low / every - 1e-9); k * every <= high + every * 1e-9; k++) ticks.push(k * every);
+  for (let k = Math.ceil(low / every - 1e-9); k * every <= high + every * 1e-9; k++)
+    ticks.push(k * every);
   return ticks;
 }
 
@@ -95,6 +99,10 @@ export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) 
     context.globalAlpha = 1;
     context.fillStyle = item.ink ?? item.color;
     context.font = item.bold ? FONT_BOLD : FONT_SMALL;
-    context.fillText(elide(item.text, width - 18, (t) => context.measureText(t).width), x + 15, at[i]);
+    context.fillText(
+      elide(item.text, width - 18, (t) => context.measureText(t).width),
+      x + 15,
+      at[i],
+    );
   });
 }

@@ -11,22 +11,6 @@ const YAXIS = 76; // Ticks and title of the y axis.
 const XAXIS = 38; // Of the step axis.
 const AIR = 8; // Above a plot, and below one without a step axis.
 
-/** The range of some values with a little air; [lists of numbers or null]. */
-export function extent(lists, { include = [], air = 0.06 } = {}) {
-  let [low, high] = [Infinity, -Infinity];
-  for (const list of [...lists, include]) {
-    for (const v of list) {
-      if (v === null || v === undefined) continue;
-      if (v < low) low = v;
-      if (v > high) high = v;
-    }
-  }
-  if (low > high) return [-1, 1];
-  if (low === high) return [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1];
-  const by = (high - low) * air;
-  return [low - by, high + by];
-}
-
 /**
  * A chart. `update` takes a view: {x, lines: [{values, color, width, dash, alpha}], low, high (steps),
  * y: [low, high], title (of the y axis), labels ([y] -> [text]), below: [draw(chart)], above:
@@ -38,7 +22,12 @@ export class Chart {
     this.height = height;
     this.view = null;
     this.plot = null;
-    this.root = el("div", { class: "chart", role: "img", "aria-label": label, "data-testid": testid });
+    this.root = el("div", {
+      class: "chart",
+      role: "img",
+      "aria-label": label,
+      "data-testid": testid,
+    });
     this.root.style.height = `${height}px`;
     this.hit = el("div", { class: "hit" }); // Outlives the plots, so that a drag does.
     this.root.append(this.hit);
@@ -71,7 +60,11 @@ export class Chart {
     const { left, right } = margins(width);
     const inner = width - left - right;
     const ticks = stepTicks(low, high, inner);
-    const line = { stroke: colors.muted, font: FONT_SMALL, grid: { stroke: colors.grid, width: 1 } };
+    const line = {
+      stroke: colors.muted,
+      font: FONT_SMALL,
+      grid: { stroke: colors.grid, width: 1 },
+    };
     this.margins = { left, right };
     this.plot?.destroy();
     this.plot = new uPlot(
@@ -80,7 +73,13 @@ export class Chart {
         height: this.height,
         padding: [AIR, right, axis ? 0 : AIR, left - YAXIS],
         legend: { show: false },
-        cursor: { x: true, y: false, drag: { x: false, y: false }, points: { show: false }, bind: silent() },
+        cursor: {
+          x: true,
+          y: false,
+          drag: { x: false, y: false },
+          points: { show: false },
+          bind: silent(),
+        },
         scales: { x: { time: false, range: () => [low, high] }, y: { range: () => y } },
         axes: [
           {
@@ -136,9 +135,19 @@ export class Chart {
       this.root,
     );
     const room = this.height - AIR - (axis ? XAXIS : AIR);
-    Object.assign(this.hit.style, { left: `${left}px`, top: `${AIR}px`, width: `${inner}px`, height: `${room}px` });
+    Object.assign(this.hit.style, {
+      left: `${left}px`,
+      top: `${AIR}px`,
+      width: `${inner}px`,
+      height: `${room}px`,
+    });
     this.root.append(this.hit); // In front.
-    Object.assign(this.root.dataset, { start: low + 1, stop: high, plotLeft: left, plotWidth: inner });
+    Object.assign(this.root.dataset, {
+      start: low + 1,
+      stop: high,
+      plotLeft: left,
+      plotWidth: inner,
+    });
   }
 
   /** Runs the view's own drawing in CSS pixels, clipped to the plot. */
@@ -204,7 +213,15 @@ export class Chart {
 
 /** uPlot's own listeners are all off: `zoomable` does what they would do. */
 function silent() {
-  const names = ["mousedown", "mouseup", "click", "dblclick", "mousemove", "mouseleave", "mouseenter"];
+  const names = [
+    "mousedown",
+    "mouseup",
+    "click",
+    "dblclick",
+    "mousemove",
+    "mouseleave",
+    "mouseenter",
+  ];
   return Object.fromEntries(names.map((name) => [name, () => null]));
 }
 
@@ -212,43 +229,4 @@ function silent() {
 function lonely(u, series) {
   const values = u.data[series];
   return values.some((v, i) => v !== null && values[i - 1] == null && values[i + 1] == null);
-}
-
-/** Draws a filled band: low and high value i hold from edge i to edge i + 1; null breaks it. */
-export function steppedBand(edges, lows, highs, color) {
-  return ({ context, x, y }) => {
-    context.fillStyle = color;
-    lows.forEach((low, i) => {
-      if (low === null || highs[i] === null) return;
-      const [left, right] = [Math.round(x(edges[i])), Math.round(x(edges[i + 1]))]; // Without seams.
-      context.fillRect(left, y(highs[i]), right - left, y(low) - y(highs[i]));
-    });
-  };
-}
-
-/** Draws bars from zero, value i from edge i to edge i + 1; `color(i)`. */
-export function bars(edges, values, color) {
-  return ({ context, x, y }) => {
-    values.forEach((v, i) => {
-      if (!v) return;
-      const left = x(edges[i]);
-      const width = x(edges[i + 1]) - left;
-      context.fillStyle = color(i);
-      context.fillRect(left, y(Math.max(0, v)), Math.max(1, width - (width > 4 ? 1 : 0)), Math.max(0.5, Math.abs(y(0) - y(v))));
-    });
-  };
-}
-
-/** Draws a horizontal line. */
-export function rule(value, color, dash = []) {
-  return ({ context, x, y }) => {
-    context.strokeStyle = color;
-    context.lineWidth = 1;
-    context.setLineDash(dash);
-    context.beginPath();
-    context.moveTo(x(-1e12), Math.round(y(value)) + 0.5);
-    context.lineTo(x(1e12), Math.round(y(value)) + 0.5);
-    context.stroke();
-    context.setLineDash([]);
-  };
 }

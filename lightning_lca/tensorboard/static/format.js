@@ -64,7 +64,8 @@ export function elide(text, width, measure) {
   if (measure(text) <= width) return text;
   let low = 1;
   let high = text.length;
-  const cut = (n) => text.slice(0, Math.floor(n * 0.4)) + "…" + text.slice(text.length - Math.ceil(n * 0.6));
+  const cut = (n) =>
+    text.slice(0, Math.floor(n * 0.4)) + "…" + text.slice(text.length - Math.ceil(n * 0.6));
   while (low < high) {
     const middle = Math.ceil((low + high) / 2);
     if (measure(cut(middle)) <= width) low = middle;

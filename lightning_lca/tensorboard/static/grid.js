@@ -32,7 +32,15 @@ export class Grid {
       "aria-label": label,
       on: { keydown: (event) => this.onKey(event), click: (event) => this.onRowClick(event) },
     });
-    this.root = el("div", { class: "grid", "data-testid": testid }, this.canvas, this.hover, this.list, this.hit, this.line);
+    this.root = el(
+      "div",
+      { class: "grid", "data-testid": testid },
+      this.canvas,
+      this.hover,
+      this.list,
+      this.hit,
+      this.line,
+    );
     host.append(this.root);
     zoomable(this.hit, () => this.scale(), {
       ...act,
@@ -145,14 +153,22 @@ export class Grid {
   place() {
     const { left, top, width, height } = this.plot;
     const { rows, rowHeight, selected } = this.view;
-    Object.assign(this.hit.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
+    Object.assign(this.hit.style, {
+      left: `${left}px`,
+      top: `${top}px`,
+      width: `${width}px`,
+      height: `${height}px`,
+    });
     Object.assign(this.list.style, { top: `${top}px`, width: `${left}px` });
     Object.assign(this.line.style, { top: `${top}px`, height: `${height}px` });
     while (this.list.childElementCount > rows.length) this.list.lastChild.remove();
     while (this.list.childElementCount < rows.length) {
       this.list.append(el("div", { role: this.act.onSelect ? "option" : "listitem" }));
     }
-    const entry = Math.max(0, rows.findIndex((row) => row.name === selected));
+    const entry = Math.max(
+      0,
+      rows.findIndex((row) => row.name === selected),
+    );
     rows.forEach((row, i) => {
       const node = this.list.children[i];
       node.style.height = `${rowHeight}px`;
@@ -164,7 +180,8 @@ export class Grid {
       // One stop of the Tab key; the arrows move within.
       if (!this.list.contains(document.activeElement)) node.tabIndex = i === entry ? 0 : -1;
     });
-    if (this.act.onSelect && !this.list.querySelector("[tabindex='0']")) this.list.children[entry].tabIndex = 0;
+    if (this.act.onSelect && !this.list.querySelector("[tabindex='0']"))
+      this.list.children[entry].tabIndex = 0;
   }
 
   select(row) {

@@ -44,7 +44,8 @@ export class Heatmap extends Grid {
     const missing = rgb(colors.empty);
     const image = new ImageData(columns, rows.length);
     const bins = new Int32Array(columns);
-    for (let c = 0; c < columns; c++) bins[c] = binAt(edges, low + ((c + 0.5) / columns) * (high - low));
+    for (let c = 0; c < columns; c++)
+      bins[c] = binAt(edges, low + ((c + 0.5) / columns) * (high - low));
     rows.forEach((row, i) => {
       const painted = row.values.map((v) => (v === null ? missing : diverging(v, limit)));
       for (let c = 0; c < columns; c++) {
@@ -58,7 +59,8 @@ export class Heatmap extends Grid {
     context.drawImage(small, left, top, width, height);
     if (rowHeight >= 9) {
       context.fillStyle = colors.background;
-      for (let i = 1; i < rows.length; i++) context.fillRect(left, top + i * rowHeight - 0.5, width, 1);
+      for (let i = 1; i < rows.length; i++)
+        context.fillRect(left, top + i * rowHeight - 0.5, width, 1);
     }
     this.drawLegend(context);
     this.drawTotals(context);
@@ -122,7 +124,11 @@ export class Heatmap extends Grid {
       context.fillStyle = colors.muted;
     }
     const room = x - 16 - context.measureText(ends[0]).width - from;
-    const texts = [`LCA ${unit}, in units of the loss; square-root scale`, `LCA ${unit}; square-root scale`, `LCA ${unit}`];
+    const texts = [
+      `LCA ${unit}, in units of the loss; square-root scale`,
+      `LCA ${unit}; square-root scale`,
+      `LCA ${unit}`,
+    ];
     const fits = texts.find((text) => context.measureText(text).width < room);
     if (fits) context.fillText(fits, from, y + 5.5);
     context.fillText("sum", left + width + 14, y + 5.5);
@@ -150,7 +156,11 @@ export class Heatmap extends Grid {
       if (!text) return;
       context.fillStyle = colors.text;
       context.textAlign = "right";
-      context.fillText(row.total === null ? "–" : signed(row.total, 2), left + width + right - 2, y + 0.5);
+      context.fillText(
+        row.total === null ? "–" : signed(row.total, 2),
+        left + width + right - 2,
+        y + 0.5,
+      );
     });
     context.strokeStyle = colors.frame;
     context.beginPath();
@@ -166,7 +176,13 @@ export class Heatmap extends Grid {
     const value = row.values[bin];
     const lines = [];
     if (measured && !measured[bin]) lines.push(["", "no measured step"]);
-    else lines.push(["LCA", value === null ? "not a finite number" : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`]);
+    else
+      lines.push([
+        "LCA",
+        value === null
+          ? "not a finite number"
+          : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`,
+      ]);
     if (measured?.[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
     lines.push(["in the whole view", signed(row.total)]);
     if (change) lines.push(["share of the loss change", percent(row.total / change)]);

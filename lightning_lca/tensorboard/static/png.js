@@ -47,5 +47,7 @@ export function savePng(plot, title, about) {
     const [x, y] = at(node);
     context.fillText(node.textContent, x + parseFloat(node.style.paddingLeft || 0), y + 4);
   }
-  canvas.toBlob((blob) => save(blob, `lca ${title}.png`.toLowerCase().replaceAll(/[^a-z0-9.]+/g, "-")));
+  canvas.toBlob((blob) =>
+    save(blob, `lca ${title}.png`.toLowerCase().replaceAll(/[^a-z0-9.]+/g, "-")),
+  );
 }

@@ -32,7 +32,12 @@ export class Raster extends Grid {
       context.fillStyle = shared ? colors.helps : colors.faint;
       for (const [row, step] of moments) {
         if (this.layers.get(step) > 1 !== shared) continue;
-        context.fillRect(this.x(step - 0.5) - mark / 2, top + row * rowHeight + 0.5, mark, Math.max(1, rowHeight - 1));
+        context.fillRect(
+          this.x(step - 0.5) - mark / 2,
+          top + row * rowHeight + 0.5,
+          mark,
+          Math.max(1, rowHeight - 1),
+        );
       }
     }
     this.drawLegend(context);
@@ -47,7 +52,10 @@ export class Raster extends Grid {
     context.textAlign = "left";
     context.textBaseline = "middle";
     let x = left;
-    for (const [color, text] of [[colors.helps, "shared with another layer"], [colors.faint, "of this layer alone"]]) {
+    for (const [color, text] of [
+      [colors.helps, "shared with another layer"],
+      [colors.faint, "of this layer alone"],
+    ]) {
       context.fillStyle = color;
       context.fillRect(x, y - 5, 3, 10);
       context.fillStyle = colors.muted;
@@ -73,7 +81,11 @@ export class Raster extends Grid {
     context.fillStyle = colors.text;
     context.font = FONT_SMALL;
     rows.forEach((_, i) => {
-      context.fillText(`${shared[i]} of ${all[i]}`, left + width + 14, top + (i + 0.5) * rowHeight + 0.5);
+      context.fillText(
+        `${shared[i]} of ${all[i]}`,
+        left + width + 14,
+        top + (i + 0.5) * rowHeight + 0.5,
+      );
     });
   }
 

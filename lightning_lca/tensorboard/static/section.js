@@ -45,8 +45,14 @@ export class Section {
 
   /** A two-state button; `onChange(pressed)`. */
   addToggle(testid, text, title, onChange) {
-    const button = el("button", { type: "button", "data-testid": testid, title, "aria-pressed": "false" }, text);
-    button.addEventListener("click", () => onChange(button.getAttribute("aria-pressed") !== "true"));
+    const button = el(
+      "button",
+      { type: "button", "data-testid": testid, title, "aria-pressed": "false" },
+      text,
+    );
+    button.addEventListener("click", () =>
+      onChange(button.getAttribute("aria-pressed") !== "true"),
+    );
     return this.addTool(button);
   }
 

@@ -37,7 +37,11 @@ function parts(hash) {
       const at = part.indexOf("=");
       if (at < 0) return [part, null, null];
       try {
-        return [part, decodeURIComponent(part.slice(0, at)), decodeURIComponent(part.slice(at + 1))];
+        return [
+          part,
+          decodeURIComponent(part.slice(0, at)),
+          decodeURIComponent(part.slice(at + 1)),
+        ];
       } catch {
         return [part, null, null]; // A stray per cent sign.
       }

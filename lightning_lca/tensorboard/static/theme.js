@@ -76,7 +76,9 @@ export function rgb(hex) {
 
 /** [r, g, b] in 0..255 -> OKLab, where equal steps look equal. */
 function oklab(color) {
-  const [r, g, b] = color.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+  const [r, g, b] = color.map((c) =>
+    c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4,
+  );
   const l = Math.cbrt(0.4122214708 * r + 0.5363325363 * g + 0.0514459929 * b);
   const m = Math.cbrt(0.2119034982 * r + 0.6806995451 * g + 0.1073969566 * b);
   const s = Math.cbrt(0.0883024619 * r + 0.2817188376 * g + 0.6299787005 * b);
@@ -98,14 +100,18 @@ function fromOklab([L, a, b]) {
     -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
   ].map((c) => {
     const linear = Math.min(1, Math.max(0, c));
-    return Math.round(255 * (linear <= 0.0031308 ? 12.92 * linear : 1.055 * linear ** (1 / 2.4) - 0.055));
+    return Math.round(
+      255 * (linear <= 0.0031308 ? 12.92 * linear : 1.055 * linear ** (1 / 2.4) - 0.055),
+    );
   });
 }
 
 /** `n` colours from one to another, [[r, g, b]]. */
 function ramp(from, to, n) {
   const [a, b] = [oklab(rgb(from)), oklab(rgb(to))];
-  return Array.from({ length: n }, (_, i) => fromOklab(a.map((c, j) => c + ((b[j] - c) * i) / (n - 1))));
+  return Array.from({ length: n }, (_, i) =>
+    fromOklab(a.map((c, j) => c + ((b[j] - c) * i) / (n - 1))),
+  );
 }
 
 const HALF = 128;

@@ -6,7 +6,9 @@ let box = null;
 
 /** Shows lines of text, or [term, value] pairs, beside the pointer. */
 export function showTooltip(event, title, rows) {
-  box ??= document.body.appendChild(el("div", { class: "tooltip", role: "tooltip", "data-testid": "tooltip" }));
+  box ??= document.body.appendChild(
+    el("div", { class: "tooltip", role: "tooltip", "data-testid": "tooltip" }),
+  );
   box.replaceChildren(
     el("strong", {}, title),
     ...rows.map(([term, value]) => el("div", {}, el("span", {}, term), el("b", {}, value))),

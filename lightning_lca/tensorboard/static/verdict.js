@@ -31,8 +31,11 @@ export function lossWords(table, { loss, edges }) {
   if (!rows) return { head: "No measured step here", detail: told, warn: true };
   const known = loss.filter((v) => v !== null);
   const ends = known.length > 1 ? `${lossText(known[0])} → ${lossText(known.at(-1))} · ` : "";
-  if (change === null) return { head: "The loss is not a finite number", detail: `${told}${measured}`, warn: true };
-  const head = change ? `The loss ${change < 0 ? "fell" : "rose"} by ${number(Math.abs(change), 4)}` : "The loss stayed as it was";
+  if (change === null)
+    return { head: "The loss is not a finite number", detail: `${told}${measured}`, warn: true };
+  const head = change
+    ? `The loss ${change < 0 ? "fell" : "rose"} by ${number(Math.abs(change), 4)}`
+    : "The loss stayed as it was";
   return { head, detail: `${ends}${told}${measured}`, warn: false };
 }
 
@@ -42,9 +45,16 @@ export function layerWords({ layers, true_change: change }) {
   const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
   const broken = layers.filter((l) => l.credit === null).length;
   const hurting = hurt.length ? `${count(hurt.length)} hurt` : "none hurt";
-  const head = helped.length ? `${plural(helped.length, "layer")} helped, ${hurting}` : `No layer helped, ${hurting}`;
+  const head = helped.length
+    ? `${plural(helped.length, "layer")} helped, ${hurting}`
+    : `No layer helped, ${hurting}`;
   const most = helped.length ? `most: ${naming(helped, change)}` : "";
-  const against = hurt.length ? `hurting: ${hurt.slice(0, 2).map((l) => `${l.name} ${signed(l.credit, 2)}`).join(", ")}${hurt.length > 2 ? ", …" : ""}` : "";
+  const against = hurt.length
+    ? `hurting: ${hurt
+        .slice(0, 2)
+        .map((l) => `${l.name} ${signed(l.credit, 2)}`)
+        .join(", ")}${hurt.length > 2 ? ", …" : ""}`
+    : "";
   const unknown = broken ? `${plural(broken, "layer")} not finite` : "";
   return { head, detail: [unknown, against, most].filter(Boolean).join(" · "), warn: broken > 0 };
 }
@@ -61,14 +71,22 @@ export function trustWords(table, lost) {
   else if (explained === 0) head = "The credits do not explain the change";
   else if (explained !== null && residual) {
     // Never rounded up to all of it.
-    head = explained >= 0.9995 ? "The credits explain > 99.9 %" : `The credits explain ${percent(Math.floor(explained * 1000) / 1000, 1)}`;
+    head =
+      explained >= 0.9995
+        ? "The credits explain > 99.9 %"
+        : `The credits explain ${percent(Math.floor(explained * 1000) / 1000, 1)}`;
   } else if (large) head = "The credits do not add up";
   const details = [`residual ${signed(residual)}`];
   if (drift && change && Math.abs(drift / change) > 0.001) details.push(`drift ${signed(drift)}`);
-  if (unconverged) details.push(`${count(unconverged)} of ${plural(rows, "step")} beyond the tolerance`);
+  if (unconverged)
+    details.push(`${count(unconverged)} of ${plural(rows, "step")} beyond the tolerance`);
   if (lost) details.push(`${plural(lost, "chunk")} of the record could not be read`);
   if (large) details.push("set a tolerance, or lower every_n_steps");
-  return { head, detail: details.join(" · "), warn: large || allocated === null || unconverged > 0 || lost > 0 };
+  return {
+    head,
+    detail: details.join(" · "),
+    warn: large || allocated === null || unconverged > 0 || lost > 0,
+  };
 }
 
 /** The band with the four answers. */
@@ -78,7 +96,14 @@ export class Verdict {
       ["loss", "layers", "together", "trust"].map((key) => {
         const head = el("strong");
         const detail = el("span");
-        return [key, { root: el("div", { class: "answer", "data-testid": `verdict-${key}` }, head, detail), head, detail }];
+        return [
+          key,
+          {
+            root: el("div", { class: "answer", "data-testid": `verdict-${key}` }, head, detail),
+            head,
+            detail,
+          },
+        ];
       }),
     );
     this.root = el(
@@ -108,9 +133,5 @@ export class Verdict {
       const { head, words } = synchronyWords(synchrony);
       this.put("together", { head, detail: words });
     }
-  }
-
-  clear() {
-    for (const key of Object.keys(this.cells)) this.put(key, { head: "…", detail: "" });
   }
 }

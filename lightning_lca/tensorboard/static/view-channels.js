@@ -9,7 +9,8 @@ export function channelsView(app) {
   const section = new Section(app.main, {
     id: "channels",
     title: "Channels",
-    caption: "The selected layer from within: the most helpful channel at the top, the most hurting at the bottom.",
+    caption:
+      "The selected layer from within: the most helpful channel at the top, the most hurting at the bottom.",
     ...app.sectionHooks("channels"),
   });
   const map = new Heatmap(section.plot, {
@@ -23,8 +24,11 @@ export function channelsView(app) {
     /** Why there is nothing to show, if so. */
     blocked({ state, run }) {
       section.heading.textContent = state.layer ? `Channels of ${state.layer}` : "Channels";
-      if (!run.channels) return "This record has no channels. Train with LCACallback(neurons=True) to see inside each layer.";
-      return state.layer ? null : "Click a layer above to see its channels (its neurons, for a linear layer).";
+      if (!run.channels)
+        return "This record has no channels. Train with LCACallback(neurons=True) to see inside each layer.";
+      return state.layer
+        ? null
+        : "Click a layer above to see its channels (its neurons, for a linear layer).";
     },
     draw(data) {
       const { layer, edges, channels, credit, total, shown, of } = data;
@@ -42,7 +46,10 @@ export function channelsView(app) {
       });
       const helped = total.filter((v) => v < 0).length;
       const hurt = total.filter((v) => v > 0).length;
-      const cut = shown < of ? ` Of ${count(of)} channels, the ${count(shown)} that helped or hurt most are shown.` : "";
+      const cut =
+        shown < of
+          ? ` Of ${count(of)} channels, the ${count(shown)} that helped or hurt most are shown.`
+          : "";
       section.note.textContent = `${plural(helped, "channel")} helped, ${count(hurt)} hurt over these steps.${cut}`;
     },
   };

@@ -1,8 +1,9 @@
 /** Two probes of a run, or two runs, side by side: each, their difference, and one layer's sums. */
 
-import { Chart, extent, rule } from "./chart.js";
+import { Chart } from "./chart.js";
 import { count, plural, signed } from "./format.js";
 import { Heatmap, colorLimit } from "./heatmap.js";
+import { extent, rule } from "./marks.js";
 import { Section } from "./section.js";
 import { added, end, nearestEdge, running } from "./sums.js";
 import { colors } from "./theme.js";
@@ -12,7 +13,10 @@ import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 export function pairNames({ run, probe }, { run: otherRun, probe: otherProbe }) {
   if (run === otherRun) return [probe || "only probe", otherProbe || "only probe"];
   if (probe === otherProbe) return [run, otherRun];
-  return [[run, probe], [otherRun, otherProbe]].map((pair) => pair.filter(Boolean).join(" · "));
+  return [
+    [run, probe],
+    [otherRun, otherProbe],
+  ].map((pair) => pair.filter(Boolean).join(" · "));
 }
 
 export function compareView(app) {
@@ -24,10 +28,20 @@ export function compareView(app) {
   });
   const act = { ...app.act };
   const maps = ["a", "b", "difference"].map(
-    (part) => new Heatmap(section.plot, { testid: `compare-${part}`, label: "Layers in network order", act }),
+    (part) =>
+      new Heatmap(section.plot, {
+        testid: `compare-${part}`,
+        label: "Layers in network order",
+        act,
+      }),
   );
   const sumsTitle = section.addSubtitle("");
-  const chart = new Chart(section.plot, { testid: "compare-chart", label: "Cumulative LCA of both", height: 230, act });
+  const chart = new Chart(section.plot, {
+    testid: "compare-chart",
+    label: "Cumulative LCA of both",
+    height: 230,
+    act,
+  });
   return {
     section,
     source: "compare",
@@ -35,10 +49,17 @@ export function compareView(app) {
     blocked({ other, choices }) {
       section.heading.textContent = "Comparison";
       if (other) return null;
-      if (!choices.length) return "Nothing to compare with yet: another run, or a second probe such as probe={\"train\": \"train\", \"val\": \"val\"}, appears here.";
+      if (!choices.length)
+        return 'Nothing to compare with yet: another run, or a second probe such as probe={"train": "train", "val": "val"}, appears here.';
       return [
         "Compare with another probe or run:",
-        choices.slice(0, 6).map(({ run, probe, text }) => [text, () => app.store.set({ vs_run: run, vs_probe: probe }), "suggestion"]),
+        choices
+          .slice(0, 6)
+          .map(({ run, probe, text }) => [
+            text,
+            () => app.store.set({ vs_run: run, vs_probe: probe }),
+            "suggestion",
+          ]),
       ];
     },
     draw(data, { state, run, own, other, change }) {
@@ -54,7 +75,13 @@ export function compareView(app) {
       const views = [
         [nameA, a, measuredA, limit, undefined],
         [nameB, b, measuredB, limit, undefined],
-        [`${nameB} minus ${nameA}`, difference, both, colorLimit(difference), ["helps more", "hurts more"]],
+        [
+          `${nameB} minus ${nameA}`,
+          difference,
+          both,
+          colorLimit(difference),
+          ["helps more", "hurts more"],
+        ],
       ];
       views.forEach(([text, credit, measured, top, words], i) => {
         maps[i].update({
@@ -78,8 +105,12 @@ export function compareView(app) {
       const sum = (credit, before) =>
         chosen >= 0
           ? running(credit[chosen], whole ? before[chosen] : 0)
-          : added(credit.map((row, i) => running(row, whole ? before[i] : 0)), edges.length);
-      const until = (values, measured) => values.map((v, k) => (k === 0 || measured[k - 1] ? v : null));
+          : added(
+              credit.map((row, i) => running(row, whole ? before[i] : 0)),
+              edges.length,
+            );
+      const until = (values, measured) =>
+        values.map((v, k) => (k === 0 || measured[k - 1] ? v : null));
       const [sumA, sumB] = [until(sum(a, beforeA), measuredA), until(sum(b, beforeB), measuredB)];
       sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? state.layer : "all layers"}`;
       chart.update({
@@ -99,7 +130,13 @@ export function compareView(app) {
         ],
         describe(at) {
           const k = nearestEdge(edges, at);
-          return [`after step ${count(edges[k])}`, [[nameA, signed(sumA[k])], [nameB, signed(sumB[k])]]];
+          return [
+            `after step ${count(edges[k])}`,
+            [
+              [nameA, signed(sumA[k])],
+              [nameB, signed(sumB[k])],
+            ],
+          ];
         },
       });
       const missing = [
@@ -107,7 +144,10 @@ export function compareView(app) {
         [data.only_b, nameB],
       ].filter(([names]) => names.length);
       section.note.textContent = missing
-        .map(([names, where]) => `${plural(names.length, "layer")} only in ${where}: ${names.slice(0, 5).join(", ")}${names.length > 5 ? ", …" : ""}.`)
+        .map(
+          ([names, where]) =>
+            `${plural(names.length, "layer")} only in ${where}: ${names.slice(0, 5).join(", ")}${names.length > 5 ? ", …" : ""}.`,
+        )
         .join(" ");
     },
   };

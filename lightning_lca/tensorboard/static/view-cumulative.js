@@ -1,15 +1,19 @@
 /** What each layer has done to the loss so far. */
 
-import { Chart, extent, rule } from "./chart.js";
+import { Chart } from "./chart.js";
 import { count, signed } from "./format.js";
+import { extent, rule } from "./marks.js";
 import { Section } from "./section.js";
 import { added, end, nearestEdge, sumsOf } from "./sums.js";
 import { colors, sequence } from "./theme.js";
 
 /** A switch for all running sums: from the run's start, or from that of the range. */
 export function originToggle(app, section) {
-  const toggle = section.addToggle(`${section.root.id}-origin`, "Since the run's start", "Sums from the run's start, not the range's", (on) =>
-    app.store.set({ origin: on ? "run" : null }),
+  const toggle = section.addToggle(
+    `${section.root.id}-origin`,
+    "Since the run's start",
+    "Sums from the run's start, not the range's",
+    (on) => app.store.set({ origin: on ? "run" : null }),
   );
   return ({ origin, start }) => {
     toggle.setAttribute("aria-pressed", origin === "run");
@@ -28,7 +32,12 @@ export function cumulativeView(app) {
     app.store.set({ stack: on ? "1" : null }),
   );
   const drawOrigin = originToggle(app, section);
-  const chart = new Chart(section.plot, { testid: "cumulative-chart", label: "Cumulative LCA by layer", height: 320, act: app.act });
+  const chart = new Chart(section.plot, {
+    testid: "cumulative-chart",
+    label: "Cumulative LCA by layer",
+    height: 320,
+    act: app.act,
+  });
   return {
     section,
     source: "bins",
@@ -38,8 +47,16 @@ export function cumulativeView(app) {
       drawOrigin(state);
       const { sums, total, truth } = sumsOf(bins, state.origin === "run");
       const chosen = bins.layers.indexOf(state.layer);
-      const style = stacked ? asAreas(bins, sums, total, truth, chosen) : asLines(bins, sums, chosen);
-      chart.update({ x: bins.edges, low: bins.edges[0], high: bins.edges.at(-1), title: "LCA (loss units)", ...style });
+      const style = stacked
+        ? asAreas(bins, sums, total, truth, chosen)
+        : asLines(bins, sums, chosen);
+      chart.update({
+        x: bins.edges,
+        low: bins.edges[0],
+        high: bins.edges.at(-1),
+        title: "LCA (loss units)",
+        ...style,
+      });
       chart.root.dataset.stacked = stacked;
     },
   };
@@ -111,7 +128,13 @@ function asAreas({ edges, layers }, sums, total, truth, chosen) {
           rank: i === chosen ? Infinity : Math.abs(end(sums[i])),
         })),
       ),
-      { text: "true loss change", value: end(truth), color: colors.text, bold: true, rank: Infinity },
+      {
+        text: "true loss change",
+        value: end(truth),
+        color: colors.text,
+        bold: true,
+        rank: Infinity,
+      },
     ],
     describe(at, value) {
       const k = nearestEdge(edges, at);
@@ -119,7 +142,10 @@ function asAreas({ edges, layers }, sums, total, truth, chosen) {
       let base = 0;
       const inside = parts.findIndex((part) => Math.abs((base += part[k])) >= Math.abs(value));
       const layer = inside >= 0 ? [[layers[inside], signed(sums[inside][k])]] : [];
-      return [`after step ${count(edges[k])}`, [...layer, ["all layers", signed(total[k])], ["true loss change", signed(truth[k])]]];
+      return [
+        `after step ${count(edges[k])}`,
+        [...layer, ["all layers", signed(total[k])], ["true loss change", signed(truth[k])]],
+      ];
     },
   };
 }

@@ -1,8 +1,9 @@
 /** How narrow the majority of helping weights is, against what chance would give. */
 
-import { Chart, extent, rule, steppedBand } from "./chart.js";
+import { Chart } from "./chart.js";
 import { percent, percentLabels, steps } from "./format.js";
 import { binAt } from "./heatmap.js";
+import { extent, rule, steppedBand } from "./marks.js";
 import { Section } from "./section.js";
 import { colors } from "./theme.js";
 
@@ -21,10 +22,16 @@ export function helpingView(app) {
   const section = new Section(app.main, {
     id: "helping",
     title: "Share of weights that help",
-    caption: "Of the weights that moved the loss, how many helped? Beyond the grey band it is more than chance.",
+    caption:
+      "Of the weights that moved the loss, how many helped? Beyond the grey band it is more than chance.",
     ...app.sectionHooks("helping"),
   });
-  const chart = new Chart(section.plot, { testid: "helping-chart", label: "Share of helping weights", height: 220, act: app.act });
+  const chart = new Chart(section.plot, {
+    testid: "helping-chart",
+    label: "Share of helping weights",
+    height: 220,
+    act: app.act,
+  });
   return {
     section,
     source: "helping",
@@ -39,25 +46,42 @@ export function helpingView(app) {
       if (layer) means.push([name, mean(layer.share, measured), colors.selected]);
       const names = means
         .filter(([, value]) => value !== null)
-        .map(([text, value, color], i) => ({ text: `${text} ${percent(value)}`, value, color, bold: true, rank: 10 - i }));
+        .map(([text, value, color], i) => ({
+          text: `${text} ${percent(value)}`,
+          value,
+          color,
+          bold: true,
+          rank: 10 - i,
+        }));
       names.push({ text: "as many hurt as help", value: 0.5, color: colors.muted, rank: 1 });
       chart.update({
         x: middle,
         lines,
         low: edges[0],
         high: edges.at(-1),
-        y: extent(lines.map((l) => l.values), { include: [0.49, 0.51], air: 0.1 }),
+        y: extent(
+          lines.map((l) => l.values),
+          { include: [0.49, 0.51], air: 0.1 },
+        ),
         title: "helping / moving",
         labels: percentLabels,
-        below: [steppedBand(edges, edge(near, -1), edge(near, 1), colors.band), rule(0.5, colors.muted, [4, 3])],
+        below: [
+          steppedBand(edges, edge(near, -1), edge(near, 1), colors.band),
+          rule(0.5, colors.muted, [4, 3]),
+        ],
         names,
         describe(at) {
           const k = binAt(edges, at);
           const tell = (part) =>
-            part.share[k] === null ? "–" : `${percent(part.share[k])}  (chance: 50 ± ${percent(2 * part.sd[k], 2)})`;
+            part.share[k] === null
+              ? "–"
+              : `${percent(part.share[k])}  (chance: 50 ± ${percent(2 * part.sd[k], 2)})`;
           const rows = [["network", tell(network)]];
           if (layer) rows.push([name, tell(layer)]);
-          rows.push(["weights that help / hurt", `${percent(network.helping[k])} / ${percent(network.hurting[k])}`]);
+          rows.push([
+            "weights that help / hurt",
+            `${percent(network.helping[k])} / ${percent(network.hurting[k])}`,
+          ]);
           return [steps(edges[k] + 1, edges[k + 1]), rows];
         },
       });
@@ -66,7 +90,9 @@ export function helpingView(app) {
         all === null
           ? ""
           : `On average ${percent(all)} of the network's moving weights helped` +
-            (layer && means[1][1] !== null ? `, and ${percent(means[1][1])} of ${name}'s. ` : ". ") +
+            (layer && means[1][1] !== null
+              ? `, and ${percent(means[1][1])} of ${name}'s. `
+              : ". ") +
             `Grey: 50 % ± 2 sd, were each moving weight ${layer ? `of ${name} ` : ""}a coin toss` +
             (layer ? "." : "; select a layer above to compare.");
     },

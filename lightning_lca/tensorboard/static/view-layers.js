@@ -22,7 +22,9 @@ export function heatRows(names, credit, totals = null, label = (name) => name) {
     name,
     label: label(name),
     values: credit[i],
-    total: totals ? totals[i] : credit[i].reduce((sum, v) => (v === null || sum === null ? null : sum + v), 0),
+    total: totals
+      ? totals[i]
+      : credit[i].reduce((sum, v) => (v === null || sum === null ? null : sum + v), 0),
   }));
 }
 
@@ -30,13 +32,21 @@ export function layersView(app) {
   const section = new Section(app.main, {
     id: "layers",
     title: "Layers over time",
-    caption: "Blue steps lowered the loss, red ones raised it. Drag to zoom, click a layer to look inside.",
+    caption:
+      "Blue steps lowered the loss, red ones raised it. Drag to zoom, click a layer to look inside.",
     ...app.sectionHooks("bins"),
   });
-  const tall = section.addToggle("tall", "Label every layer", "Makes rows tall enough for a name each", (on) =>
-    app.store.set({ tall: on ? "1" : null }),
+  const tall = section.addToggle(
+    "tall",
+    "Label every layer",
+    "Makes rows tall enough for a name each",
+    (on) => app.store.set({ tall: on ? "1" : null }),
   );
-  const map = new Heatmap(section.plot, { testid: "heatmap", label: "Layers in network order", act: app.act });
+  const map = new Heatmap(section.plot, {
+    testid: "heatmap",
+    label: "Layers in network order",
+    act: app.act,
+  });
   return {
     section,
     source: "bins",
@@ -60,7 +70,9 @@ export function layersView(app) {
       const empty = measured.filter((n) => !n).length;
       const broken = credit.flat().filter((v) => v === null).length;
       section.note.textContent = [
-        empty ? `Hatched: ${plural(empty, "bin")} of ${count(measured.length)} without a measured step.` : "",
+        empty
+          ? `Hatched: ${plural(empty, "bin")} of ${count(measured.length)} without a measured step.`
+          : "",
         broken ? `Grey: ${plural(broken, "cell")} whose credit is not a finite number.` : "",
       ].join(" ");
     },

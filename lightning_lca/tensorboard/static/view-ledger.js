@@ -1,8 +1,9 @@
 /** Whether the credits add up to the true change of the loss: total, truth and what is left over. */
 
-import { Chart, bars, extent, rule } from "./chart.js";
+import { Chart } from "./chart.js";
 import { count, number, percent, signed, steps } from "./format.js";
 import { binAt } from "./heatmap.js";
+import { bars, extent, rule } from "./marks.js";
 import { Section } from "./section.js";
 import { end, nearestEdge, sumsOf } from "./sums.js";
 import { colors } from "./theme.js";
@@ -12,12 +13,23 @@ export function ledgerView(app) {
   const section = new Section(app.main, {
     id: "ledger",
     title: "Do the credits add up?",
-    caption: "All layers together should follow the true change of the loss. What they miss is the residual.",
+    caption:
+      "All layers together should follow the true change of the loss. What they miss is the residual.",
     ...app.sectionHooks("bins"),
   });
   const drawOrigin = originToggle(app, section);
-  const totals = new Chart(section.plot, { testid: "total-chart", label: "All layers and the true loss change", height: 170, act: app.act });
-  const rest = new Chart(section.plot, { testid: "residual-chart", label: "Residual per bin", height: 120, act: app.act });
+  const totals = new Chart(section.plot, {
+    testid: "total-chart",
+    label: "All layers and the true loss change",
+    height: 170,
+    act: app.act,
+  });
+  const rest = new Chart(section.plot, {
+    testid: "residual-chart",
+    label: "Residual per bin",
+    height: 120,
+    act: app.act,
+  });
   return {
     section,
     source: "bins",
@@ -72,7 +84,10 @@ function drawResidual(chart, { edges, residual, drift, unconverged }) {
     high: edges.at(-1),
     y: extent([residual], { include: [0] }),
     title: "residual",
-    above: [bars(edges, residual, (i) => (unconverged[i] ? colors.warn : colors.muted)), rule(0, colors.frame)],
+    above: [
+      bars(edges, residual, (i) => (unconverged[i] ? colors.warn : colors.muted)),
+      rule(0, colors.frame),
+    ],
     names: missed ? [{ text: "amber: over tolerance", value: 0, color: colors.warn, rank: 1 }] : [],
     describe(at) {
       const k = binAt(edges, at);

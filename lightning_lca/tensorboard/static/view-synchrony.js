@@ -1,9 +1,10 @@
 /** Whether layers learn at the same moments, more often than chance would have it. */
 
-import { Chart, bars, extent, rule, steppedBand } from "./chart.js";
+import { Chart } from "./chart.js";
 import { el } from "./dom.js";
 import { count, number, steps } from "./format.js";
 import { binAt } from "./heatmap.js";
+import { bars, extent, rule, steppedBand } from "./marks.js";
 import { Raster } from "./raster.js";
 import { Section } from "./section.js";
 import { colors } from "./theme.js";
@@ -11,7 +12,9 @@ import { rowHeight } from "./view-layers.js";
 
 /** "p < 0.001" where no draw came near, else "p = 0.03". */
 function pWords({ p_pairs: p, draws }) {
-  return p <= 1.001 / (draws + 1) ? `p < ${number(1.001 / (draws + 1), 1)}` : `p = ${Number(p.toPrecision(2))}`;
+  return p <= 1.001 / (draws + 1)
+    ? `p < ${number(1.001 / (draws + 1), 1)}`
+    : `p = ${Number(p.toPrecision(2))}`;
 }
 
 /**
@@ -21,13 +24,20 @@ function pWords({ p_pairs: p, draws }) {
 export function synchronyWords(data) {
   const { layers, moments, pairs, pairs_null_low: low, pairs_null_high: high, p_pairs: p } = data;
   const unknown = "Learning together: unknown";
-  if (layers.length < 2) return { together: null, head: unknown, words: "One layer has no other to learn with." };
-  if (!moments) return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
-  const chance = low === high ? count(Math.round(low)) : `${count(Math.round(low))}–${count(Math.round(high))}`;
+  if (layers.length < 2)
+    return { together: null, head: unknown, words: "One layer has no other to learn with." };
+  if (!moments)
+    return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
+  const chance =
+    low === high ? count(Math.round(low)) : `${count(Math.round(low))}–${count(Math.round(high))}`;
   const facts = `Two layers peak on the same step ${count(pairs)} times; chance would give ${chance}`;
   return p < 0.05
     ? { together: true, head: "Layers learn together", words: `${facts} (${pWords(data)}).` }
-    : { together: false, head: "No sign of learning together", words: `${facts} (${pWords(data)}).` };
+    : {
+        together: false,
+        head: "No sign of learning together",
+        words: `${facts} (${pWords(data)}).`,
+      };
 }
 
 /** How many moments have company, as a sentence. */
@@ -40,18 +50,35 @@ export function synchronyView(app) {
   const section = new Section(app.main, {
     id: "synchrony",
     title: "Do layers learn together?",
-    caption: "A moment of learning is a step where a layer's LCA dips below its neighbours'; here are the strongest of each layer.",
+    caption:
+      "A moment of learning is a step where a layer's LCA dips below its neighbours'; here are the strongest of each layer.",
     ...app.sectionHooks("synchrony"),
   });
-  const strongest = el("input", { type: "number", min: 1, max: 1000, value: 20, "data-testid": "strongest", "aria-label": "Moments per layer" });
+  const strongest = el("input", {
+    type: "number",
+    min: 1,
+    max: 1000,
+    value: 20,
+    "data-testid": "strongest",
+    "aria-label": "Moments per layer",
+  });
   strongest.addEventListener("change", () => {
     const value = Math.round(Number(strongest.value));
     app.store.set({ strongest: value >= 1 && value <= 1000 && value !== 20 ? value : null });
     strongest.value = app.store.state.strongest ?? 20;
   });
   section.addTool(el("label", { class: "field" }, "strongest ", strongest, " per layer"));
-  const raster = new Raster(section.plot, { testid: "raster", label: "Layers in network order", act: app.act });
-  const chart = new Chart(section.plot, { testid: "synchrony-chart", label: "Layers with a moment at once", height: 170, act: app.act });
+  const raster = new Raster(section.plot, {
+    testid: "raster",
+    label: "Layers in network order",
+    act: app.act,
+  });
+  const chart = new Chart(section.plot, {
+    testid: "synchrony-chart",
+    label: "Layers with a moment at once",
+    height: 170,
+    act: app.act,
+  });
   return {
     section,
     source: "synchrony",
@@ -73,7 +100,8 @@ export function synchronyView(app) {
       });
       chart.update(data.expected ? perStep(data) : perBin(data));
       const { words, together, head } = synchronyWords(data);
-      section.note.textContent = together === null ? words : `${head}. ${words} ${sharedWords(data)}`;
+      section.note.textContent =
+        together === null ? words : `${head}. ${words} ${sharedWords(data)}`;
       section.note.dataset.together = together;
     },
   };
@@ -89,8 +117,19 @@ function perStep({ edges, layers, coincidences, band, expected }) {
     y: [0, Math.max(3, extent([coincidences, band])[1])],
     title: "layers at once",
     labels: (ticks) => ticks.map((v) => (Number.isInteger(v) ? count(Math.abs(v)) : "")),
-    below: [steppedBand(edges, band.map((v) => (v === null ? null : 0)), band, colors.band)],
-    above: [bars(edges, coincidences, (i) => (coincidences[i] > band[i] && coincidences[i] > 1 ? colors.helps : colors.faint))],
+    below: [
+      steppedBand(
+        edges,
+        band.map((v) => (v === null ? null : 0)),
+        band,
+        colors.band,
+      ),
+    ],
+    above: [
+      bars(edges, coincidences, (i) =>
+        coincidences[i] > band[i] && coincidences[i] > 1 ? colors.helps : colors.faint,
+      ),
+    ],
     names: [{ text: "grey: within chance", value: 0.5, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);
@@ -114,8 +153,18 @@ function perBin({ edges, rate, rate_null: chance, rate_high: high }) {
     high: edges.at(-1),
     y: [0, extent([rate, high], { include: [0] })[1] || 0.01],
     title: "pairs per step",
-    below: [steppedBand(edges, high.map((v) => (v === null ? null : 0)), high, colors.band)],
-    above: [bars(edges, rate, (i) => (rate[i] > high[i] ? colors.helps : colors.faint)), rule(0, colors.frame)],
+    below: [
+      steppedBand(
+        edges,
+        high.map((v) => (v === null ? null : 0)),
+        high,
+        colors.band,
+      ),
+    ],
+    above: [
+      bars(edges, rate, (i) => (rate[i] > high[i] ? colors.helps : colors.faint)),
+      rule(0, colors.frame),
+    ],
     names: [{ text: "grey: within chance", value: 0, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);

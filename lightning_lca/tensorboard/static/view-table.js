@@ -8,10 +8,30 @@ const COLUMNS = [
   { key: "order", title: "#", text: (row) => count(row.order), hint: "Place in the network" },
   { key: "name", title: "layer", text: (row) => row.name },
   { key: "size", title: "weights", text: (row) => count(row.size) },
-  { key: "credit", title: "LCA", text: (row) => signed(row.credit), hint: "In units of the loss; negative helped" },
-  { key: "share", title: "share", text: (row) => percent(row.share), hint: "Of the true loss change" },
-  { key: "helping", title: "helping", text: (row) => percent(row.helping), hint: "Mean fraction of weights that helped in a step" },
-  { key: "hurting", title: "hurting", text: (row) => percent(row.hurting), hint: "Mean fraction of weights that hurt in a step" },
+  {
+    key: "credit",
+    title: "LCA",
+    text: (row) => signed(row.credit),
+    hint: "In units of the loss; negative helped",
+  },
+  {
+    key: "share",
+    title: "share",
+    text: (row) => percent(row.share),
+    hint: "Of the true loss change",
+  },
+  {
+    key: "helping",
+    title: "helping",
+    text: (row) => percent(row.helping),
+    hint: "Mean fraction of weights that helped in a step",
+  },
+  {
+    key: "hurting",
+    title: "hurting",
+    text: (row) => percent(row.hurting),
+    hint: "Mean fraction of weights that hurt in a step",
+  },
 ];
 
 /** Orders two values; text by its numbers, missing ones last. */
@@ -32,7 +52,11 @@ export function tableView(app) {
   let sort = { key: "order", falling: false };
   let latest = null;
   const heads = COLUMNS.map(({ key, title, hint }) => {
-    const button = el("button", { type: "button", title: hint ?? "", "data-testid": `sort-${key}` }, title);
+    const button = el(
+      "button",
+      { type: "button", title: hint ?? "", "data-testid": `sort-${key}` },
+      title,
+    );
     button.addEventListener("click", () => {
       sort = { key, falling: sort.key === key ? !sort.falling : false };
       draw(...latest);
@@ -60,19 +84,31 @@ export function tableView(app) {
         const chosen = row.name === context.state.layer;
         const cells = COLUMNS.map(({ key, text }) => {
           if (key === "name") {
-            const select = el("button", { type: "button", "aria-pressed": chosen, title: row.name }, row.name);
+            const select = el(
+              "button",
+              { type: "button", "aria-pressed": chosen, title: row.name },
+              row.name,
+            );
             select.addEventListener("click", () => app.act.onSelect(row.name));
             return el("th", { scope: "row" }, select);
           }
           if (key !== "credit") return el("td", {}, text(row));
           const bar = el("span", { class: row.credit < 0 ? "bar helps" : "bar hurts" });
           bar.style.width = `${(46 * Math.abs(row.credit ?? 0)) / most}%`;
-          return el("td", { class: "credit" }, el("span", { class: "track" }, bar), el("span", {}, text(row)));
+          return el(
+            "td",
+            { class: "credit" },
+            el("span", { class: "track" }, bar),
+            el("span", {}, text(row)),
+          );
         });
         return el("tr", { "data-name": row.name, "data-selected": chosen }, ...cells);
       }),
     );
-    if (focused !== null) [...body.querySelectorAll("button")].find(({ title }) => title === focused)?.focus({ preventScroll: true });
+    if (focused !== null)
+      [...body.querySelectorAll("button")]
+        .find(({ title }) => title === focused)
+        ?.focus({ preventScroll: true });
   }
   return { section, source: "table", draw };
 }
