@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca.fence import GENERATORS, fence
 from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.ranks import Ranks
 
 ProbeSource = Any  # "train" | "val" | iterable of batches | DataLoader
 _DEEPEST, _MANY = 6, 100  # How far generators are looked for.
@@ -19,13 +20,15 @@ _LEAVES = (torch.Tensor, str, bytes, int, float, type, types.ModuleType, type(No
 _REMEDY = "Pass the batches themselves, e.g. probe=[next(iter(loader))]."
 
 
-def read_batches(source: ProbeSource, trainer: Any, count: int, seed: int) -> list[Any]:
-    """Reads the batches of a probe on the host.
+def read_batches(
+    source: ProbeSource, trainer: Any, count: int, seed: int, ranks: Ranks
+) -> dict[int, Any]:
+    """Reads this rank's batches of a probe on the host, {number within the whole probe: batch}.
 
-    "train" and "val" draw ``count`` batches of the loader's own size from its dataset (or as many
-    as it has), a seeded subset without replacement; a DataLoader or another iterable is read whole,
-    in its own order. Random streams and the generators of loaders, samplers and datasets are left
-    as they were.
+    "train" and "val" draw ``count`` batches per rank of the loader's own size from its dataset (or
+    as many as it has), a seeded subset without replacement; a DataLoader or another iterable is
+    read whole, in its own order, and shared among the ranks. Random streams and the generators of
+    loaders, samplers and datasets are left as they were.
 
     Raises:
         MisconfigurationException: No such loader, a loader that cannot be read a second time, or no
@@ -34,15 +37,21 @@ def read_batches(source: ProbeSource, trainer: Any, count: int, seed: int) -> li
     if isinstance(source, str):
         loaders = trainer.train_dataloader if source == "train" else _val_loader(trainer)
         # Several loaders give batches of the same structure: {"a": loader, "b": loader} and so on.
-        drawn = [_draw(loader, count, seed) for loader in tree_leaves(loaders)]
-        batches = [
-            tree_map(lambda _: next(parts), loaders)  # noqa: B023 (consumed at once)
-            for parts in map(iter, zip(*drawn, strict=False))
-        ]
-    elif isinstance(source, DataLoader):
-        batches = _read(source, seed)
+        plans = [_plan(loader, count * ranks.world, seed) for loader in tree_leaves(loaders)]
+        mine = ranks.mine(min(map(len, plans)))
+        batches = {
+            i: tree_map(lambda _: next(parts), loaders)  # noqa: B023 (consumed at once)
+            for i in mine
+            for parts in [
+                iter(
+                    _load(loader, [plan[i]], seed + i)[0]
+                    for loader, plan in zip(tree_leaves(loaders), plans, strict=True)
+                )
+            ]
+        }
     else:
-        batches = list(source)
+        read = _read(source, seed) if isinstance(source, DataLoader) else list(source)
+        batches = {i: read[i] for i in ranks.mine(len(read))}
     if not batches:
         raise MisconfigurationException(
             f"The probe is empty: got 0 batches from {_name(source)}. Pass at least one, "
@@ -81,8 +90,8 @@ def _val_loader(trainer: Any) -> Any:
     return loaders
 
 
-def _draw(loader: Any, count: int, seed: int) -> list[Any]:
-    """Draws a seeded subset of the loader's dataset, collated as the loader does."""
+def _plan(loader: Any, count: int, seed: int) -> list[Any]:
+    """Draws the indices of some batches, a seeded subset of the loader's dataset."""
     dataset = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
         raise MisconfigurationException(
@@ -101,8 +110,8 @@ def _draw(loader: Any, count: int, seed: int) -> list[Any]:
             raise MisconfigurationException(
                 f"The probe cannot tell the batch size of {_name(loader.batch_sampler)}. " + _REMEDY
             )
-        return _load(loader, order[:count], seed)  # Each item of the dataset is a batch.
-    return _load(loader, [b for i in range(count) if (b := order[i * size : (i + 1) * size])], seed)
+        return order[:count]  # Each item of the dataset is a batch.
+    return [b for i in range(count) if (b := order[i * size : (i + 1) * size])]
 
 
 def _read(loader: DataLoader[Any], seed: int) -> list[Any]:

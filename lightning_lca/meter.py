@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_lca.allocation import (
     Allocation,
+    Position,
     Sample,
     Segment,
     Weights,
@@ -26,6 +27,7 @@ from lightning_lca.grouping import Grouping
 from lightning_lca.history import History
 from lightning_lca.probe import Probe
 from lightning_lca.quadrature import Quadrature
+from lightning_lca.ranks import Ranks
 from lightning_lca.rows import Rows, Windows
 
 AUDIT_EVERY = 50
@@ -69,6 +71,7 @@ class Meter:
         detail: Detail,
         distributions: Distributions,
         rule: Quadrature,
+        ranks: Ranks,
         *,
         tolerance: float | None = None,
         max_splits: int = 32,
@@ -82,6 +85,7 @@ class Meter:
             detail: What finer sums are kept.
             distributions: Counts the single weights of a layer, when it is asked for.
             rule: Quadrature rule of a segment.
+            ranks: The processes that share the probe.
             tolerance: Refines until |residual| is below it, by Simpson's rule.
             max_splits: Most panels of a refinement.
             track_parameters: Keeps ``totals`` and ``last``.
@@ -99,6 +103,7 @@ class Meter:
         self._spread: dict[str, Distribution] = {}
         self.windows = detail.said
         self._rule = rule
+        self._ranks = ranks
         self._tolerance = tolerance
         self._max_splits = max_splits
         self._apart = probe.gradients  # Spent on checks, not on measuring.
@@ -127,18 +132,21 @@ class Meter:
             self._out = {n: accumulator(w) for n, w in segment.start.items()}
         if self._tolerance is None:
             allocation = allocate(self.probe, segment, self._rule, first, self._out)
+            self._ranks.sum(list(allocation.values.values()))
         else:
             allocation = refine(
-                self.probe, segment, self._tolerance, self._max_splits, first, self._out
+                self._whole, segment, self._tolerance, self._max_splits, first, self._out
             )
         sums = self._grouping.sums(allocation.values)
         self._detail.update(allocation.values, sums)
         if spread:
             self._spread = self._distributions.of(allocation.values)
-        before = allocation.loss_before if self._loss is None else self._loss
-        drift = allocation.loss_before - before
-        ends = torch.stack([allocation.loss_before, allocation.loss_after, drift])
-        row = torch.cat([ends, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
+        ends = torch.stack([allocation.loss_before, allocation.loss_after])
+        if self._tolerance is None:
+            self._ranks.sum([ends])
+        drift = ends[:1] - (ends[:1] if self._loss is None else self._loss)
+        self._loss = ends[1]
+        row = torch.cat([ends, drift, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
         trained = sum(w.numel() for w in segment.start.values())
         self._track(allocation)
         self._keep(allocation.last)
@@ -241,14 +249,16 @@ class Meter:
         surroundings = self.probe.surroundings()
         unchanged = self._surroundings is not None and _match(self._surroundings, surroundings)
         self._surroundings = surroundings
-        if not (self._reuse and continues and unchanged and self._kept is not None):
+        known = self._reuse and continues and unchanged and self._kept is not None
+        if not self._ranks.all(known, self.probe.device) or self._kept is None:
             return None
         if self._reused % AUDIT_EVERY == 0:
             before = self.probe.gradients
-            fresh = self.probe(segment.at(0.0, needs_gradient=self._kept.gradient is not None))
+            field = self.probe if self._tolerance is None else self._whole
+            fresh = field(segment.at(0.0, needs_gradient=self._kept.gradient is not None))
             self.audits += 1
             self._apart += self.probe.gradients - before
-            if not _agree(self._kept, fresh):
+            if not self._ranks.all(_agree(self._kept, fresh), self.probe.device):
                 self._reuse = False
                 warnings.warn(
                     f"LCA: the probe loss changed from {self._kept.loss.item():.9g} to "
@@ -262,9 +272,17 @@ class Meter:
         self._reused += 1
         return self._kept
 
+    def _whole(self, at: Position, /) -> Sample:
+        """Evaluates the whole probe: refinement must come to the same end on every rank."""
+        part = self.probe(at)
+        loss = part.loss.clone()
+        self._ranks.sum([loss])
+        if part.gradient is not None:
+            self._ranks.sum(list(part.gradient.values()))
+        return Sample(loss, part.gradient)
+
     def _keep(self, last: Sample) -> None:
         """Keeps the end sample, its gradient in the buffers that held the credits."""
-        self._loss = last.loss
         if last.gradient is not None:
             torch._foreach_copy_(list(self._out.values()), [last.gradient[n] for n in self._out])
         self._kept = Sample(last.loss, None if last.gradient is None else self._out)

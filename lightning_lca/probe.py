@@ -23,6 +23,7 @@ from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
 from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.ranks import Ranks
 
 ProbeMode = Literal["no_dropout", "eval", "train"]
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
@@ -47,22 +48,25 @@ class Probe:
         self,
         trainer: Any,
         module: Any,
-        batches: list[Any],
+        batches: Mapping[int, Any],
         *,
         mode: ProbeMode = "no_dropout",
         loss_fn: LossFn | None = None,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         """Moves the batches to the device, through the module's own transfer hooks, once.
 
         Args:
             trainer: The Trainer that runs.
             module: Its LightningModule, bare.
-            batches: Batches as the loader gives them.
+            batches: Batches as the loader gives them, by their number in the whole probe.
             mode: "no_dropout": as training has it, but dropout off; "eval"; "train": dropout on.
             loss_fn: (module, batch) -> scalar or {term: scalar}, whose sum is taken; None:
                 training_step.
             seed: Batch j is evaluated on random streams seeded with seed + j.
+            ranks: The processes that share the probe; each gets its part of loss and gradient,
+                which add up to the whole.
         """
         self._trainer = trainer
         self._module = module
@@ -70,8 +74,10 @@ class Probe:
         self._loss_fn = loss_fn
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
-        sizes = batch_sizes(batches)
-        self._shares = [size / sum(sizes) for size in sizes]
+        sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
+        total = sizes.sum().float().to(self.device)
+        (ranks or Ranks()).sum([total])
+        self._shares = dict(zip(batches, (sizes / total.cpu().double()).tolist(), strict=True))
         self._watching = True
         self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
         self._by_backward = False
@@ -82,7 +88,7 @@ class Probe:
         self._arguments = _step_arguments(module) if loss_fn is None else 2
         self.gradients = 0  # Evaluations with a gradient so far.
         with self._fenced(0):
-            self._batches = [self._to_device(copy.deepcopy(batch)) for batch in batches]
+            self._batches = {j: self._to_device(copy.deepcopy(b)) for j, b in batches.items()}
 
     def __call__(self, at: Position, /) -> Sample:
         """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
@@ -170,9 +176,9 @@ class Probe:
     def _evaluate(self, at: Position, live: Weights) -> Sample:
         total: Tensor | None = None
         sums: list[Tensor] | None = None
-        for j, share in enumerate(self._shares):
+        for j, share in self._shares.items():
             with self._fenced(j), torch.enable_grad():
-                if at.s != 1.0 or j > 0:  # A forward may write to trained weights, too.
+                if at.s != 1.0 or total is not None:  # A forward may write to trained weights, too.
                     at.write(live)
                 self._set_mode()
                 with self._trainer.precision_plugin.train_step_context():

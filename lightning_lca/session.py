@@ -16,6 +16,7 @@ from lightning_lca.grouping import Grouping
 from lightning_lca.history import History, Reader
 from lightning_lca.meter import Meter
 from lightning_lca.probe import Probe
+from lightning_lca.ranks import Ranks
 from lightning_lca.scalars import Scalars
 from lightning_lca.settings import Settings
 
@@ -236,13 +237,15 @@ class Session:
 
 
 def _meter(trainer: Any, module: Any, settings: Settings, source: Any, grouping: Grouping) -> Meter:
+    ranks = Ranks.of(trainer)
     probe = Probe(
         trainer,
         module,
-        read_batches(source, trainer, settings.probe_batches, settings.seed),
+        read_batches(source, trainer, settings.probe_batches, settings.seed, ranks),
         mode=settings.probe_mode,
         loss_fn=settings.loss_fn,
         seed=settings.seed,
+        ranks=ranks,
     )
     probe.check()
     detail = Detail(
@@ -258,6 +261,7 @@ def _meter(trainer: Any, module: Any, settings: Settings, source: Any, grouping:
         detail,
         Distributions(module),
         settings.rule,
+        ranks,
         tolerance=settings.tolerance,
         max_splits=settings.max_splits,
         track_parameters=settings.track_parameters,

@@ -82,7 +82,8 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
     """Refuses what cannot be measured, and warns of what cannot be measured well.
 
     Raises:
-        MisconfigurationException: Manual optimization without loss_fn, or several processes.
+        MisconfigurationException: Manual optimization without loss_fn, or a strategy that shards
+            weights.
     """
     if not module.automatic_optimization and settings.loss_fn is None:
         raise MisconfigurationException(
@@ -90,11 +91,13 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
             "optimizers, so it cannot be run to measure the loss. Tell which loss is meant: "
             "LCACallback(loss_fn=lambda module, batch: ...), which returns a scalar tensor."
         )
-    if trainer.world_size > 1:
+    strategy = type(trainer.strategy)
+    names = {cls.__name__ for cls in strategy.__mro__}
+    if not names & {"SingleDeviceStrategy", "DDPStrategy"} or "DeepSpeedStrategy" in names:
         raise MisconfigurationException(
-            f"LCACallback measures single-process training for now, got {trainer.world_size} "
-            f"processes ({type(trainer.strategy).__name__}). Train with devices=1, or remove the "
-            "callback."
+            f"LCACallback cannot measure under {strategy.__name__} yet: it moves whole weights, "
+            'and this strategy shards or wraps them. Train with strategy="ddp" or on one device, '
+            "or remove the callback."
         )
     half = [
         p.numel()

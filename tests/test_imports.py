@@ -35,6 +35,7 @@ ROOMS = [
     "flavours",
     "fence",
     "fingerprint",
+    "ranks",
     "batches",
     "probe",
     "path",
