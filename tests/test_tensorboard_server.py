@@ -248,6 +248,21 @@ def test_sums_per_bin_are_numpys_on_the_record(server, logs, run, probe, span):
     assert [e for e, m in zip(explained, inside) if m.any()] == pytest.approx(real, abs=1e-5)
 
 
+def test_runs_tell_what_to_ask_for(server, logs):
+    for name, probe, first, channels in (
+        ("two", "fit", 1, True),
+        ("sparse", None, 1, False),
+        ("hostile", None, 1, False),
+    ):
+        run, history = server.run(name), History.load(logs / name, probe)
+        assert (run["first_step"], run["last_step"]) == (first, history.steps[-1])
+        assert (run["rows"], run["lost"], run["error"]) == (len(history), 0, None)
+        assert (run["layers"], run["sizes"]) == (list(history.groups), history.sizes.tolist())
+        assert (run["group_by"], run["channels"]) == ("layer", channels)
+        assert run["probes"] == (["fit", "own"] if probe else [""])
+        assert run["settings"]["every_n_steps"] == (5 if name == "sparse" else 1)
+
+
 def test_two_sessions_in_one_directory_are_one_history(server, logs):
     history = History.load(logs / "again")
     assert len(history) == 50, "the second session starts over"
