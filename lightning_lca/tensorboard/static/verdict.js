@@ -7,15 +7,6 @@ import { synchronyWords } from "./view-synchrony.js";
 /** Residual above this share of the true change deserves a warning. */
 const LARGE = 0.01;
 
-/** "conv1 (36.8 %), conv2 (20.1 %)": the first few of sorted layers with their part of the change. */
-function naming(layers, change, most = 2) {
-  const named = layers.slice(0, most).map(({ name, credit }) => {
-    const part = change ? percent(credit / change, 0) : signed(credit, 2);
-    return `${name} ${part}`;
-  });
-  return named.join(", ") + (layers.length > most ? ", …" : "");
-}
-
 /** A loss with a fixed number of decimals, so that two can be compared at a glance. */
 function lossText(value) {
   return Math.abs(value) >= 1e-3 && Math.abs(value) < 1000 ? value.toFixed(4) : number(value, 4);
@@ -45,18 +36,14 @@ export function layerWords({ layers, true_change: change }) {
   const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
   const broken = layers.filter((l) => l.credit === null).length;
   const hurting = hurt.length ? `${count(hurt.length)} hurt` : "none hurt";
-  const head = helped.length
-    ? `${plural(helped.length, "layer")} helped, ${hurting}`
-    : `No layer helped, ${hurting}`;
-  const most = helped.length ? `most: ${naming(helped, change)}` : "";
-  const against = hurt.length
-    ? `hurting: ${hurt
-        .slice(0, 2)
-        .map((l) => `${l.name} ${signed(l.credit, 2)}`)
-        .join(", ")}${hurt.length > 2 ? ", …" : ""}`
-    : "";
-  const unknown = broken ? `${plural(broken, "layer")} not finite` : "";
-  return { head, detail: [unknown, against, most].filter(Boolean).join(" · "), warn: broken > 0 };
+  const part = (l) => (change < 0 && l.credit < 0 ? ` (${percent(l.credit / change, 0)})` : "");
+  const told = (l) => `${l.name} ${signed(l.credit, 2)}${part(l)}`;
+  const details = [];
+  if (broken) details.push(`${plural(broken, "layer")} not finite`);
+  if (hurt.length) details.push(`hurting most: ${hurt.slice(0, 2).map(told).join(", ")}`);
+  if (helped.length) details.push(`helping most: ${helped.slice(0, 2).map(told).join(", ")}`);
+  const head = `${helped.length ? plural(helped.length, "layer") : "No layer"} helped, ${hurting}`;
+  return { head, detail: details.join(" · "), warn: broken > 0 };
 }
 
 /** Whether the credits can be trusted. */
@@ -64,10 +51,11 @@ export function trustWords(table, lost) {
   const { true_change: change, allocated, residual, drift, rows, unconverged } = table;
   if (!rows) return { head: "Nothing to add up", detail: "" };
   const share = change ? Math.abs(residual / change) : null;
+  const broken = allocated === null || residual === null;
   const large = share === null ? Math.abs(residual ?? Infinity) > 1e-9 : share > LARGE;
   const explained = share === null ? null : Math.max(0, 1 - share);
   let head = "The credits add up";
-  if (allocated === null) head = "Some credits are not finite";
+  if (broken) head = "Some numbers are not finite";
   else if (explained === 0) head = "The credits do not explain the change";
   else if (explained !== null && residual) {
     // Never rounded up to all of it.
@@ -85,7 +73,7 @@ export function trustWords(table, lost) {
   return {
     head,
     detail: details.join(" · "),
-    warn: large || allocated === null || unconverged > 0 || lost > 0,
+    warn: large || broken || unconverged > 0 || lost > 0,
   };
 }
 
