@@ -283,7 +283,9 @@ class LCACallback(LightningCallback):
     def _first_meter(self, what: str) -> Meter:
         if self._session is None:
             raise RuntimeError(
-                f"{what} is there once training has started: call trainer.fit first."
+                f"{what} is there once training has started: call trainer.fit first. If it ran in "
+                "other processes (ddp_spawn, ddp_notebook), read the record: "
+                "lightning_lca.History.load(log_dir)."
             )
         return next(iter(self._session.meters.values()))
 
