@@ -9,7 +9,9 @@ const LARGE = 0.01;
 
 /** A loss with a fixed number of decimals, so that two can be compared at a glance. */
 function lossText(value) {
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1000 ? value.toFixed(4) : number(value, 4);
+  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1000
+    ? value.toFixed(4).replace("-", "\u2212")
+    : number(value, 4);
 }
 
 /** How the loss moved; {head, detail}. */
