@@ -50,8 +50,11 @@ export class Source {
     return this.controller !== null;
   }
 
-  /** Asks for the route with these parameters. `version` tells when old answers are outdated. */
-  async want(params, version) {
+  /**
+   * Asks for the route with these parameters. `version` tells when old answers are outdated. What
+   * is wanted again within `delay` milliseconds, as by a turning wheel, is never asked for.
+   */
+  async want(params, version, delay = 0) {
     const url = route(this.name, params);
     const wanted = `${url.href} ${version}`;
     if (wanted === this.wanted) return;
@@ -59,6 +62,8 @@ export class Source {
     const controller = new AbortController();
     this.controller = controller;
     this.wanted = wanted;
+    if (delay) await new Promise((done) => setTimeout(done, delay));
+    if (this.controller !== controller) return;
     try {
       const data = await fetchJson(url, controller.signal);
       if (this.controller !== controller) return;

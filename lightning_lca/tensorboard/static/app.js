@@ -19,6 +19,7 @@ import { synchronyView } from "./view-synchrony.js";
 import { tableView } from "./view-table.js";
 import { clampRange, panned, zoomed } from "./zoom.js";
 
+const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
 const NAMES = ["bins", "table", "helping", "synchrony", "channels", "compare"];
 
@@ -142,7 +143,7 @@ export class App {
       const about = JSON.stringify([run.name, probe, extra]);
       if (source.about !== about) source.reset();
       source.about = about;
-      source.want({ ...common, bins, ...extra }, version);
+      source.want({ ...common, bins, ...extra }, version, name === "bins" ? 0 : PATIENCE);
     };
     want("bins", fitting);
     want("table", null);

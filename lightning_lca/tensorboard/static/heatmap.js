@@ -41,16 +41,18 @@ export class Heatmap extends Grid {
     if (measured) this.hatch(context, measured);
 
     const columns = Math.round(width * ratio);
-    const missing = rgb(colors.empty);
+    const pack = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
     const image = new ImageData(columns, rows.length);
+    const pixels = new Uint32Array(image.data.buffer);
     const bins = new Int32Array(columns);
     for (let c = 0; c < columns; c++)
       bins[c] = binAt(edges, low + ((c + 0.5) / columns) * (high - low));
     rows.forEach((row, i) => {
-      const painted = row.values.map((v) => (v === null ? missing : diverging(v, limit)));
+      const painted = row.values.map((v) =>
+        pack(v === null ? rgb(colors.empty) : diverging(v, limit)),
+      );
       for (let c = 0; c < columns; c++) {
-        if (measured && !measured[bins[c]]) continue;
-        image.data.set([...painted[bins[c]], 255], 4 * (i * columns + c));
+        if (!measured || measured[bins[c]]) pixels[i * columns + c] = painted[bins[c]];
       }
     });
     const small = new OffscreenCanvas(columns, rows.length);

@@ -186,6 +186,7 @@ export class TopBar {
 
   /** Copies the address, and says so. */
   async copyLink() {
+    this.app.store.write();
     const { href } = this.app.store.window.location;
     let done = true;
     try {
