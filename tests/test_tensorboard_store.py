@@ -442,13 +442,14 @@ def test_of_many_channels_the_most_helpful_and_the_most_hurting_are_shown():
 
 
 def test_the_channels_of_a_parameter_are_those_of_its_layer():
-    history = History(["conv.weight", "conv.bias", "free"], [8, 2, 1], "parameter")
+    original = "conv.parametrizations.weight.original0"
+    history = History([original, "conv.bias", "free"], [8, 2, 1], "parameter")
     history.append(make_rows(range(1, 21), groups=3, sizes=np.array([8, 2, 1])))
     credit = np.arange(8.0).reshape(4, 2)
     steps, measured = np.array([5, 10, 15, 20]), np.full(4, 5)
     history.append_windows("neurons", Windows(("conv/0", "conv/1"), steps, measured, credit))
     table = Table.of(history)
-    for layer in ("conv.weight", "conv.bias"):
+    for layer in (original, "conv.bias"):
         answer = views.channels(table, Range(bins=2000), layer)
         assert (answer["edges"], answer["credit"]) == ([0, 5, 10, 15, 20], credit.T.tolist())
     with pytest.raises(QueryError, match="Layer 'free' has no channels"):
