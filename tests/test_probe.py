@@ -80,7 +80,9 @@ def test_a_weight_that_the_loss_does_not_need_is_idle(tmp_path):
     make_trainer(tmp_path, lca).fit(model, toy_loader())
     assert lca.history.groups == ("net.0", "unused")
     assert (lca.history.allocated[:, 1] == 0).all()
-    assert not lca._session.meters[None].probe._by_backward, "backward finds no more than autograd.grad"
+    assert not lca._session.meters[None].probe._by_backward, (
+        "backward finds no more than autograd.grad"
+    )
 
 
 def test_compiled_modules_keep_their_graphs(tmp_path):
