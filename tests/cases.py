@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# The Lightning that the tests train with, where it may be either; .ci/matrix.py sets the variable.
+LIGHTNING = os.environ.get("LCA_LIGHTNING") or (
+    "pytorch_lightning" if importlib.util.find_spec("pytorch_lightning") else "lightning.pytorch"
+)
+pl: Any = importlib.import_module(LIGHTNING)
 
 
 def toy_data(

@@ -4,12 +4,8 @@ import re
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from cases import Classifier, Validated, make_trainer, mlp, toy_data, toy_loader
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from cases import Classifier, Validated, make_trainer, mlp, pl, toy_data, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,6 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_lca import History, LCACallback
 from lightning_lca.cost import cost_line
 from lightning_lca.scalars import panels_of
+
+CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
+Logger, rank_zero_experiment = pl.loggers.logger.Logger, pl.loggers.logger.rank_zero_experiment
+MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
 
 
 def fit(tmp_path, model=None, loader=None, *, callbacks=(), val=None, trainer=None, **arguments):

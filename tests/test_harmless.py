@@ -19,14 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from cases import Classifier, make_trainer, mlp, toy_data, toy_loader
-from pytorch_lightning import callbacks as plc
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.loggers.logger import Logger
+from cases import Classifier, make_trainer, mlp, pl, toy_data, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -35,6 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from lightning_lca import LCACallback
+
+plc = pl.callbacks
+CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
+Logger = pl.loggers.logger.Logger
 
 # -- what is compared -----------------------------------------------------------------------------
 

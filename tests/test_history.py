@@ -10,15 +10,15 @@ import time
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from cases import Classifier, make_trainer, toy_loader
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from cases import Classifier, make_trainer, pl, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
 from lightning_lca import Grouping, History, LCACallback, record
 from lightning_lca.rows import Rows
+
+CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 
 EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift")
 COLUMNS = (*EXACT, "splits", "converged", "trained", "seconds")
@@ -259,9 +259,8 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
             """
             import sys
             import lightning_lca.board as board
-            from cases import Classifier, make_trainer, toy_loader
+            from cases import Classifier, make_trainer, pl, toy_loader
             from lightning_lca import LCACallback
-            import pytorch_lightning as pl
 
             board.CHUNK_STEPS = 16
 

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from cases import Classifier, make_trainer, mlp, toy_loader
+from cases import Classifier, make_trainer, mlp, pl, toy_loader
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 

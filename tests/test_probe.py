@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from cases import Classifier, make_trainer, toy_loader
+from cases import Classifier, make_trainer, pl, toy_loader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from cases import Classifier, make_trainer, mlp, toy_loader
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
+from cases import Classifier, make_trainer, mlp, pl, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_lca import History, LCACallback
+
+ModelCheckpoint = pl.callbacks.ModelCheckpoint
+TensorBoardLogger = pl.loggers.TensorBoardLogger
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
