@@ -22,6 +22,7 @@ from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.session import Session, x_axis
 from lightning_lca.settings import Settings, check_trainer
+from lightning_lca.signals import held
 from lightning_lca.steps import Steps
 
 
@@ -176,6 +177,7 @@ class LCACallback(LightningCallback):
 
     # -- hooks ------------------------------------------------------------------------------------
 
+    @held()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reads the probes, evaluates each once, and opens the record."""
         asked = self._settings
@@ -191,6 +193,10 @@ class LCACallback(LightningCallback):
         if kept and kept["open"]:
             self._opened_at = kept["open"]["at"]
             self._path.resume(kept["open"]["weights"], live_weights(pl_module))
+            # The checkpoint was saved after a step was done and before it was measured.
+            if self._is_due():
+                self._measure(pl_module)
+                self._session.log(x_axis(trainer), self._steps.done)
         self._cost = Cost(
             asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
         )
@@ -207,6 +213,7 @@ class LCACallback(LightningCallback):
             self._trained = live_weights(pl_module)
         self._open()
 
+    @held()
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -217,10 +224,9 @@ class LCACallback(LightningCallback):
         if self._cost is not None:
             self._cost.enter()
         gradients = None
-        done = steps.done
-        if self._path.is_open and done - self._opened_at >= self._settings.every_n_steps:
-            gradients = self._measure(session, pl_module, done)
-            session.log(x_axis(trainer), done)
+        if self._is_due():
+            gradients = self._measure(pl_module)
+            session.log(x_axis(trainer), steps.done)
         session.record()
         if self._cost is not None:
             self._cost.leave(gradients)
@@ -228,6 +234,7 @@ class LCACallback(LightningCallback):
                 self._cost = None
                 flavours.of(trainer, ".utilities.rank_zero").rank_zero_info(line)
 
+    @held()
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         session, steps = self._session, self._steps
@@ -236,10 +243,11 @@ class LCACallback(LightningCallback):
         steps.leave()
         x = 0
         if self._path.is_open and steps.done > self._opened_at:
-            self._measure(session, pl_module, steps.done)
+            self._measure(pl_module)
             x = x_axis(trainer) - 1  # The last batch is counted by now.
         session.end(x, steps.done)
 
+    @held()
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Writes what was measured; the user's own error stays on top."""
         if self._steps is not None:
@@ -250,6 +258,7 @@ class LCACallback(LightningCallback):
         except Exception as error:
             warnings.warn(f"LCA: the record could not be finished: {error!r}", stacklevel=2)
 
+    @held()
     def state_dict(self) -> dict[str, Any]:
         """Gives what a checkpoint needs: some numbers, and where the record is.
 
@@ -270,15 +279,28 @@ class LCACallback(LightningCallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
+    @held()
     def _open(self) -> None:
         """Starts a segment where the weights are, unless one is open."""
         if not self._path.is_open and self._steps is not None:
             self._opened_at = self._steps.done
             self._path.open(self._trained)
 
-    def _measure(self, session: Session, pl_module: Any, step: int) -> int:
+    def _is_due(self) -> bool:
+        done = 0 if self._steps is None else self._steps.done
+        return self._path.is_open and done - self._opened_at >= self._settings.every_n_steps
+
+    def _measure(self, pl_module: Any) -> int:
+        """Measures from where the segment was opened to where the weights are now."""
+        assert self._session is not None
+        assert self._steps is not None
         segment, continues = self._path.close(live_weights(pl_module))
-        return session.measure(segment, continues, step)
+        try:
+            return self._session.measure(segment, continues, self._steps.done)
+        except BaseException:
+            # A checkpoint saved now says where it began: it is measured when training resumes.
+            self._path.is_open = self._session.measured_to < self._steps.done
+            raise
 
     def _first_meter(self, what: str) -> Meter:
         if self._session is None:

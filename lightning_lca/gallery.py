@@ -15,6 +15,7 @@ from lightning_lca import ledger
 from lightning_lca.board import file_writer, is_a
 from lightning_lca.distribution import Distribution
 from lightning_lca.history import History
+from lightning_lca.record import EventFile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,19 +81,27 @@ class Gallery:
         if not len(history):
             return
         text = ledger.markdown(history.groups, history.sizes, history.rows)
-        for logger in self._tensorboard:
-            logger.experiment.add_text(f"{probe}/summary", text, step)
-            for label, d in distributions.items():
-                logger.experiment.add_histogram_raw(
-                    f"{probe}_layer_credit/{label}",
-                    min=d.low,
-                    max=d.high,
-                    num=int(d.counts.sum()),
-                    sum=d.total,
-                    sum_squares=d.squares,
-                    bucket_limits=d.limits.tolist(),
-                    bucket_counts=d.counts.tolist(),
-                    global_step=step,
+        for logger in list(self._tensorboard):
+            try:
+                logger.experiment.add_text(f"{probe}/summary", text, step)
+                for label, d in distributions.items():
+                    logger.experiment.add_histogram_raw(
+                        f"{probe}_layer_credit/{label}",
+                        min=d.low,
+                        max=d.high,
+                        num=int(d.counts.sum()),
+                        sum=d.total,
+                        sum_squares=d.squares,
+                        bucket_limits=d.limits.tolist(),
+                        bucket_counts=d.counts.tolist(),
+                        global_step=step,
+                    )
+            except Exception as error:
+                self._tensorboard.remove(logger)
+                warnings.warn(
+                    f"LCA: {type(error).__name__} while the summary was logged: {error}. "
+                    "TensorBoard gets no more summaries and distributions.",
+                    stacklevel=2,
                 )
 
     def draw(self, histories: Mapping[str, History], step: int, *, last: bool) -> None:
@@ -116,7 +125,7 @@ class Gallery:
                 except Exception as error:  # A picture is never worth a training.
                     warnings.warn(
                         f"LCA: the figure {name} could not be made, {type(error).__name__}: "
-                        f"{error}. The record is whole; try `lightning-lca figures` on it.",
+                        f"{error}. Try `lightning-lca figures` on the record.",
                         stacklevel=2,
                     )
         self._last = time.monotonic() - began
@@ -156,7 +165,6 @@ def lay_out(labels: Sequence[str], log_dir: Path) -> None:
         log_dir: Directory of the run.
     """
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
     from torch.utils.tensorboard.summary import custom_scalars
 
     charts = {"LCA and residual since the last log": ["lca/total", "lca/residual"]}
@@ -166,10 +174,13 @@ def lay_out(labels: Sequence[str], log_dir: Path) -> None:
             which = f", {group[0]} to {group[-1]}" if len(labels) > _LINES else ""
             charts[title + which] = [f"lca_layer_{kind}/{label}" for label in group]
     layout = {t: ["Multiline", [f"^{re.escape(tag)}$" for tag in c]] for t, c in charts.items()}
-    writer = EventFileWriter(str(log_dir / "lca_layout"))
     summary = custom_scalars({"LCA": layout})  # type: ignore[no-untyped-call]
-    writer.add_event(Event(step=0, wall_time=time.time(), summary=summary))
-    writer.close()
+    try:
+        file = EventFile(log_dir / "lca_layout")
+        file.write([Event(step=0, wall_time=time.time(), summary=summary)])
+        file.close()
+    except OSError as error:
+        warnings.warn(f"LCA: Custom Scalars could not be laid out: {error}", stacklevel=2)
 
 
 def _length(trainer: Any) -> int:

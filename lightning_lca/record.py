@@ -13,9 +13,14 @@ load it.
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import re
+import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 PLUGIN = "lca"
@@ -151,6 +157,67 @@ def read(log_dir: Path) -> Iterator[tuple[str | None, bytes]]:
                     # The parts have checksums of their own.
                     whole = value.tag != META or _sound(frame[:-4], frame[-4:])
                     yield (value.tag, value.tensor.string_val[0]) if whole else (None, b"")
+
+
+class EventFile:
+    """An event file that is appended to, so that what was written stays whole.
+
+    TensorBoard's own writer works in a thread, where an error is noticed late, and its file ends in
+    half an event when the disk is full.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, directory: Path) -> None:
+        """Makes a fresh file, and the directory if need be.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        directory.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names.
+        who = f"{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
+        name = f"events.out.tfevents.{time.time():017.6f}.{who}.lca"
+        self._file = open(directory / name, "xb", buffering=0)  # noqa: SIM115
+        try:
+            self.write([Event(wall_time=time.time(), file_version="brain.Event:2")])
+        except OSError:
+            self.close()
+            os.unlink(self._file.name)
+            raise
+
+    def write(self, events: Iterable[Event]) -> None:
+        """Appends all events, or none.
+
+        Raises:
+            OSError: They cannot be written, or the file was deleted.
+        """
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the file was deleted", self._file.name)
+        data = memoryview(b"".join(_frame(event.SerializeToString()) for event in events))
+        before = self._file.tell()
+        try:
+            while len(data):
+                data = data[self._file.write(data) :]
+        except OSError:
+            self._file.seek(before)
+            self._file.truncate()
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _frame(data: bytes) -> bytes:
+    """Frames one event, as `_frames` walks them."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + sums[0] + data + sums[1]
 
 
 def _frames(path: Path) -> Iterator[bytes | None]:

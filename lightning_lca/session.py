@@ -26,6 +26,7 @@ class Session:
 
     Attributes:
         meters: By name of the probe; None is the name of a single one.
+        measured_to: Last step that some probe has measured in this training.
         log_dir: Directory of the record; None where this process writes nothing.
     """
 
@@ -48,7 +49,7 @@ class Session:
         self._first = next(iter(self.meters))
         self._board: Board | None = Board(trainer, self.meters[self._first].history.sizes)
         self.log_dir = self._board.log_dir
-        self._started_at = trainer.global_step
+        self._started_at = self.measured_to = trainer.global_step
         self._description = self._describe(module, grouping)
         self._gallery = Gallery(trainer, self.log_dir, draws=settings.figures)
         self._gallery.turn(self._started_at)
@@ -115,6 +116,7 @@ class Session:
         before = sum(meter.gradients for meter in self.meters.values())
         for meter in self.meters.values():
             meter.measure(segment, continues, step, spread=due)
+            self.measured_to = step
         return sum(meter.gradients for meter in self.meters.values()) - before
 
     def log(self, x: int, step: int) -> None:
@@ -138,7 +140,8 @@ class Session:
         if board is None:
             return
         waiting = [meter.pending + board.waiting(name) for name, meter in self.meters.items()]
-        if board.overdue or max(waiting) >= board.chunk_steps:
+        full = max(waiting) >= board.chunk_steps and not board.failing
+        if board.overdue or full:
             self.collect()
             if not self._interval:
                 self._close_windows()
@@ -156,7 +159,6 @@ class Session:
         self.collect()
         self._close_windows()
         if self._board is not None:
-            self._board.write(everything=True)
             self._board.close()
             self._board = None
 

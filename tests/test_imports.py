@@ -33,6 +33,7 @@ ROOMS = [
     "board",
     "gallery",
     "flavours",
+    "signals",
     "fence",
     "fingerprint",
     "ranks",
