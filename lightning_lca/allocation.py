@@ -10,7 +10,7 @@ function that gives the loss and its gradient at a position.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from lightning_lca.quadrature import SIMPSON, Quadrature
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+HALF = (torch.float16, torch.bfloat16)
 CHUNK = 2**19  # Elements that stay in a processor's cache while several kernels go over them.
+LARGE = 2**20  # Elements that keep an accelerator busy.
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ class Position:
     @torch.no_grad()
     def write(self, into: Weights) -> None:
         """Writes the weights at this position into existing tensors {name: [*shape]}."""
-        for name, start in self.segment.start.items():
-            # Through .data: a graph that someone keeps alive must not find a changed version.
-            if self.s == 0.0:
-                into[name].data.copy_(start)
-            elif self.s == 1.0:
-                into[name].data.copy_(self.segment.stop[name])
-            else:
-                torch.lerp(start, self.segment.stop[name], self.s, out=into[name].data)
+        start, stop = self.segment.start, self.segment.stop
+        names = list(start)
+        # Through .data: a graph that someone keeps alive must not find a changed version.
+        live = [into[n].data for n in names]
+        if self.s in (0.0, 1.0):
+            end = start if self.s == 0.0 else stop
+            torch._foreach_copy_(live, [end[n] for n in names])
+        elif on_accelerator(start):
+            torch._foreach_copy_(live, [start[n] for n in names])
+            torch._foreach_lerp_(live, [stop[n] for n in names], self.s)
+        else:
+            for name, weight in zip(names, live, strict=True):
+                torch.lerp(start[name], stop[name], self.s, out=weight)
 
     def weights(self) -> dict[str, Tensor]:
         """Gives the weights here as fresh leaves that require grad: {name: [*shape]}."""
@@ -127,12 +134,34 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
+def on_accelerator(weights: Weights) -> bool:
+    """Whether launches of kernels cost more than memory: then a few go over many tensors."""
+    return next(iter(weights.values())).device.type != "cpu"
+
+
+def bundles(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Cuts a list of tensors into bundles of bounded size; a large tensor is one by itself.
+
+    What goes over one bundle needs room for its results only, not for those of the whole list.
+
+    Example:
+        >>> list(bundles([torch.empty(9), torch.empty(9), torch.empty(2**21), torch.empty(9)]))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    begin = elements = 0
+    for i, tensor in enumerate(tensors):
+        if i > begin and elements + tensor.numel() > LARGE:
+            yield slice(begin, i)
+            begin, elements = i, 0
+        elements += tensor.numel()
+    if tensors:
+        yield slice(begin, len(tensors))
+
+
 def accumulator(weight: Tensor) -> Tensor:
     """Makes an empty tensor for gradient sums [*shape]: float32 if the weight is half precision."""
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return torch.empty_like(
-        weight, dtype=torch.float32 if half else None, requires_grad=False
-    ).detach()
+    dtype = torch.float32 if weight.dtype in HALF else None
+    return torch.empty_like(weight, dtype=dtype, requires_grad=False).detach()
 
 
 def allocate(
@@ -195,6 +224,7 @@ def refine(
     max_splits: int = 32,
     first: Sample | None = None,
     out: Weights | None = None,
+    add_up: Callable[[Tensor], Tensor] = torch.sum,
 ) -> Allocation:
     """Allocates by composite Simpson, doubling the panels until the residual is small enough.
 
@@ -209,6 +239,8 @@ def refine(
         max_splits: Panels are doubled from 1 while they stay at or below this.
         first: As for `allocate`.
         out: As for `allocate`.
+        add_up: Sums what the tensors explain: [weights] -> []. Where they are parts of larger ones,
+            over all who hold parts, so that all come to the same end.
 
     Raises:
         ValueError: A tolerance that is not positive, or max_splits below 1.
@@ -245,7 +277,7 @@ def refine(
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
             _add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
             del sample
-        explained = _explained(ends, middles, segment) / (6 * panels)
+        explained = add_up(_explained(ends, middles, segment)) / (6 * panels)
         residual = abs(float(last.loss - loss_before - explained))
         if residual <= tolerance or 2 * panels > max_splits:
             break
@@ -271,7 +303,11 @@ def _add(
     sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
 ) -> None:
     """Adds weight · gradient to the sums; ``fresh`` replaces them, and both may be one tensor."""
-    if fresh:
+    if fresh and sums[0].device.type != "cpu":
+        if sums is not gradients:
+            torch._foreach_copy_(sums, gradients)
+        torch._foreach_mul_(sums, weight)
+    elif fresh:
         for sum_, gradient in zip(sums, gradients, strict=True):
             torch.mul(gradient, weight, out=sum_)
     else:
@@ -280,21 +316,30 @@ def _add(
 
 @torch.no_grad()
 def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> Tensor:
-    """Sums (ends + 4 middles) · motion over all weights [], with no whole copy in between."""
-    tensors = zip(ends, middles, segment.start.items(), strict=True)
-    return total(
-        torch.add(e, m, alpha=4.0).mul_(torch.sub(segment.stop[name], start))
-        for e, m, (name, start) in tensors
-    )
+    """Sums (ends + 4 middles) · motion of every tensor [weights], one at a time."""
+    sums = [
+        torch.add(e, m, alpha=4.0).mul_(segment.stop[name].to(e.dtype) - start).sum(dtype=wide(e))
+        for e, m, (name, start) in zip(ends, middles, segment.start.items(), strict=True)
+    ]
+    return torch.stack(sums)
 
 
 @torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
     """Multiplies by stop − start, piece by piece, so that the motion is never a whole copy."""
+    if on_accelerator(segment.start):
+        starts, stops = list(segment.start.values()), [segment.stop[n] for n in segment.start]
+        for part in bundles(sums):
+            # Exact in the wider type: half-precision weights would round their own motion.
+            ends = [w.to(s.dtype) for w, s in zip(stops[part], sums[part], strict=True)]
+            torch._foreach_mul_(sums[part], torch._foreach_sub(ends, starts[part]))
+        return
     # One buffer for all pieces: fresh ones would cost more in page faults than the work itself.
     buffer = next(iter(segment.start.values())).new_empty(CHUNK)
     for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
         for piece, a, b in _pieces(sum_, start, segment.stop[name]):
+            if piece.dtype != b.dtype:  # Half-precision weights would round their own motion.
+                a, b = a.to(piece.dtype), b.to(piece.dtype)
             fits = b.numel() <= CHUNK and (b.dtype, b.device) == (buffer.dtype, buffer.device)
             moved = buffer[: b.numel()].view(b.shape) if fits else torch.empty_like(b)
             piece.mul_(torch.sub(b, a, out=moved))

@@ -21,9 +21,10 @@ from lightning_lca.path import Path
 from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.session import Session, x_axis
-from lightning_lca.settings import Settings, check_trainer
+from lightning_lca.settings import Settings
 from lightning_lca.signals import held
 from lightning_lca.steps import Steps
+from lightning_lca.support import check_trainer
 
 
 class LCACallback(LightningCallback):
@@ -268,7 +269,9 @@ class LCACallback(LightningCallback):
         if self._session is None or self._steps is None:
             return self._kept or {}
         opened = None
-        if self._path.is_open:
+        # Of weights that are cut, a checkpoint of this process would hold a part only: a chord that
+        # was open then ends there, and what it did to the loss is booked as drift.
+        if self._path.is_open and not self._session.is_cut:
             weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
             opened = {"at": self._opened_at, "weights": weights}
         return self._session.state() | {"open": opened, "steps": self._steps.done}

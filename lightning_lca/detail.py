@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import Weights
-from lightning_lca.grouping import Grouping, GroupSums
+from lightning_lca.allocation import Weights, wide
+from lightning_lca.grouping import Grouping
 from lightning_lca.rows import Windows, window_tables
 
 SAMPLE = 10_000  # Single weights that are followed; a random sample of larger networks.
@@ -36,6 +36,7 @@ class Detail:
         neurons: bool = False,
         weights: bool = False,
         seed: int = 0,
+        process: int = 0,
     ) -> None:
         """Chooses what is summed.
 
@@ -45,8 +46,10 @@ class Detail:
             neurons: Sums per neuron, at one more pass over the credits, unless the groups are.
             weights: Follows single weights.
             seed: Draws the sample of weights.
+            process: Number of this process, where parameters are cut over several.
         """
-        self._neurons = Grouping(module, "neuron") if neurons and grouping.by != "neuron" else None
+        finer = neurons and grouping.by != "neuron"
+        self._neurons = Grouping(module, "neuron", process) if finer else None
         self._sample = _draw(module, seed) if weights else {}
         self.said = self._describe(module, grouping)
         shapes = {n: p.shape for n, p in module.named_parameters()}
@@ -54,17 +57,25 @@ class Detail:
         self._sums: dict[str, Tensor] = {}
         self._measured = 0
 
-    def update(self, values: Weights, sums: GroupSums) -> None:
+    def neurons(self, values: Weights) -> Tensor:
+        """Sums credits {name: [*shape]} per neuron: [neurons] float64; [0] if nobody asked."""
+        if self._neurons is None:
+            some = next(iter(values.values()))
+            return some.new_zeros(0, dtype=wide(some))
+        return self._neurons.sums(values).credit
+
+    def update(self, values: Weights, parameters: Tensor, neurons: Tensor) -> None:
         """Adds one measured step.
 
         Args:
             values: Credits {name: [*shape]}.
-            sums: What the grouping makes of them.
+            parameters: Their sums per parameter [parameters].
+            neurons: What `neurons` makes of them, summed over processes.
         """
         self._measured += 1
-        self._add("parameters", sums.parameters)
+        self._add("parameters", parameters)
         if self._neurons is not None:
-            self._add("neurons", self._neurons.sums(values).credit)
+            self._add("neurons", neurons)
         if self._sample:
             credit = self._gather(values)
             self._add("weights", credit)

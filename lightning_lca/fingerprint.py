@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_lca.shards import local
+
 _WIDTH = 1024
 _SMALL = 2**16  # Bytes; smaller tensors are hashed as one.
 
@@ -32,7 +34,7 @@ def fingerprint(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     small: dict[torch.device, list[Tensor]] = {}
     hashes = []
     for tensor in tensors:
-        data = _bytes(tensor)
+        data = _bytes(local(tensor))
         if len(data) <= _SMALL:
             small.setdefault(data.device, []).append(data)
         else:

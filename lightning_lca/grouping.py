@@ -7,13 +7,15 @@ of a bias joins the row of its unit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import CHUNK, Weights, wide
+from lightning_lca.allocation import CHUNK, Weights, bundles, wide
+from lightning_lca.shards import any_cut, is_counted_here, is_cut, rows_here
 
 GroupBy = Literal["parameter", "layer", "neuron"]
 _PIECE = 2**12  # Elements that one of an accelerator's many reductions covers.
@@ -44,15 +46,26 @@ class _Rows:
     ``blocks`` (groups) along dimension 0.
     """
 
-    groups: Tensor  # [rows] int64, the group of every row
+    groups: Tensor  # [rows] int64, the group of every row that this process holds
     dim: int
     blocks: int
+    size: int  # Elements of the whole parameter.
+    is_counted: bool  # Whether this process speaks for its part.
 
     def matrix(self, values: Tensor) -> Tensor:
         """Shows values row by row: [*shape] -> [rows, elements per row]."""
         if self.dim == 1:
             values = values.reshape(self.blocks, -1, *values.shape[1:]).movedim(2, 1)
         return values.reshape(len(self.groups), -1 if values.numel() else 0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the sums of some parameters' rows go, on the device."""
+
+    groups: Tensor  # [rows]
+    parameters: Tensor  # [rows]
+    pieces: list[tuple[slice, Tensor, Tensor]]  # Per bundle of tensors: see `_cut`.
 
 
 class Grouping:
@@ -64,6 +77,8 @@ class Grouping:
         by: "parameter", "layer" or "neuron".
         parameters: Name of every parameter.
         kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
+        is_whole: Whether no parameter is cut over processes; else `sums` are of the parts here,
+            and add up over processes to those of the whole.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -77,17 +92,24 @@ class Grouping:
         [-9.0, -4.0]
     """
 
-    def __init__(self, module: nn.Module, by: GroupBy = "layer") -> None:
+    def __init__(self, module: nn.Module, by: GroupBy = "layer", process: int = 0) -> None:
         """Groups all parameters, frozen ones included; tied ones count once, at their first name.
 
+        Args:
+            module: Whose parameters.
+            by: "parameter", "layer" or "neuron".
+            process: Number of this process, where parameters are cut over several.
+
         Raises:
-            ValueError: ``by`` is none of the three.
+            ValueError: ``by`` is none of the three, or neurons are cut in a way that cannot be
+                followed.
         """
         if by not in get_args(GroupBy):
             raise ValueError(
                 f"group_by must be one of {', '.join(map(repr, get_args(GroupBy)))}; got {by!r}."
             )
         self.by = by
+        self.is_whole = not any_cut(module)
         index: dict[str, int] = {}
         sizes: dict[int, int] = {}
         self._rows: dict[str, _Rows] = {}
@@ -96,12 +118,20 @@ class Grouping:
             groups = [index.setdefault(label, len(index)) for label in labels]
             for group in groups:
                 sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
-            self._rows[name] = _Rows(torch.tensor(groups, dtype=torch.long), dim, blocks)
+            by_row = is_cut(parameter) and len(groups) > 1
+            here = rows_here(parameter, dim) if by_row else slice(None)
+            self._rows[name] = _Rows(
+                torch.tensor(groups, dtype=torch.long)[here],
+                dim,
+                blocks,
+                parameter.numel(),
+                self.is_whole or is_counted_here(parameter, process),
+            )
         self.parameters: list[str] = list(self._rows)
         self.kinds: list[str] = [_kind(module, name) for name in self.parameters]
         self.names: list[str] = list(index)
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
-        self._on_device: dict[tuple[torch.device, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
+        self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
 
     @property
     def owners(self) -> dict[str, str]:
@@ -125,30 +155,53 @@ class Grouping:
                 stems.append((stem, 1))
         return stems
 
+    def is_counted(self, name: str) -> bool:
+        """Whether this process speaks for its part of a parameter."""
+        return self._rows[name].is_counted
+
+    def count(self, names: Iterable[str]) -> int:
+        """Counts the weights of some parameters, wherever they are held."""
+        return sum(self._rows[n].size for n in names)
+
     def sums(self, values: Weights) -> GroupSums:
         """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
 
         Nothing is read back to the host. Names may be any subset of the module's; groups without a
         name in ``values`` are zero.
         """
-        names = tuple(values)
         device = next(iter(values.values())).device
+        names = tuple(n for n in values if self._rows[n].is_counted)
         rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
-        index, parameter = self._index(names, device)
-        per_row = _row_sums(rows) if device.type == "cpu" else _row_sums_in_few_kernels(rows)
-        credit, helping, hurting = (_add_up(s, index, len(self.names)) for s in per_row)
-        parameters = _add_up(per_row[0], parameter, len(self.parameters))
+        plan = self._plan(names, rows, device)
+        if not rows:
+            per_row = _nothing(device)
+        elif device.type == "cpu":
+            per_row = _row_sums(rows)
+        else:
+            per_row = _row_sums_in_few_kernels(rows, plan.pieces)
+        credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
+        parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(credit, helping, hurting, parameters)
 
-    def _index(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Gives the group and the parameter of every row [rows], copied to the device once."""
+    def _plan(self, names: tuple[str, ...], rows: list[Tensor], device: torch.device) -> _Plan:
+        """Says where the sums of every row go; made and copied to the device once."""
         key = (device, names)
-        if key not in self._on_device:
-            groups = torch.cat([self._rows[n].groups for n in names])
+        if key not in self._plans:
+            none = torch.zeros(0, dtype=torch.long)
+            groups = torch.cat([none, *(self._rows[n].groups for n in names)])
             place = {n: i for i, n in enumerate(self.parameters)}
-            parameters = torch.cat([torch.full_like(self._rows[n].groups, place[n]) for n in names])
-            self._on_device = {key: (groups.to(device), parameters.to(device))}
-        return self._on_device[key]
+            parameters = torch.cat(
+                [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in names)]
+            )
+            pieces = [] if device.type == "cpu" else [(b, *_cut(rows[b])) for b in bundles(rows)]
+            self._plans = {
+                key: _Plan(
+                    groups.to(device),
+                    parameters.to(device),
+                    [(b, lengths.to(device), row.to(device)) for b, lengths, row in pieces],
+                )
+            }
+        return self._plans[key]
 
 
 def _add_up(per_row: Tensor, index: Tensor, length: int) -> Tensor:
@@ -181,26 +234,51 @@ def _stats(part: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total[0], total[1], total[2]
 
 
-def _row_sums_in_few_kernels(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Does the same where launches cost more than memory: one flat copy, reduced in pieces."""
-    flat = torch.cat([r.reshape(-1) for r in rows])
+def _row_sums_in_few_kernels(
+    rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Does the same where launches cost more than memory: small tensors together, in pieces."""
+    parts = []
+    for bundle, lengths, into in pieces:
+        matrices = rows[bundle]
+        if len(matrices) == 1:
+            (r,) = matrices
+            parts.append((r.sum(1, dtype=wide(r)), (r < 0).sum(1), (r > 0).sum(1)))
+            continue
+        count = sum(map(len, matrices))
+        flat = torch.cat([r.reshape(-1) for r in matrices])
+        exact = torch.float32  # A piece has far fewer than 2**24 elements.
+        parts.append(
+            (
+                _reduce(flat.to(wide(flat)), lengths, into, count),
+                _reduce((flat < 0).to(exact), lengths, into, count).long(),
+                _reduce((flat > 0).to(exact), lengths, into, count).long(),
+            )
+        )
+    credit, helping, hurting = (torch.cat(column) for column in zip(*parts, strict=True))
+    return credit, helping, hurting
+
+
+def _reduce(data: Tensor, lengths: Tensor, into: Tensor, count: int) -> Tensor:
+    """Sums pieces [elements] -> [pieces] -> [count] rows."""
+    sums = torch.segment_reduce(data, "sum", lengths=lengths, unsafe=True).to(wide(data))
+    return torch.zeros(count, dtype=sums.dtype, device=data.device).index_add_(0, into, sums)
+
+
+def _cut(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cuts rows into pieces of bounded length: gives the length and the row of each."""
     widths = torch.tensor([r.shape[1] for r in rows for _ in range(len(r))])
     pieces = (widths + _PIECE - 1) // _PIECE  # Of every row.
     into = torch.repeat_interleave(torch.arange(len(widths)), pieces)
     lengths = torch.full_like(into, _PIECE)
     lengths[pieces.cumsum(0)[pieces > 0] - 1] = (widths - (pieces - 1) * _PIECE)[pieces > 0]
-    lengths, into = lengths.to(flat.device), into.to(flat.device)
+    return lengths, into
 
-    def reduce(data: Tensor, dtype: torch.dtype) -> Tensor:
-        sums = torch.segment_reduce(data, "sum", lengths=lengths, unsafe=True).to(dtype)
-        return torch.zeros(len(widths), dtype=dtype, device=data.device).index_add_(0, into, sums)
 
-    exact = torch.float32  # A piece has far fewer than 2**24 elements.
-    return (
-        reduce(flat, wide(flat)),
-        reduce((flat < 0).to(exact), torch.int64),
-        reduce((flat > 0).to(exact), torch.int64),
-    )
+def _nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of no rows, where this process holds none."""
+    counts = torch.zeros(0, dtype=torch.long, device=device)
+    return counts.to(wide(counts)), counts, counts
 
 
 def _rows_of(

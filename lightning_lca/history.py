@@ -169,6 +169,11 @@ class History:
         return self.rows.converged
 
     @property
+    def unmoved(self) -> npt.NDArray[np.bool_]:
+        """Steps in which no weight got credit [T]: a gradient scaler skips such steps."""
+        return self.rows.unmoved
+
+    @property
     def trained(self) -> Ints:
         """Number of weights that were being trained [T]."""
         return self.rows.trained

@@ -43,6 +43,7 @@ class Ledger:
     largest: float
     measured: int
     unconverged: int
+    unmoved: int
 
     @classmethod
     def of(cls, groups: Sequence[str], sizes: Ints, rows: Rows) -> Ledger:
@@ -75,6 +76,7 @@ class Ledger:
             largest=float(np.abs(rows.residual).max()),
             measured=len(rows),
             unconverged=int((~rows.converged).sum()),
+            unmoved=int(rows.unmoved.sum()),
         )
 
     @property
@@ -90,8 +92,15 @@ class Ledger:
     @property
     def remarks(self) -> list[str]:
         """What a reader must be told."""
-        large = abs(self.residual) > LARGE * abs(self.change)
-        return [SIGN, REMEDY] if large else [SIGN]
+        said = [SIGN]
+        if abs(self.residual) > LARGE * abs(self.change):
+            said.append(REMEDY)
+        if self.unmoved:
+            said.append(
+                f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
+                "steps whose gradient overflows)."
+            )
+        return said
 
 
 def text(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:

@@ -1,7 +1,8 @@
-"""One probe's measurements: reuse of end gradients, drift, and the rows of its history."""
+"""One probe's measurements: from segments to the rows of its history."""
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from lightning_lca.allocation import (
 )
 from lightning_lca.detail import Detail
 from lightning_lca.distribution import Distribution, Distributions
-from lightning_lca.grouping import Grouping
+from lightning_lca.flag import Flag
+from lightning_lca.grouping import Grouping, GroupSums
 from lightning_lca.history import History
 from lightning_lca.probe import Probe
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.ranks import Ranks
+from lightning_lca.reuse import Reuse
 from lightning_lca.rows import Rows, Windows
-
-AUDIT_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,12 @@ class _Pending:
 class Meter:
     """Measures segments with one probe.
 
-    The gradient at the end of a segment is kept as the start of the next. It is reused only if the
-    next segment begins at the same weights and nothing else that the loss reads has changed;
-    otherwise the start is evaluated again and the difference in loss is booked as drift. What no
-    look at the module can show (a loss that depends on the step number), an audit does: the first
-    reuse and every fiftieth is compared with a fresh start, and a mismatch ends reuse with one
-    warning.
+    Where the loss at a segment's start differs from the one at the end of the segment before (see
+    `Reuse`), the difference is booked as drift.
 
     Attributes:
         probe: The loss surface.
         history: Measured steps, up to the last `collect`.
-        audits: Starts evaluated only to check a kept one.
         totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked.
         last: The latest allocation, where parameters are tracked.
         windows: What a reader of the record must know of the finer sums, as JSON.
@@ -94,7 +90,6 @@ class Meter:
         self.history = History(grouping.names, grouping.sizes, grouping.by)
         for name, table in detail.tables.items():
             self.history.append_windows(name, table)
-        self.audits = 0
         self.totals: dict[str, Tensor] | None = {} if track_parameters else None
         self.last: Allocation | None = None
         self._grouping = grouping
@@ -106,17 +101,13 @@ class Meter:
         self._ranks = ranks
         self._tolerance = tolerance
         self._max_splits = max_splits
-        self._apart = probe.gradients  # Spent on checks, not on measuring.
-        self._reuse = True
-        self._reused = 0
+        self._reuse = Reuse(probe, probe if tolerance is None else self._whole, ranks)
         self._out: dict[str, Tensor] = {}
-        self._kept: Sample | None = None
         self._loss: Tensor | None = None  # At the end of the last segment.
-        self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
         self._pending: list[_Pending] = []
 
     def measure(
-        self, segment: Segment, continues: bool, step: int, *, spread: bool = False
+        self, segment: Segment, continues: Flag | bool, step: int, *, spread: bool = False
     ) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
 
@@ -127,44 +118,50 @@ class Meter:
             spread: Also takes the distributions of credit over single weights.
         """
         began = time.perf_counter()
-        first = self._start_of(segment, continues)
+        first = self._reuse.start(segment, continues)
         if self._out.keys() != segment.start.keys():
             self._out = {n: accumulator(w) for n, w in segment.start.items()}
         if self._tolerance is None:
             allocation = allocate(self.probe, segment, self._rule, first, self._out)
-            self._ranks.sum(list(allocation.values.values()))
         else:
             allocation = refine(
-                self._whole, segment, self._tolerance, self._max_splits, first, self._out
+                self._whole,
+                segment,
+                self._tolerance,
+                self._max_splits,
+                first,
+                self._out,
+                functools.partial(self._add_up, list(segment.start)),
             )
-        sums = self._grouping.sums(allocation.values)
-        self._detail.update(allocation.values, sums)
-        if spread:
-            self._spread = self._distributions.of(allocation.values)
         ends = torch.stack([allocation.loss_before, allocation.loss_after])
-        if self._tolerance is None:
-            self._ranks.sum([ends])
+        sums = self._sum(allocation, ends)
+        if spread and self._grouping.is_whole:
+            self._spread = self._distributions.of(allocation.values)
         drift = ends[:1] - (ends[:1] if self._loss is None else self._loss)
         self._loss = ends[1]
         row = torch.cat([ends, drift, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
-        trained = sum(w.numel() for w in segment.start.values())
         self._track(allocation)
-        self._keep(allocation.last)
+        self._reuse.keep(allocation.last, self._out)
         self._pending.append(
             _Pending(
                 step,
                 allocation.splits,
                 allocation.converged,
-                trained,
+                self._grouping.count(segment.start),
                 time.perf_counter() - began,
                 row,
             )
         )
 
     @property
+    def audits(self) -> int:
+        """Starts evaluated only to check a kept one."""
+        return self._reuse.audits
+
+    @property
     def gradients(self) -> int:
         """Probe gradients spent on measuring, audits and the check before training apart."""
-        return self.probe.gradients - self._apart
+        return self.probe.gradients - self._reuse.apart
 
     @property
     def pending(self) -> int:
@@ -216,7 +213,7 @@ class Meter:
         """Gives what a checkpoint needs, history apart."""
         return {
             "loss": None if self._loss is None else self._loss.cpu(),
-            "reuse": self._reuse,
+            "reuse": self._reuse.on,
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
 
@@ -227,7 +224,7 @@ class Meter:
             state: What `state` gave.
             history: What was measured up to then; None if that is not known.
         """
-        self._reuse = state["reuse"]
+        self._reuse.on = state["reuse"]
         if state["loss"] is not None:
             self._loss = state["loss"].to(self.probe.device)
         if self.totals is not None and state["totals"]:
@@ -244,48 +241,40 @@ class Meter:
         )
         return None
 
-    def _start_of(self, segment: Segment, continues: bool) -> Sample | None:
-        """Gives the sample at the start if one is known that can be trusted."""
-        surroundings = self.probe.surroundings()
-        unchanged = self._surroundings is not None and _match(self._surroundings, surroundings)
-        self._surroundings = surroundings
-        known = self._reuse and continues and unchanged and self._kept is not None
-        if not self._ranks.all(known, self.probe.device) or self._kept is None:
-            return None
-        if self._reused % AUDIT_EVERY == 0:
-            before = self.probe.gradients
-            field = self.probe if self._tolerance is None else self._whole
-            fresh = field(segment.at(0.0, needs_gradient=self._kept.gradient is not None))
-            self.audits += 1
-            self._apart += self.probe.gradients - before
-            if not self._ranks.all(_agree(self._kept, fresh), self.probe.device):
-                self._reuse = False
-                warnings.warn(
-                    f"LCA: the probe loss changed from {self._kept.loss.item():.9g} to "
-                    f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor "
-                    "buffers changed: it depends on something else, such as the step number, or is "
-                    "not deterministic. From now on every step's start is evaluated afresh, one "
-                    "gradient more, and the difference is booked as drift.",
-                    stacklevel=2,
-                )
-                return fresh
-        self._reused += 1
-        return self._kept
+    def _sum(self, allocation: Allocation, ends: Tensor) -> GroupSums:
+        """Sums credits over groups and ranks; completes the losses at both ends [2], in place."""
+        values, whole = allocation.values, self._grouping.is_whole
+        if whole and self._tolerance is None:
+            # Credit is linear in the gradient, and adds up over ranks; counts do not.
+            self._ranks.sum(list(values.values()))
+            self._ranks.sum([ends])
+        sums = self._grouping.sums(values)
+        neurons = self._detail.neurons(values)
+        if not whole:
+            ends /= self._ranks.copies if self._tolerance is None else self._ranks.processes
+            helping, hurting = sums.helping.to(ends), sums.hurting.to(ends)
+            self._ranks.sum([ends, sums.credit, helping, hurting, sums.parameters, neurons])
+            sums = GroupSums(sums.credit, helping, hurting, sums.parameters)
+        self._detail.update(values, sums.parameters, neurons)
+        return sums
+
+    def _add_up(self, names: list[str], sums: Tensor) -> Tensor:
+        """Sums numbers of single parameters [names] -> [] over all processes that hold parts."""
+        if self._grouping.is_whole:
+            return sums.sum()
+        counted = [self._grouping.is_counted(n) for n in names]
+        total = (sums * sums.new_tensor(counted)).sum()
+        self._ranks.sum([total])
+        return total
 
     def _whole(self, at: Position, /) -> Sample:
         """Evaluates the whole probe: refinement must come to the same end on every rank."""
         part = self.probe(at)
-        loss = part.loss.clone()
+        loss = part.loss / self._ranks.copies
         self._ranks.sum([loss])
-        if part.gradient is not None:
+        if part.gradient is not None and self._grouping.is_whole:
             self._ranks.sum(list(part.gradient.values()))
         return Sample(loss, part.gradient)
-
-    def _keep(self, last: Sample) -> None:
-        """Keeps the end sample, its gradient in the buffers that held the credits."""
-        if last.gradient is not None:
-            torch._foreach_copy_(list(self._out.values()), [last.gradient[n] for n in self._out])
-        self._kept = Sample(last.loss, None if last.gradient is None else self._out)
 
     @torch.no_grad()
     def _track(self, allocation: Allocation) -> None:
@@ -305,28 +294,3 @@ class Meter:
             allocation.converged,
             Sample(allocation.last.loss, None),
         )
-
-
-def _match(a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]) -> bool:
-    return a[0] == b[0] and a[1].shape == b[1].shape and bool(torch.equal(a[1], b[1]))
-
-
-def _agree(kept: Sample, fresh: Sample) -> bool:
-    """Compares two samples up to the noise of kernels that add in no fixed order."""
-    noise = 1e-9 if _precise(fresh) else 1e-5
-    if not abs(float(kept.loss - fresh.loss)) <= noise * max(1e-3, abs(float(fresh.loss))):
-        return bool(torch.isnan(kept.loss) and torch.isnan(fresh.loss))
-    if kept.gradient is None or fresh.gradient is None:
-        return True
-    names = list(fresh.gradient)
-    old = [kept.gradient[n] for n in names]
-    new = [fresh.gradient[n].to(o.dtype) for n, o in zip(names, old, strict=True)]
-    difference = torch.stack(list(torch._foreach_norm(torch._foreach_sub(new, old)))).norm()
-    size = torch.stack(list(torch._foreach_norm(new))).norm()
-    return bool(difference <= 1e3 * noise * size)
-
-
-def _precise(sample: Sample) -> bool:
-    return sample.gradient is not None and all(
-        g.dtype == torch.float64 for g in sample.gradient.values()
-    )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lca.allocation import Segment, Weights
+from lightning_lca.allocation import Segment, Weights, bundles, on_accelerator
+from lightning_lca.flag import Flag
+from lightning_lca.shards import parts
 
 
 class Path:
     """Cuts the motion of live weights into segments, and notices what moved them in between.
 
     Holds two copies of the trainable weights, allocated once and again only when the set of them
-    changes.
+    changes; of weights that are cut over processes, two copies of this process's parts.
     """
 
     def __init__(self) -> None:
@@ -20,13 +22,14 @@ class Path:
         self._start: dict[str, Tensor] = {}
         self._stop: dict[str, Tensor] = {}
         self._closed_before = False
-        self._same: Tensor | bool = False
+        self._same: Flag | bool = False
         self.is_open = False
 
     def open(self, weights: Weights) -> None:
         """Starts a segment at the live weights {name: [*shape]}; does nothing while one is open."""
         if self.is_open:
             return
+        weights = parts(weights)
         if not _alike(weights, self._stop):
             self._stop = {n: torch.empty_like(w).detach() for n, w in weights.items()}
             self._start = {n: torch.empty_like(w).detach() for n, w in weights.items()}
@@ -54,17 +57,18 @@ class Path:
         _copy({n: start[n] for n in names}, self._start)
         self._same = False
 
-    def close(self, weights: Weights) -> tuple[Segment, bool]:
+    def close(self, weights: Weights) -> tuple[Segment, Flag | bool]:
         """Ends the segment at the live weights; says whether it began where the last one ended."""
         if not self.is_open:
             raise RuntimeError("No segment is open.")
+        weights = parts(weights)
         # Weights frozen since the start rest: only what is trained now can be probed.
         names = [n for n in self._start if n in weights]
         _copy({n: weights[n] for n in names}, self._stop)
         self.is_open = False
         self._closed_before = len(names) == len(self._start)
         segment = Segment({n: self._start[n] for n in names}, {n: self._stop[n] for n in names})
-        return segment, bool(self._same)
+        return segment, self._same
 
 
 def _alike(a: Weights, b: Weights) -> bool:
@@ -73,15 +77,19 @@ def _alike(a: Weights, b: Weights) -> bool:
     )
 
 
-def _equal(a: Weights, b: Weights) -> Tensor | bool:
+@torch.no_grad()
+def _equal(a: Weights, b: Weights) -> Flag | bool:
     """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
-    if all(w.device.type == "cpu" for w in a.values()):
+    if not on_accelerator(a):
         return all(torch.equal(a[n], b[n]) for n in a)
-    with torch.no_grad():
-        same = torch.stack(
-            [torch.eq(a[n], b[n]).all().to(next(iter(a.values())).device) for n in a]
-        )
-        return same.all()
+    names = [n for n in a if a[n].numel()]
+    x, y = [a[n] for n in names], [b[n] for n in names]
+    distances = [
+        distance.to(x[0].device)
+        for part in bundles(x)
+        for distance in torch._foreach_norm(torch._foreach_sub(x[part], y[part]), float("inf"))
+    ]
+    return Flag((torch.stack(distances) == 0).all())
 
 
 @torch.no_grad()

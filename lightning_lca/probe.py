@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca import flavours
-from lightning_lca.allocation import Position, Sample, Segment, Weights, wide
+from lightning_lca.allocation import HALF, Position, Sample, Segment, Weights, wide
 from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
 from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
 from lightning_lca.ranks import Ranks
+from lightning_lca.scaling import LossScale
+from lightning_lca.shards import any_cut, local, local_gradient, parts
 
 ProbeMode = Literal["no_dropout", "eval", "train"]
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
@@ -42,6 +44,9 @@ class Probe:
     several batches weighs them by their number of samples.
 
     Between evaluations the live weights are those at ``segment.stop``: the probe puts those back.
+
+    Weights that are cut over processes travel as the parts that this process holds; the gradient of
+    such a part is that of the whole probe, which all ranks evaluate together.
     """
 
     def __init__(
@@ -76,11 +81,18 @@ class Probe:
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
         sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
         total = sizes.sum().float().to(self.device)
-        (ranks or Ranks()).sum([total])
-        self._shares = dict(zip(batches, (sizes / total.cpu().double()).tolist(), strict=True))
+        ranks = ranks or Ranks()
+        ranks.sum([total])
+        shares = sizes / (total.cpu().double() / ranks.copies)
+        self._shares = dict(zip(batches, shares.tolist(), strict=True))
+        self._is_cut = any_cut(module)
+        # Their gradients are means over the ranks' shares of the data, where sums are wanted.
+        self._factor = ranks.world if self._is_cut else 1
+        half = {p.dtype for p in module.parameters()} | {_autocast_type(trainer)}
+        self._scale = LossScale() if torch.float16 in half else None
         self._watching = True
         self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
-        self._by_backward = False
+        self._by_backward = self._is_cut  # autograd.grad gives their gradients to nobody.
         self._unreached = 0  # Weights that the last loss did not depend on.
         self._dummies = [
             flavours.of(trainer, ".loggers.logger").DummyLogger() for _ in trainer.loggers
@@ -93,14 +105,15 @@ class Probe:
     def __call__(self, at: Position, /) -> Sample:
         """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
         live = live_weights(self._module)
+        held = parts(live)
         parameters = list(self._module.parameters())
         gradients = [p.grad for p in parameters]
         try:
             for parameter in parameters:
                 parameter.grad = None  # The step may run a backward pass of its own.
-            return self._evaluate(at, live)
+            return self._evaluate(at, live, held)
         finally:
-            at.segment.at(1.0).write(live)
+            at.segment.at(1.0).write(held)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
 
@@ -118,17 +131,17 @@ class Probe:
                 "LCA needs weights that move; unfreeze some before training starts."
             )
         frozen = [p for p in self._module.parameters() if not p.requires_grad]
-        before = [p.detach().clone() for p in frozen]
-        here = {name: weight.detach().clone() for name, weight in live.items()}
+        before = [local(p).detach().clone() for p in frozen]
+        here = {name: part.detach().clone() for name, part in parts(live).items()}
         self._watching = False
         try:
             sample = self._try_both_ways(Segment(here, here).at(1.0))
         finally:
             self._watching = True
             for parameter, saved in zip(frozen, before, strict=True):
-                if not torch.equal(parameter, saved):
+                if not torch.equal(local(parameter), saved):
                     self._written.add(id(parameter))
-                    parameter.data.copy_(saved)
+                    local(parameter).data.copy_(saved)
         if not bool(torch.isfinite(sample.loss)):
             raise MisconfigurationException(
                 f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite "
@@ -173,27 +186,46 @@ class Probe:
 
     # -- one evaluation ---------------------------------------------------------------------------
 
-    def _evaluate(self, at: Position, live: Weights) -> Sample:
+    def _evaluate(self, at: Position, live: Weights, held: Weights) -> Sample:
         total: Tensor | None = None
         sums: list[Tensor] | None = None
         for j, share in self._shares.items():
-            with self._fenced(j), torch.enable_grad():
-                if at.s != 1.0 or total is not None:  # A forward may write to trained weights, too.
-                    at.write(live)
-                self._set_mode()
-                with self._trainer.precision_plugin.train_step_context():
-                    loss = self._loss(j)
-                if at.needs_gradient:
-                    gradients = self._differentiate(loss * share, list(live.values()))
-            loss = loss.detach().to(wide(loss)) * share
+            moves = at.s != 1.0 or total is not None  # A forward may write to trained weights, too.
+            while True:
+                loss, gradients = self._of_batch(j, share, at, live, held, moves=moves)
+                if self._scale is None or not gradients or self._scale.fits(gradients):
+                    break
+                moves = True
             total = loss if total is None else total + loss
             if not at.needs_gradient:
                 continue
+            if self._scale is not None:
+                gradients = self._scale.unscaled(gradients)
             # Autograd may hand out one tensor twice, or expanded: never add in place.
             sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
         assert total is not None
-        self.gradients += at.needs_gradient
+        self.gradients += at.needs_gradient or self._is_cut
         return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
+
+    def _of_batch(
+        self, j: int, share: float, at: Position, live: Weights, held: Weights, *, moves: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Evaluates one batch, times its share: its loss [], and the scaled gradients, if any."""
+        gradients: list[Tensor] = []
+        with self._fenced(j), torch.enable_grad():
+            if moves:
+                at.write(held)
+            self._set_mode()
+            with self._trainer.precision_plugin.train_step_context():
+                loss = self._loss(j)
+            # Whole layers that were gathered on the way forward are let go of on the way back.
+            if at.needs_gradient or self._is_cut:
+                scale = 1.0 if self._scale is None else self._scale.value
+                wider = loss.float() if loss.dtype in HALF else loss
+                gradients = self._differentiate(
+                    wider * (share * self._factor * scale), list(live.values())
+                )
+        return loss.detach().to(wide(loss)) * share, gradients
 
     def _loss(self, j: int) -> Tensor:
         batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
@@ -238,10 +270,7 @@ class Probe:
             taken = iter(torch.autograd.grad(loss, needed, allow_unused=True))
             gradients = [next(taken) if w.requires_grad else None for w in weights]
         self._unreached = sum(g is None for g in gradients)
-        return [
-            torch.zeros_like(w) if g is None else g.to_dense() if g.layout != torch.strided else g
-            for w, g in zip(weights, gradients, strict=True)
-        ]
+        return [_plain(g, w) for g, w in zip(gradients, weights, strict=True)]
 
     def _set_mode(self) -> None:
         """Sets training flags for one evaluation; the fence puts them back."""
@@ -296,6 +325,22 @@ class Probe:
         before = getattr(self._module, "_on_before_batch_transfer", None)
         batch = batch if before is None else before(batch, dataloader_idx=0)
         return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _plain(gradient: Tensor | None, weight: Tensor) -> Tensor:
+    """Gives a gradient as dense numbers, in float32 at least, of what this process holds."""
+    if gradient is None:
+        gradient = torch.zeros_like(local(weight))
+    else:
+        gradient = local_gradient(gradient, weight)
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    return gradient.float() if gradient.dtype in HALF else gradient
+
+
+def _autocast_type(trainer: Any) -> torch.dtype | None:
+    """What mixed precision computes in, if that is float16."""
+    return torch.float16 if str(trainer.precision) == "16-mixed" else None
 
 
 def _uncompiled() -> Any:

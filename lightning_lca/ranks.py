@@ -14,18 +14,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_lca.flag import Flag
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together.
+
+    Attributes:
+        rank: Which share of the data it takes.
+        world: Number of shares.
+        process: Its number among all processes.
+        processes: Number of processes; tensor parallelism puts several on one share.
+    """
 
     rank: int = 0
     world: int = 1
+    process: int = 0
+    processes: int = 1
 
     @classmethod
     def of(cls, trainer: Any) -> Ranks:
         """Reads them from a Trainer."""
-        return cls(trainer.global_rank, trainer.world_size)
+        # What Lightning's own sampler goes by; strategies of one process lack it.
+        shares = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        rank, world = trainer.global_rank, trainer.world_size
+        return cls(shares.get("rank", rank), shares.get("num_replicas", world), rank, world)
+
+    @property
+    def copies(self) -> int:
+        """Number of processes that work on one share together."""
+        return self.processes // self.world
 
     def mine(self, count: int) -> list[int]:
         """Chooses this rank's batches of so many: equally many on all ranks.
@@ -41,8 +60,8 @@ class Ranks:
         return list(range(self.rank, count, self.world)) if even else list(range(count))
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sums tensors of one dtype over the ranks, in place, in one reduction."""
-        if self.world == 1:
+        """Sums tensors of one dtype over all processes, in place, in one reduction."""
+        if self.processes == 1:
             return
         if len(tensors) == 1:
             dist.all_reduce(tensors[0])
@@ -53,10 +72,11 @@ class Ranks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def all(self, flag: bool, device: torch.device) -> bool:
-        """Whether a flag is set on every rank, so that all take the same way."""
-        if self.world == 1:
-            return flag
-        agreed = torch.tensor(int(flag), device=device)
+    def all(self, flags: Sequence[Flag | bool], device: torch.device) -> list[bool]:
+        """Tells of each flag whether it is set on every process, so that all take the same way."""
+        if self.processes == 1:
+            return [bool(flag) for flag in flags]
+        tensors = [f.tensor if isinstance(f, Flag) else Flag.of(f, device).tensor for f in flags]
+        agreed = torch.stack([t.to(device) for t in tensors]).int()
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        return bool(agreed)
+        return [bool(flag) for flag in map(Flag, agreed.bool())]

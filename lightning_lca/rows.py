@@ -67,6 +67,13 @@ class Rows:
     def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Rows:
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    @property
+    def unmoved(self) -> npt.NDArray[np.bool_]:
+        """Steps in which no weight got credit [T]: a gradient scaler skips such steps."""
+        finite = np.isfinite(self.allocated).all(axis=1)
+        credited = (self.helping + self.hurting).sum(axis=1)
+        return np.asarray(finite & (credited == 0))
+
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
         """Stacks tables on top of each other."""
@@ -109,6 +116,7 @@ class Rows:
         """
         rows = len(parts["steps"])
         for part, shape in (
+            ("steps", (rows,)),
             ("allocated", (rows, len(sizes))),
             ("helping", (rows, len(sizes))),
             ("idle", (rows, len(sizes))),

@@ -11,14 +11,17 @@ from lightning_lca.batches import read_batches
 from lightning_lca.board import Board
 from lightning_lca.detail import Detail
 from lightning_lca.distribution import Distributions
+from lightning_lca.flag import Flag
 from lightning_lca.gallery import Gallery, lay_out
 from lightning_lca.grouping import Grouping
 from lightning_lca.history import History, Reader
 from lightning_lca.meter import Meter
 from lightning_lca.probe import Probe
 from lightning_lca.ranks import Ranks
+from lightning_lca.rounding import Rounding
 from lightning_lca.scalars import Scalars
 from lightning_lca.settings import Settings
+from lightning_lca.shards import any_cut
 
 
 class Session:
@@ -28,6 +31,7 @@ class Session:
         meters: By name of the probe; None is the name of a single one.
         measured_to: Last step that some probe has measured in this training.
         log_dir: Directory of the record; None where this process writes nothing.
+        is_cut: Whether weights are cut over processes.
     """
 
     def __init__(self, trainer: Any, module: Any, settings: Settings) -> None:
@@ -39,7 +43,9 @@ class Session:
             settings: What was asked for.
         """
         self._asked = settings
-        grouping = Grouping(module, settings.group_by)
+        self.is_cut = any_cut(module)
+        self._rounding = Rounding(module)
+        grouping = Grouping(module, settings.group_by, trainer.global_rank)
         self.meters: dict[str | None, Meter] = {}
         self._scalars: dict[str | None, Scalars] = {}
         for name, source in settings.sources.items():
@@ -104,7 +110,7 @@ class Session:
             },
         }
 
-    def measure(self, segment: Segment, continues: bool, step: int) -> int:
+    def measure(self, segment: Segment, continues: Flag | bool, step: int) -> int:
         """Measures a segment with every probe; gives the gradients it took, audits apart.
 
         Args:
@@ -112,6 +118,7 @@ class Session:
             continues: Whether it starts exactly where the segment before stopped.
             step: Optimizer steps done at its end.
         """
+        self._rounding.look(segment)
         due = self._gallery.due(step)
         before = sum(meter.gradients for meter in self.meters.values())
         for meter in self.meters.values():
@@ -256,6 +263,7 @@ def _meter(trainer: Any, module: Any, settings: Settings, source: Any, grouping:
         neurons=settings.neurons,
         weights=settings.track_parameters,
         seed=settings.seed,
+        process=ranks.process,
     )
     return Meter(
         probe,

@@ -1,16 +1,13 @@
-"""What a user asks for, checked when it is typed, and what a Trainer must be like to get it."""
+"""What a user asks for, checked when it is typed."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
-from lightning_lca.flavours import MisconfigurationException
 from lightning_lca.grouping import GroupBy
 from lightning_lca.probe import LossFn, ProbeMode
 from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
@@ -76,41 +73,6 @@ class Settings:
             "max_splits": self.max_splits,
             "seed": self.seed,
         }
-
-
-def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
-    """Refuses what cannot be measured, and warns of what cannot be measured well.
-
-    Raises:
-        MisconfigurationException: Manual optimization without loss_fn, or a strategy that shards
-            weights.
-    """
-    if not module.automatic_optimization and settings.loss_fn is None:
-        raise MisconfigurationException(
-            "With manual optimization (automatic_optimization=False) training_step steps the "
-            "optimizers, so it cannot be run to measure the loss. Tell which loss is meant: "
-            "LCACallback(loss_fn=lambda module, batch: ...), which returns a scalar tensor."
-        )
-    strategy = type(trainer.strategy)
-    names = {cls.__name__ for cls in strategy.__mro__}
-    if not names & {"SingleDeviceStrategy", "DDPStrategy"} or "DeepSpeedStrategy" in names:
-        raise MisconfigurationException(
-            f"LCACallback cannot measure under {strategy.__name__} yet: it moves whole weights, "
-            'and this strategy shards or wraps them. Train with strategy="ddp" or on one device, '
-            "or remove the callback."
-        )
-    half = [
-        p.numel()
-        for p in module.parameters()
-        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-    ]
-    if half:
-        warnings.warn(
-            f"LCA: {sum(half):,} weights are half precision. Most of their small updates round "
-            "away, and the middle of a step often rounds to one of its ends: credits are coarse. "
-            "bf16-mixed keeps the weights in float32.",
-            stacklevel=2,
-        )
 
 
 def _sources(probe: Any) -> dict[str | None, Any]:

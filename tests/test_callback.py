@@ -160,7 +160,7 @@ def test_data_that_cannot_be_read_twice_needs_an_own_probe(tmp_path):
 
 def test_half_precision_weights_are_warned_of(tmp_path):
     loader = toy_loader(dtype=torch.bfloat16)
-    with pytest.warns(UserWarning, match="548 weights are half precision"):
+    with pytest.warns(UserWarning, match="548 weights are bfloat16"):
         lca = fit(tmp_path, loader=loader, trainer={"precision": "bf16-true"})
     assert np.isfinite(lca.history.allocated).all()
 

@@ -19,6 +19,11 @@ from lightning_lca import History
 SCRIPT = Path(__file__).parent / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")
 OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn")
+CUT = (
+    *("fsdp+double", "fsdp+single", "fsdp+tolerance", "fsdp+drawn", "fsdp+neuron"),
+    *("tensor+double", "tensor+tolerance", "tensor+neuron"),
+    *("both+double", "both+tolerance"),
+)
 
 
 def launch(directory, *cases, timeout=240):
@@ -37,6 +42,17 @@ def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
     done = launch(directory, *FLAVOURS, *OPTIONS)
     assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    """Weights cut over processes: by FSDP2, by tensor parallelism, and (in four) by both."""
+    directory = tmp_path_factory.mktemp("cut")
+    for in_four in (False, True):
+        cases = [case for case in CUT if case.startswith("both") == in_four]
+        done = launch(directory, *cases, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 
@@ -71,9 +87,9 @@ def assert_same(a, b, where=""):
 
 def assert_unchanged(directory, case):
     ranks = []
-    for rank in (0, 1):
+    for rank in range(len(list(directory.glob(f"{case}-plain-*.pt")))):
         plain, measured = (load(directory, case, k, rank) for k in ("plain", "measured"))
-        for part in ("weights", "optimizer", "metrics", "random", "points"):
+        for part in ("weights", "optimizer", "gradients", "metrics", "random", "points"):
             assert_same(plain[part], measured[part], f"rank {rank} {part}")
         ranks.append(measured["rows"])
     assert not torch.equal(
@@ -86,6 +102,11 @@ def assert_unchanged(directory, case):
 @pytest.mark.parametrize("case", [*FLAVOURS, *OPTIONS])
 def test_every_rank_trains_bitwise_as_without_the_callback(trained, case):
     assert_unchanged(trained, case)
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_weights_that_are_cut_train_bitwise_as_without_the_callback(cut, case):
+    assert_unchanged(cut, case)
 
 
 @pytest.mark.parametrize("case", ["spawn", "fork"])
@@ -124,7 +145,39 @@ def simpson(points, batches):
     ],
 )
 def test_the_shared_probe_gives_the_history_of_the_whole_one(trained, case, batches, exact):
-    measured = load(trained, case, "measured", 0)
+    assert_history_of_the_whole_probe(load(trained, case, "measured", 0), batches, exact)
+
+
+@pytest.mark.parametrize("case", ["fsdp+double", "tensor+double", "both+double", "fsdp+single"])
+def test_so_it_does_when_the_weights_are_cut(cut, case):
+    exact = case.endswith("double")
+    batches = probe_batches(torch.float64 if exact else torch.float32)
+    assert_history_of_the_whole_probe(load(cut, case, "measured", 0), batches, exact)
+
+
+def test_no_process_holds_more_than_its_part(cut):
+    for case in ("fsdp+double", "tensor+double", "both+double"):
+        ranks = [torch.load(f, weights_only=False) for f in cut.glob(f"{case}-measured-*.pt")]
+        weights = sum(w.numel() for w in ranks[0]["points"][0].values())
+        held = [rank["held"] for rank in ranks]
+        assert max(held) < weights
+        assert sum(held) >= weights, "what tensor parallelism does not cut, all hold"
+
+
+@pytest.mark.parametrize("case", ["fsdp+neuron", "tensor+neuron"])
+def test_neurons_find_their_credits_in_weights_that_are_cut(cut, case):
+    measured = load(cut, case, "measured", 0)
+    rows, groups = measured["rows"], measured["groups"]
+    batches = probe_batches(torch.float64)
+    for t, (_, _, credit) in enumerate(simpson(measured["points"], batches)):
+        neurons = [(w.sum(1) + b).tolist() for w, b in zip(credit[::2], credit[1::2])]
+        expected = {
+            f"net.{layer}/{i}": c for layer, n in zip((0, 2, 4), neurons) for i, c in enumerate(n)
+        }
+        assert rows["allocated"][t] == pytest.approx([expected[g] for g in groups], rel=1e-9)
+
+
+def assert_history_of_the_whole_probe(measured, batches, exact):
     rows = measured["rows"]
     credits = []
     for t, (before, after, credit) in enumerate(simpson(measured["points"], batches)):
@@ -139,8 +192,10 @@ def test_the_shared_probe_gives_the_history_of_the_whole_one(trained, case, batc
     assert np.allclose(rows["allocated"], credits, rtol=0, atol=scale * (1e-12 if exact else 1e-6))
 
 
-def test_refinement_comes_to_the_same_end_on_both_ranks(trained):
-    rows = load(trained, "ddp+tolerance", "measured", 0)["rows"]
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor", "both"])
+def test_refinement_comes_to_the_same_end_on_all_ranks(trained, cut, name):
+    directory = trained if name == "ddp" else cut
+    rows = load(directory, f"{name}+tolerance", "measured", 0)["rows"]
     assert rows["converged"].all()
     assert rows["splits"].max() > 1
     assert np.abs(rows["residual"]).max() <= 1e-9

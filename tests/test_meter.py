@@ -10,9 +10,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_lca import LCACallback
 from lightning_lca.allocation import Sample
-from lightning_lca.meter import AUDIT_EVERY, Meter
+from lightning_lca.meter import Meter
 from lightning_lca.path import Path
 from lightning_lca.quadrature import as_quadrature
+from lightning_lca.reuse import AUDIT_EVERY
 
 
 def fit(tmp_path, model=None, *callbacks, steps=12, **arguments):
@@ -192,7 +193,7 @@ def test_whatever_else_the_loss_reads_is_watched(tmp_path, model):
     history = lca.history
     assert_closed(history)
     (meter,) = lca._session.meters.values()
-    assert meter._reuse, "seen by looking, not by the audit"
+    assert meter._reuse.on, "seen by looking, not by the audit"
     changes = 1 if model is Gated else 11
     assert np.count_nonzero(history.drift) >= min(changes, 10)
     assert gradients_of(lca) == 3 + 11 * 2 + changes
@@ -223,7 +224,7 @@ def test_a_loss_that_depends_on_the_step_number_is_caught_by_the_audit(tmp_path,
         lca = fit(tmp_path, model, steps=20)
     assert sum("step number" in str(w.message) for w in seen) == 1
     (meter,) = lca._session.meters.values()
-    assert not meter._reuse
+    assert not meter._reuse.on
     assert_closed(lca.history)
     if model is Annealed:
         assert (lca.history.drift[1:] != 0).all()

@@ -1,7 +1,8 @@
 """What measuring LCA costs in time and memory, and what each quadrature rule gives for it.
 
     python tests/benchmarks/overhead.py [--quick] [--device cpu|cuda] [--threads N]
-                                        [--only mlp|cnn|transformer|rules]
+                                        [--only mlp|cnn|transformer|...|rules]
+                                        [--precision 32-true|bf16-mixed|...]
 
 Contestants take turns within one training run, so that a drifting machine slows all of them alike.
 """
@@ -35,6 +36,7 @@ from workloads import WORKLOADS, Model, NaiveLCA, Workload, without_dropout
 from lightning_lca import LCACallback
 
 NEVER = 10**6  # More steps than any run here has.
+PRECISION: Any = "32-true"  # Of every training here; --precision sets it.
 LEAD = 1  # Untimed steps of a block: a measured block evaluates its start afresh on the first.
 NO_LIMIT = 10**5
 LEAST_ROUNDS = 3
@@ -134,7 +136,9 @@ def time_turns(workload: Workload, device: str, block: int, budget: float) -> Ti
         weights = list(module.parameters())
         with without_dropout(module):
             for _ in range(2 * repeats):
-                torch.autograd.grad(module.training_step(on_device, 0), weights)
+                with module.trainer.precision_plugin.train_step_context():
+                    loss = module.training_step(on_device, 0)
+                torch.autograd.grad(loss, weights)
 
     contestants = {
         "plain": None,
@@ -157,6 +161,7 @@ def fit(
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,
+            precision=PRECISION,
             max_steps=steps,
             max_epochs=-1,
             logger=TensorBoardLogger(root),
@@ -428,16 +433,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="of the CPU; few, where it is shared")
+    parser.add_argument("--precision", default=PRECISION, help="as Trainer's")
     parser.add_argument("--only", choices=[*WORKLOADS, "rules"])
     arguments = parser.parse_args()
+    global PRECISION
+    PRECISION = arguments.precision
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
-    print(f"Machine: {machine(device)}.")
-    names = [name for name in WORKLOADS if arguments.only in (None, name)]
+    print(f"Machine: {machine(device)}, precision {PRECISION}.")
+    names = [
+        name
+        for name, workload in WORKLOADS.items()
+        if arguments.only in (None, name) and device in workload.batch_on
+    ]
     for name in names:
         weights = sum(w.numel() for w in WORKLOADS[name].net().parameters())
         batch = WORKLOADS[name].batch_on[device]

@@ -86,6 +86,43 @@ def resnet18() -> nn.Module:
     )
 
 
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, each with BatchNorm, around a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50() -> nn.Module:
+    """Makes ResNet-50 for 224x224 images: 23.5M weights."""
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    blocks, inputs = [], 64
+    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(count):
+            blocks.append(Bottleneck(inputs, width, 2 if i == 0 and width > 64 else 1))
+            inputs = 4 * width
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, CLASSES)]
+    return nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *blocks, *head)
+
+
 class Transformer(nn.Module):
     """Pre-norm encoder over token and position embeddings, dropout 0.1: 3.7M weights."""
 
@@ -109,6 +146,11 @@ def _vectors(count: int) -> TensorDataset:
 
 def _images(count: int) -> TensorDataset:
     return TensorDataset(torch.randn(count, 3, 32, 32), torch.randint(CLASSES, (count,)))
+
+
+def _photographs(count: int) -> TensorDataset:
+    few = torch.randn(64, 3, 224, 224)  # Repeated: an image takes 600 kB.
+    return TensorDataset(few.repeat(count // 64, 1, 1, 1), torch.randint(CLASSES, (count,)))
 
 
 def _sequences(count: int) -> TensorDataset:
@@ -165,6 +207,20 @@ WORKLOADS = {
         partial(torch.optim.AdamW, lr=3e-4),
         {"cpu": 8, "cuda": 32},
         "4 layers, width 256, 128 tokens, dropout, AdamW",
+    ),
+    "resnet50": Workload(
+        resnet50,
+        _photographs,
+        partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        {"cuda": 64},
+        "ResNet-50, 224x224 images, BatchNorm, SGD",
+    ),
+    "transformer100m": Workload(
+        partial(Transformer, width=768, layers=14, heads=12),
+        _sequences,
+        partial(torch.optim.AdamW, lr=3e-4),
+        {"cuda": 64},
+        "14 layers, width 768, 128 tokens, dropout, AdamW",
     ),
 }
 

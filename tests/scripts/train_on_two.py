@@ -1,4 +1,4 @@
-"""Trains in two processes, with and without the callback, and saves what every rank saw.
+"""Trains in two processes (or four), with and without the callback; saves what every rank saw.
 
     python train_on_two.py DIRECTORY CASE ...
 
@@ -15,17 +15,25 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cases import Classifier, make_trainer, toy_data
+from cases import Classifier, make_trainer, mlp, toy_data
 
 from lightning_lca import LCACallback
 
 STEPS = 6
-FLAVOURS = {
+DDP = {
     "ddp": {},
     "static": {"static_graph": True},
     "buckets": {"gradient_as_bucket_view": True},
@@ -33,6 +41,7 @@ FLAVOURS = {
     "spawn": {"start_method": "spawn"},
     "fork": {"start_method": "fork"},
 }
+MESHES = {"fsdp": (2, 1), "tensor": (1, 2), "both": (2, 2)}  # Shares of the data, of a layer.
 
 
 def sgd(parameters):
@@ -62,6 +71,35 @@ class Plain(Classifier):
     """Has no BatchNorm, so that a mean over ranks is the mean over the joint batch."""
 
 
+class Cut(Classifier):
+    """Its weights are cut over processes: layer by layer, or within each layer, or both ways."""
+
+    def __init__(self, dtype):
+        super().__init__(nn.Identity(), sgd)
+        self.type_of_weights = dtype
+
+    def configure_model(self):
+        if not isinstance(self.net, nn.Identity):
+            return
+        torch.manual_seed(1)
+        self.net = mlp().to(self.type_of_weights)
+        last = ColwiseParallel(output_layouts=Replicate())
+        across = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": last}
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], across)
+        if self.device_mesh["data_parallel"].size() > 1:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.net:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self, mesh=mesh)
+
+
+def whole(value):
+    """Puts DTensors together again, wherever they are."""
+    return tree_map(lambda v: v.full_tensor() if hasattr(v, "full_tensor") else v, value)
+
+
 class Trail(pl.Callback):
     """Keeps the weights before and after every step."""
 
@@ -69,7 +107,7 @@ class Trail(pl.Callback):
         self.points = []
 
     def keep(self, trainer, module, *args):
-        self.points.append({n: p.detach().clone() for n, p in module.named_parameters()})
+        self.points.append({n: whole(p.detach()).clone() for n, p in module.named_parameters()})
 
     on_train_start = keep
     on_train_batch_end = keep
@@ -85,13 +123,15 @@ class Save(pl.Callback):
         history = self.lca.history if self.lca else None
         torch.save(
             {
-                "weights": module.state_dict(),
-                "optimizer": trainer.optimizers[0].state_dict(),
+                "weights": whole(dict(module.state_dict())),
+                "optimizer": whole(trainer.optimizers[0].state_dict()),
+                "gradients": whole([p.grad for p in module.parameters()]),
                 "metrics": dict(trainer.callback_metrics),
                 "random": torch.random.get_rng_state(),
                 "points": self.path.points,
                 "rows": vars(history.rows) if history else None,
                 "groups": history.groups if history else None,
+                "held": sum(w.numel() for w in self.lca._path.start.values()) if history else None,
                 "log_dir": str(self.lca.log_dir) if self.lca else None,
             },
             f"{self.file}-{trainer.global_rank}.pt",
@@ -112,18 +152,39 @@ def probe_batches(dtype):
     return [list(b) for b in zip(xs.split([20, 10, 16, 14]), ys.split([20, 10, 16, 14]))]
 
 
+def strategy(name, seconds):
+    waits = {"process_group_backend": "gloo", "timeout": datetime.timedelta(seconds=seconds)}
+    if name not in MESHES:
+        return DDPStrategy(**waits, **DDP[name])
+    data, tensor = MESHES[name]
+    return ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor, **waits)
+
+
 def train(directory, case, measured):
     name, _, option = case.partition("+")
-    double = option in ("double", "three", "tolerance")
+    double = option in ("double", "three", "tolerance", "neuron")
     dtype = torch.float64 if double else torch.float32
     pl.seed_everything(1, verbose=False)
-    model = (
-        Plain(optimizer=sgd) if double or option == "single" else Talkative(unused=name == "unused")
-    )
+    if name in MESHES:
+        model = Cut(dtype)
+    elif double or option == "single":
+        model = Plain(optimizer=sgd)
+    else:
+        model = Talkative(unused=name == "unused")
     probe = probe_batches(dtype)
     probe = {"three": probe[:3], "drawn": "train"}.get(option, probe)
     tolerance = 1e-9 if option == "tolerance" else None
-    lca = LCACallback(probe=probe, figures=False, tolerance=tolerance) if measured else None
+    lca = (
+        LCACallback(
+            probe=probe,
+            figures=False,
+            tolerance=tolerance,
+            group_by="neuron" if option == "neuron" else "layer",
+            neurons=name == "fsdp",
+        )
+        if measured
+        else None
+    )
     path = Trail()
     kind = "measured" if measured else "plain"
     save = Save(directory / f"{case}-{kind}", lca, path)
@@ -135,13 +196,9 @@ def train(directory, case, measured):
         save,
         *others,
         max_steps=STEPS,
-        devices=2,
-        strategy=DDPStrategy(
-            process_group_backend="gloo",
-            timeout=datetime.timedelta(seconds=20),
-            **FLAVOURS[name],
-        ),
-        precision="64-true" if double else "32-true",
+        devices=4 if name == "both" else 2,
+        strategy=strategy(name, seconds=20 if option == "die" else 200),
+        precision="64-true" if double and name not in MESHES else "32-true",
         use_distributed_sampler=True,
     )
     trainer.fit(model, DataLoader(toy_data(96, dtype=dtype), batch_size=8))
