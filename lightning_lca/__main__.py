@@ -7,30 +7,30 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from lightning_lca import export, ledger
+from lightning_lca import export, ledger, replay_command
 from lightning_lca.history import History, Reader
-
-T = TypeVar("T")
-
-
-class _InputError(Exception):
-    """A mistake of the user's: the message says what was found and what to do."""
+from lightning_lca.terminal import InputError, progress, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; gives the exit status: 0, or 2 where something is wrong with the input."""
+    """Runs a command; gives the exit status: 0, 2 for wrong input, 130 if it was interrupted."""
     parser = _parser()
-    asked = parser.parse_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        given: dict[str, dict[str, Any]] = {}
+        if typed[:1] == ["replay"]:
+            typed, given = replay_command.given(typed)
+        asked = parser.parse_args(typed, argparse.Namespace(given=given))
         asked.run(asked)
-    except _InputError as error:
+    except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # As by `| head`.
         sys.stderr.close()
     return 0
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--long", action="store_true", help="one row per step and layer")
     table.set_defaults(run=_export)
 
+    replay_command.add_to(commands)
+
     demo = commands.add_parser("demo", help="train a small network for a few seconds to look at")
     demo.add_argument("--out", type=Path, default=Path("lca_demo"), metavar="DIR")
     demo.set_defaults(run=_demo)
@@ -89,31 +91,31 @@ def _figures(asked: argparse.Namespace) -> None:
     from lightning_lca import figures
 
     if asked.dpi < 10:
-        raise _InputError(f"--dpi must be at least 10, got {asked.dpi}.")
+        raise InputError(f"--dpi must be at least 10, got {asked.dpi}.")
     runs = _runs(asked.logdir)
     for name, reader in runs.items():
         histories = _histories(reader, asked.probe, name)
         for probe, history in histories.items():
             if not len(history):
-                _say(f"{name or asked.logdir}: no step was measured yet, nothing to draw.")
+                say(f"{name or asked.logdir}: no step was measured yet, nothing to draw.")
                 continue
             directory = asked.out / name if len(runs) > 1 else asked.out
             directory = directory / probe if len(histories) > 1 else directory
             directory.mkdir(parents=True, exist_ok=True)
-            for file, make in _progress(figures.available(history).items(), "figure"):
+            for file, make in progress(figures.available(history).items(), "figure"):
                 make(history).savefig(directory / f"{file.replace('/', '_')}.png", dpi=asked.dpi)
-            _say(f"Figures are in {directory}.")
+            say(f"Figures are in {directory}.")
 
 
 def _export(asked: argparse.Namespace) -> None:
     suffix = asked.to.suffix.lower()
     if suffix not in export.FORMATS:
-        raise _InputError(f"--to must end in {', '.join(export.FORMATS)}; got {asked.to.name!r}.")
+        raise InputError(f"--to must end in {', '.join(export.FORMATS)}; got {asked.to.name!r}.")
     if suffix == ".npz" and asked.long:
-        raise _InputError("--long is for .csv and .parquet; .npz holds arrays.")
+        raise InputError("--long is for .csv and .parquet; .npz holds arrays.")
     runs = _runs(asked.logdir)
     if len(runs) > 1:
-        raise _InputError(
+        raise InputError(
             f"{asked.logdir} holds {len(runs)} runs ({_some(runs)}). Give the directory of one."
         )
     ((name, reader),) = runs.items()
@@ -124,24 +126,24 @@ def _export(asked: argparse.Namespace) -> None:
             np.savez_compressed(asked.to, **export.arrays(history))  # type: ignore[arg-type]
         else:
             columns = export.long(history) if asked.long else export.wide(history)
-            parts = _progress(list(export.blocks(columns)), "block")
+            parts = progress(list(export.blocks(columns)), "block")
             if suffix == ".csv":
                 export.write_csv(asked.to, columns, parts)
             else:
                 export.write_parquet(asked.to, parts)
     except ModuleNotFoundError as error:
-        raise _InputError(
+        raise InputError(
             f"Parquet needs pyarrow ({error}). Run: pip install pyarrow, or choose a .csv file."
         ) from error
     except OSError as error:
-        raise _InputError(f"{asked.to} cannot be written: {error.strerror or error}.") from error
-    _say(f"{len(history)} measured steps are in {asked.to}.")
+        raise InputError(f"{asked.to} cannot be written: {error.strerror or error}.") from error
+    say(f"{len(history)} measured steps are in {asked.to}.")
 
 
 def _demo(asked: argparse.Namespace) -> None:
     from lightning_lca import demo
 
-    _say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
+    say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
     lca = demo.train(asked.out)
     print(ledger.text(lca.history.groups, lca.history.sizes, lca.history.rows))
     print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(asked.out))}")
@@ -152,7 +154,7 @@ def _runs(logdir: Path) -> dict[str, Reader]:
     """Reads the runs in a directory and below it, {relative path: what was read}."""
     if not logdir.is_dir():
         what = "is a file" if logdir.exists() else "does not exist"
-        raise _InputError(
+        raise InputError(
             f"{logdir} {what}. Give a run's log directory, e.g. lightning_logs/version_0."
         )
     runs: dict[str, Reader] = {}
@@ -167,14 +169,14 @@ def _runs(logdir: Path) -> dict[str, Reader]:
         name = directory.relative_to(logdir).as_posix()
         runs["" if name == "." else name] = reader
         if reader.lost:
-            _say(
+            say(
                 f"{directory}: {_pieces(reader.lost)} of the record could not be read (cut off or "
                 "damaged). The steps in there are missing in what follows."
             )
     for message in damaged:
-        _say(message)
+        say(message)
     if not runs:
-        raise _InputError(
+        raise InputError(
             f"{logdir} holds no LCA record that can be read. Give the directory that a run with "
             "LCACallback logged to, e.g. lightning_logs/version_0, or one above it."
         )
@@ -187,7 +189,7 @@ def _histories(reader: Reader, probe: str | None, name: str) -> dict[str, Histor
         return reader.histories
     if probe not in reader.histories:
         there = ", ".join(map(repr, filter(None, reader.histories))) or "a single one, unnamed"
-        raise _InputError(f"No probe {probe!r}{f' in {name}' if name else ''}; there is {there}.")
+        raise InputError(f"No probe {probe!r}{f' in {name}' if name else ''}; there is {there}.")
     return {probe: reader.histories[probe]}
 
 
@@ -198,16 +200,6 @@ def _pieces(count: int) -> str:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _progress(items: Iterable[T], unit: str) -> Iterable[T]:
-    """Shows how far a loop is, on a terminal."""
-    bar: Iterable[T] = tqdm(list(items), unit=unit, disable=not sys.stderr.isatty(), leave=False)
-    return bar
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

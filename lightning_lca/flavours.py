@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["LightningCallback", "MisconfigurationException", "of"]
+__all__ = ["LIGHTNING_MODULES", "LightningCallback", "MisconfigurationException", "of"]
 _ROOTS = ("pytorch_lightning", "lightning.pytorch")
 
 
@@ -22,6 +22,8 @@ def _everywhere(module: str, name: str) -> tuple[type, ...]:
             continue
     return tuple(found)
 
+
+LIGHTNING_MODULES = _everywhere("", "LightningModule")
 
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -38,7 +40,10 @@ else:
 
 
 def of(trainer: Any, module: str) -> Any:
-    """Imports a module of the Lightning that this trainer comes from, e.g. ``.utilities``."""
+    """Imports a module of the Lightning that this Trainer comes from, e.g. ``.utilities``.
+
+    A LightningModule does as well.
+    """
     for cls in type(trainer).__mro__:
         for root in _ROOTS:
             if cls.__module__.startswith(root + "."):

@@ -32,6 +32,7 @@ class Session:
         measured_to: Last step that some probe has measured in this training.
         log_dir: Directory of the record; None where this process writes nothing.
         is_cut: Whether weights are cut over processes.
+        logged_at: Where on the loggers' x axis the next interval of scalars begins.
     """
 
     def __init__(self, trainer: Any, module: Any, settings: Settings) -> None:
@@ -59,7 +60,7 @@ class Session:
         self._description = self._describe(module, grouping)
         self._gallery = Gallery(trainer, self.log_dir, draws=settings.figures)
         self._gallery.turn(self._started_at)
-        self._x = self._logged_at = x_axis(trainer)
+        self._x = self.logged_at = x_axis(trainer)
         self._interval = settings.log_every_n_steps or trainer.log_every_n_steps
 
     def begin(self, kept: dict[str, Any] | None) -> None:
@@ -79,7 +80,7 @@ class Session:
             lay_out(self._scalars[self._first].labels, self.log_dir)
         if kept is None:
             return
-        self._x = self._logged_at = kept["logged_at"]
+        self._x = self.logged_at = kept["logged_at"]
         for name, meter in self.meters.items():
             state, history = kept["probes"].get(name or ""), histories.get(name)
             if state is None:
@@ -100,7 +101,7 @@ class Session:
             self._board.write(everything=True)
         return {
             "record": str(self.log_dir) if self.log_dir is not None else None,
-            "logged_at": self._logged_at,
+            "logged_at": self.logged_at,
             "probes": {
                 name or "": meter.state()
                 | {"credit": scalars.credit, "logged": len(meter.history) - scalars.waiting}
@@ -135,9 +136,9 @@ class Session:
         """
         self._x = x
         every = self._interval
-        if every and (x + 1) // every > self._logged_at // every:
+        if every and (x + 1) // every > self.logged_at // every:
             self._log()
-            self._logged_at = x + 1
+            self.logged_at = x + 1
         if self._gallery.due(step):
             self._show(step)
 

@@ -1,0 +1,150 @@
+"""What `test_replay` names by import path: models, data and probes of a project of its own."""
+
+import os
+import time
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from cases import toy_data, toy_loader
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+class Net(pl.LightningModule):
+    """BatchNorm, dropout, tied weights and a frozen one; built whole, or by configure_model."""
+
+    def __init__(self, width=16, *, late=False, anneals=False, compiles=False):
+        super().__init__()
+        self.save_hyperparameters()
+        if not late:
+            self.build()
+
+    def configure_model(self):
+        if self.hparams.late and not hasattr(self, "head"):
+            self.build()
+
+    def build(self):
+        width = self.hparams.width
+        tied = [nn.Linear(width, width) for _ in range(2)]
+        tied[1].weight = tied[0].weight
+        body = nn.Sequential(
+            nn.Linear(12, width),
+            nn.BatchNorm1d(width),
+            nn.Tanh(),
+            tied[0],
+            nn.Dropout(0.2),
+            nn.Tanh(),
+            tied[1],
+        )
+        self.body = torch.compile(body, backend="eager") if self.hparams.compiles else body
+        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.head = nn.Linear(width, 4)
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.head(self.scale * self.body(x)), y)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss * (1 + 0.1 * self.global_step) if self.hparams.anneals else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1, 0.9)
+
+
+class ByHand(Net):
+    """Two optimizers that take turns, by manual optimization."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.body, self.head)]
+
+
+class Data(pl.LightningDataModule):
+    """`toy_data`, in shuffled batches."""
+
+    def __init__(self, batch_size=16):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage):
+        self.data = toy_data()
+
+    def train_dataloader(self):
+        return DataLoader(self.data, self.hparams.batch_size, shuffle=True)
+
+
+class Watched(Net):
+    """Knows its own data; builds a layer when it has seen them."""
+
+    def build(self):
+        super().build()
+        del self.head
+
+    def setup(self, stage):
+        self.head = nn.Linear(self.hparams.width, int(toy_data().tensors[1].max()) + 1)
+
+    def train_dataloader(self):
+        return toy_loader()
+
+
+def probe():
+    """Gives three batches."""
+    return list(toy_loader(shuffle=False))[:3]
+
+
+def loss_fn(module, batch):
+    return module.loss(batch)
+
+
+def slow_loss_fn(module, batch):
+    """Leaves time to be killed."""
+    time.sleep(float(os.environ.get("REPLAY_SLEEP", "0")))
+    return module.loss(batch)
+
+
+def nothing():
+    """Gives no batch."""
+    return []
+
+
+def loaders():
+    """Gives a training and a validation loader."""
+    return toy_loader(), toy_loader(shuffle=False)
+
+
+BATCHES = probe()
+NOT_CALLABLE = 3
+
+
+class Plain(nn.Linear):
+    """No LightningModule."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+
+class Needy(Net):
+    """Has an argument that no checkpoint tells."""
+
+    def __init__(self, depth, **kwargs):
+        super().__init__(**kwargs)
+
+
+class Deeper(Net):
+    """Another model: it has a layer more."""
+
+    def __init__(self, width=16, **kwargs):
+        super().__init__(width, **kwargs)
+        self.extra = nn.Linear(3, 3)
