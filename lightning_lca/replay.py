@@ -98,6 +98,7 @@ def replay(
         >>> # replay("lightning_logs/version_0", Net, Data, quadrature="midpoint")
     """
     listed = [runs] if isinstance(runs, str | Path) else list(runs)
+    lca["probe"] = _to_keep(lca.get("probe", "train"))
     LCACallback(**lca)  # Mistakes in its arguments are told before anything is read.
     found = find([Path(run) for run in listed])
     records = _records(list(found), None if out is None else Path(out))
@@ -132,6 +133,13 @@ def replay(
             f"{len(failed)} of {len(found)} runs could not be replayed; the first: {failed[0]}"
         )
     return histories
+
+
+def _to_keep(probe: Any) -> Any:
+    """Keeps the batches of iterators, which give them only once, for every run."""
+    if isinstance(probe, Mapping):
+        return {name: _to_keep(source) for name, source in probe.items()}
+    return list(probe) if isinstance(probe, Iterator) else probe
 
 
 def _records(directories: Sequence[Path], out: Path | None) -> dict[Path, Path]:

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from cases import make_trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from cases import make_trainer, pl
 from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -48,11 +46,12 @@ def train(path, model, data=None, every=1, save=1, precision="32-true", slim=Fal
     pl.seed_everything(3)
     saved = path / "checkpoints"
     callback = LCACallback(every_n_steps=every, **lca)
+    often = {"every_n_train_steps": save, "save_top_k": -1, "save_weights_only": slim}
     trainer = make_trainer(
         path,
         callback,
         SavesStart(saved),
-        ModelCheckpoint(saved, every_n_train_steps=save, save_top_k=-1, save_weights_only=slim),
+        pl.callbacks.ModelCheckpoint(saved, **often),
         max_steps=STEPS,
         enable_checkpointing=True,
         precision=precision,
@@ -170,6 +169,7 @@ def test_checkpoints_made_by_hand_do_as_well(tmp_path):
     build = lambda: Net(anneals=True)  # noqa: E731
     (history,) = replay(tmp_path, build, replayed.loaders, log_every_n_steps=4).values()
     assert_same(history, History.load(live.log_dir))
+    assert history.windows["parameters"].steps.tolist() == [4, 8, 12]
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_
 
 
 def test_a_record_with_a_gap_is_made_anew(runs):
-    (record,) = replay(runs / "a", Net, probe=replayed.BATCHES)
+    (record,) = replay(runs / "a", Net, probe=iter(replayed.BATCHES))
     for path in record.glob("*tfevents*"):
         path.unlink()
     with pytest.warns(UserWarning, match="is not whole: all checkpoints are measured again"):
@@ -364,7 +364,7 @@ MISTAKES = {
     (
         "none",
         "--model=scripts.replayed.NOT_CALLABLE",
-    ): "3 is neither a class nor a function. Give what",
+    ): "3 is neither a class nor a function.",
     ("none", "--model.width=8"): "start.ckpt is not of this Net: size mismatch for scale: ",
     ("none", "--model.width=x"): "Net cannot be built: TypeError: ",
     ("none", "--model=scripts.replayed.Needy"): "missing 1 required positional argument: 'depth'.",
@@ -385,7 +385,7 @@ MISTAKES = {
     (
         "one",
         "",
-    ): "holds checkpoints of one step only (1). LCA is measured from one step to another:",
+    ): "holds checkpoints of one step only (1). LCA is measured from one step to",
     ("mixed", ""): "are both of step 1, and hold different weights. Move away the one that is",
     ("untrusted", ""): "Stranger), which could run any code when it is loaded. If you trust where",
     ("measured", ""): "was measured with quadrature='midpoint', and now quadrature='simpson' is",
@@ -459,11 +459,11 @@ def test_no_step_is_taken_and_nothing_outside_is_touched(runs, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", never)
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     saved = {p: p.read_bytes() for p in (runs / "a" / "checkpoints").iterdir()}
-    level = logging.getLogger("pytorch_lightning").level
+    level = logging.getLogger(pl.__name__).level
     replay(runs / "a", Net, Data)
     assert torch.equal(torch.random.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
     assert {p: p.read_bytes() for p in (runs / "a" / "checkpoints").iterdir()} == saved
-    assert logging.getLogger("pytorch_lightning").level == level
+    assert logging.getLogger(pl.__name__).level == level
     assert {p.name for p in (runs / "a").iterdir()} == {"checkpoints", RECORD}

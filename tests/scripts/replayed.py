@@ -3,10 +3,9 @@
 import os
 import time
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from cases import toy_data, toy_loader
+from cases import pl, toy_data, toy_loader
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -86,7 +85,13 @@ class Data(pl.LightningDataModule):
 
 
 class Watched(Net):
-    """Knows its own data; builds a layer when it has seen them."""
+    """Knows its own data, builds a layer when it has seen them, and names it otherwise on disk."""
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["state_dict"]["output.bias"] = checkpoint["state_dict"].pop("head.bias")
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"]["head.bias"] = checkpoint["state_dict"].pop("output.bias")
 
     def build(self):
         super().build()
