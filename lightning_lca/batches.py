@@ -7,7 +7,7 @@ from collections.abc import Sized
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca.fence import GENERATORS, fence
@@ -37,7 +37,7 @@ def read_batches(
     if isinstance(source, str):
         loaders = trainer.train_dataloader if source == "train" else _val_loader(trainer)
         # Several loaders give batches of the same structure: {"a": loader, "b": loader} and so on.
-        plans = [_plan(loader, count * ranks.world, seed) for loader in tree_leaves(loaders)]
+        plans = [_plan(loader, count * ranks.world, seed) for loader in tree_flatten(loaders)[0]]
         mine = ranks.mine(min(map(len, plans)))
         batches = {
             i: tree_map(lambda _: next(parts), loaders)  # noqa: B023 (consumed at once)
@@ -45,7 +45,7 @@ def read_batches(
             for parts in [
                 iter(
                     _load(loader, [plan[i]], seed + i)[0]
-                    for loader, plan in zip(tree_leaves(loaders), plans, strict=True)
+                    for loader, plan in zip(tree_flatten(loaders)[0], plans, strict=True)
                 )
             ]
         }
@@ -64,7 +64,7 @@ def batch_sizes(batches: list[Any]) -> list[int]:
     """Counts the samples of every batch by its first tensor; ones if a batch has none."""
     sizes = []
     for batch in batches:
-        leaves = tree_leaves(batch)
+        leaves = tree_flatten(batch)[0]
         lengths = [len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
         sizes.append(lengths[0] if lengths else 0)
     return sizes if all(sizes) else [1] * len(batches)

@@ -90,6 +90,11 @@ def _sources(probe: Any) -> dict[str | None, Any]:
             )
         elif not hasattr(source, "dataset") and not isinstance(source, list | tuple):
             sources[name] = list(source)
+        elif isinstance(source, list | tuple) and any(isinstance(b, str) for b in source):
+            raise TypeError(
+                f"A list as probe holds batches, got text: {source!r}. Several probes go by name, "
+                'probe={"train": "train", "val": "val"}.'
+            )
     return sources
 
 

@@ -55,6 +55,7 @@ def fit(tmp_path, model=None, loader=None, *, callbacks=(), val=None, trainer=No
             TypeError,
             r"got Tensor. One batch is a list of one: probe=\[batch\]",
         ),
+        ({"probe": ["train", "val"]}, TypeError, "A list as probe holds batches, got text"),
         ({"probe": {}}, ValueError, "The probe is empty: got {}"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
         ({"every_n_steps": 2.5}, TypeError, "every_n_steps must be a whole number, got 2.5"),

@@ -26,7 +26,7 @@ from cases import Classifier, make_trainer, mlp, pl, toy_data, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, random_split
 
@@ -187,7 +187,7 @@ def fit(case, path, *first, lca=None):
     return {
         "seen": watcher.seen,
         "model": model,
-        "data": [(d.dataset, d.generator, d.collate_fn) for d in tree_leaves(data)],
+        "data": [(d.dataset, d.generator, d.collate_fn) for d in tree_flatten(data)[0]],
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
         "callbacks": [c.state_dict() for c in others],
@@ -213,7 +213,9 @@ def read_csv(path):
     rows = []
     for file in path.rglob("metrics.csv"):
         with file.open() as lines:
-            rows += [{k: v for k, v in foreign(row).items() if v} for row in csv.DictReader(lines)]
+            # Old Lightnings write the columns in an order that differs from process to process.
+            found = [sorted(foreign(row).items()) for row in csv.DictReader(lines)]
+            rows += [{k: v for k, v in row if v} for row in found]
     return [row for row in rows if row.keys() - {"step"}]
 
 

@@ -14,6 +14,7 @@ TensorBoardLogger = pl.loggers.TensorBoardLogger
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need"),
 ]
 STEPS = 26  # Of batches of 16 in 96 samples: epochs of 6 steps.
