@@ -170,6 +170,7 @@ def test(name: str, cell: Cell, python: Path, arguments: list[str]) -> tuple[str
         "ignore::DeprecationWarning",  # Of old packages, at import.
         "ignore::FutureWarning",
         "ignore:TypedStorage is deprecated:UserWarning",
+        "ignore:pkg_resources is deprecated:UserWarning",
     ]
     flags = [flag for warning in ignored for flag in ("-W", warning)]
     run = subprocess.run(

@@ -120,7 +120,9 @@ def test_every_argument_has_a_case_here():
 def test_an_argument_typed_on_the_command_line_means_what_it_means_in_python(name, typed, value):
     expected = meant(name, value)._settings
     assert expected != LCACallback()._settings, "a case that types the default shows nothing"
-    one = run("--trainer.callbacks=lightning_lca.LCACallback", f"--trainer.callbacks.{name}={typed}")
+    one = run(
+        "--trainer.callbacks=lightning_lca.LCACallback", f"--trainer.callbacks.{name}={typed}"
+    )
     two = run(f"--lca.{name}={typed}", kind=OwnSection)
     assert one._settings == two._settings == expected
 
@@ -167,7 +169,11 @@ def test_the_config_that_the_cli_saves_repeats_the_run(tmp_path):
         ("quadrature", "simson", "Unknown quadrature 'simson'. Choose one of euler, midpoint"),
         ("probe", "test", "probe must be one of 'train', 'val'; got 'test'."),
         ("probe", "{a: 3}", 'probe must be "train", "val", a DataLoader or a list of batches'),
-        ("probe", "[train, val]", 'Several probes go by name, probe={"train": "train", "val": "val"}.'),
+        (
+            "probe",
+            "[train, val]",
+            'Several probes go by name, probe={"train": "train", "val": "val"}.',
+        ),
         ("every_n_steps", "0", "every_n_steps must be at least 1, got 0."),
         ("tolerance", "-1", "tolerance must be a positive number in loss units"),
         # These jsonargparse refuses by their types, in its own words.
@@ -195,7 +201,11 @@ def descriptions():
 @pytest.mark.parametrize(
     ("kind", "asked", "prefix"),
     [
-        (cli.LightningCLI, "--trainer.callbacks.help=lightning_lca.LCACallback", "trainer.callbacks"),
+        (
+            cli.LightningCLI,
+            "--trainer.callbacks.help=lightning_lca.LCACallback",
+            "trainer.callbacks",
+        ),
         (OwnSection, "--help", "lca"),
     ],
     ids=["by class path", "own section"],

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from cases import make_trainer
-from pytorch_lightning.loggers import CSVLogger
+from cases import make_trainer, pl
 from torch import nn
 
 from lightning_lca.fence import fence
@@ -328,7 +327,7 @@ def test_the_stream_of_a_device_is_seeded_and_goes_on_as_if_the_body_had_not_run
 
 def test_trainers_and_loggers_are_left_alone(tmp_path):
     module = nn.Linear(1, 1)
-    logger = CSVLogger(tmp_path)
+    logger = pl.loggers.CSVLogger(tmp_path)
     trainer = make_trainer(tmp_path, logger=logger)
     module.held, module._trainer = [trainer, logger, {"sum": sum}], trainer
     with fence(module, seed=0):
