@@ -4,9 +4,9 @@
     python .ci/matrix.py oldest            the named ones
     python .ci/matrix.py oldest -- ARGS    other arguments for pytest in place of the core suite
 
-Environments are built in .matrix/, which may be deleted, and serve again as long as they are there.
-The lower bounds are those of pyproject.toml, other versions those of .ci/constraints.txt or, where a
-cell says "newest", what the package index has. Needs Python 3.11.
+Environments are built in .matrix/ and serve again as long as they are there; it may be deleted.
+The lower bounds are those of pyproject.toml; other versions are those of .ci/constraints.txt or,
+where a cell says "newest", the newest there are. Needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ SHOWN = ("torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
 
 
 def lower_bounds() -> dict[str, str]:
-    """Reads {package: version} from pyproject.toml."""
+    """Reads {package: version} from pyproject.toml, extras that tests need included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return dict(line.split(">=") for line in project["dependencies"])
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["parquet"], *extras["examples"]]
+    return dict(line.split(">=") for line in lines)
 
 
 def pinned(package: str) -> str:
@@ -125,7 +127,7 @@ def base(version: str) -> Path:
     log = WHERE / f"{home.name}.pip.log"
     torch = f"torch=={version}" if version else "torch"
     rest = [name for name in LOW if name not in ("torch", "pytorch-lightning", "torchmetrics")]
-    rest += ["pytest", "pyarrow", "scikit-learn", "jsonargparse[signatures]", "rich"]
+    rest += ["pytest", "jsonargparse[signatures]", "rich"]
     if version == pinned("torch"):
         pip(python, log, "install", torch, *rest, "-c", str(ROOT / ".ci" / "constraints.txt"))
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_lca.meter import Meter
 from lightning_lca.path import Path
 from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
+from lightning_lca.results import Results
 from lightning_lca.session import Session, x_axis
 from lightning_lca.settings import Settings
 from lightning_lca.signals import held
@@ -34,6 +36,12 @@ class LCACallback(LightningCallback):
     lowered the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums
     per layer go to the Trainer's loggers every ``log_every_n_steps`` and, for every measured step,
     to the record in the log directory. The keys are listed in `Scalars`.
+
+    One instance may serve several trainings, one after the other; its results are those of the
+    latest. A copy or a pickle of it is small: it keeps the settings and, as plain data on the host,
+    the results so far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a
+    training that runs, and starts afresh in its own. A deep copy shares the probe's data and
+    ``loss_fn`` with the original; a pickle holds them, so that a lambda cannot be pickled.
 
     Args:
         probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an
@@ -118,6 +126,7 @@ class LCACallback(LightningCallback):
         self._steps: Steps | None = None
         self._trained: dict[str, Tensor] = {}
         self._session: Session | None = None
+        self._results: dict[str | None, Results] = {}
         self._kept: dict[str, Any] | None = None
         self._cost: Cost | None = None
 
@@ -126,10 +135,7 @@ class LCACallback(LightningCallback):
     @property
     def histories(self) -> dict[str | None, History]:
         """Every probe's table of measured steps, by name; the name of a single probe is None."""
-        if self._session is None:
-            return {}
-        self._session.collect()
-        return {name: meter.history for name, meter in self._session.meters.items()}
+        return {name: measured.history for name, measured in self._measured().items()}
 
     @property
     def history(self) -> History:
@@ -138,13 +144,12 @@ class LCACallback(LightningCallback):
         Raises:
             RuntimeError: Training has not started.
         """
-        self._first_meter("history")
-        return next(iter(self.histories.values()))
+        return self._first("history").history
 
     @property
     def totals(self) -> dict[str, Tensor]:
         """Cumulative LCA {name: [*shape]}, in loss units; needs track_parameters=True."""
-        totals = self._first_meter("totals").totals
+        totals = self._first("totals").totals
         if totals is None:
             raise RuntimeError("totals needs LCACallback(track_parameters=True).")
         return totals
@@ -152,10 +157,10 @@ class LCACallback(LightningCallback):
     @property
     def last(self) -> Allocation | None:
         """The allocation of the latest measured step; needs track_parameters=True."""
-        meter = self._first_meter("last")
-        if meter.totals is None:
+        first = self._first("last")
+        if first.totals is None:
             raise RuntimeError("last needs LCACallback(track_parameters=True).")
-        return meter.last
+        return first.last
 
     def summary(self) -> str:
         """Tells per layer the share of the loss change, and how the ledger closes, as text."""
@@ -183,7 +188,7 @@ class LCACallback(LightningCallback):
         """Reads the probes, evaluates each once, and opens the record."""
         asked = self._settings
         check_trainer(trainer, pl_module, asked)
-        self._path = Path()
+        self._path, self._results = Path(), {}
         self._session = Session(trainer, pl_module, asked)
         self.log_dir = self._session.log_dir
         kept, self._kept = self._kept, None
@@ -305,14 +310,41 @@ class LCACallback(LightningCallback):
             self._path.is_open = self._session.measured_to < self._steps.done
             raise
 
-    def _first_meter(self, what: str) -> Meter:
+    def _measured(self) -> Mapping[str | None, Meter | Results]:
+        """Gives what was measured by every probe, up to now."""
         if self._session is None:
+            return self._results
+        self._session.collect()
+        return self._session.meters
+
+    def _first(self, what: str) -> Meter | Results:
+        measured = self._measured()
+        if not measured:
             raise RuntimeError(
                 f"{what} is there once training has started: call trainer.fit first. If it ran in "
                 "other processes (ddp_spawn, ddp_notebook), read the record: "
                 "lightning_lca.History.load(log_dir)."
             )
-        return next(iter(self._session.meters.values()))
+        return next(iter(measured.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Gives what copies and pickles keep: nothing of a training that runs."""
+        results = {
+            name: Results.of(m) if isinstance(m, Meter) else m
+            for name, m in self._measured().items()
+        }
+        idle: dict[str, Any] = {"_path": Path(), "_trained": {}}
+        idle |= {"_steps": None, "_session": None, "_cost": None}
+        state = vars(self) | idle | {"_results": results}
+        # The Trainer hangs bound methods of the module on every callback.
+        return {n: v for n, v in state.items() if n not in ("log", "log_dict")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LCACallback:
+        """Copies all but the settings, which never change and may hold large data."""
+        memo[id(self._settings)] = self._settings
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
 
 def _synchronize(device: torch.device) -> None:

@@ -82,6 +82,9 @@ def _no_other_command_line(monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it.
 
 
+BY_PATH = "--trainer.callbacks=lightning_lca.LCACallback"
+
+
 def run(*typed, kind=cli.LightningCLI, path=None, fit=False):
     """Runs what is typed after the script's name; gives the callback that came of it."""
     defaults = DEFAULTS | {"default_root_dir": str(path), "logger": False}
@@ -143,9 +146,7 @@ ALL |= {"quadrature": "simpson", "every_n_steps": "1", "group_by": "layer", "pro
 
 def test_the_config_that_the_cli_saves_repeats_the_run(tmp_path):
     typed = [f"--trainer.callbacks.{name}={text}" for name, text in ALL.items()]
-    first = run(
-        "--trainer.callbacks=lightning_lca.LCACallback", *typed, path=tmp_path / "a", fit=True
-    )
+    first = run(BY_PATH, *typed, path=tmp_path / "a", fit=True)
     saved = tmp_path / "a" / "config.yaml"
     assert LOSS in saved.read_text()
     again = run(
@@ -186,7 +187,7 @@ def test_the_config_that_the_cli_saves_repeats_the_run(tmp_path):
 )
 def test_what_is_typed_wrong_is_said_in_one_message(capsys, name, typed, message):
     with pytest.raises((SystemExit, ValueError, TypeError)) as raised:
-        run("--trainer.callbacks=lightning_lca.LCACallback", f"--trainer.callbacks.{name}={typed}")
+        run(BY_PATH, f"--trainer.callbacks.{name}={typed}")
     said = " ".join((capsys.readouterr().err + str(raised.value)).split())
     assert re.search(message if ".*" in message else re.escape(message), said), said
 

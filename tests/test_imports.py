@@ -45,6 +45,7 @@ ROOMS = [
     "path",
     "reuse",
     "meter",
+    "results",
     "cost",
     "settings",
     "support",
