@@ -29,7 +29,7 @@ CORE = [
     f"tests/test_{name}.py"
     for name in (
         *("callback", "truth", "harmless", "manual", "meter", "probe", "resume", "history"),
-        *("metrics", "fence", "cli", "copies"),
+        *("metrics", "cli", "copies"),
     )
 ]
 SHOWN = ("torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
