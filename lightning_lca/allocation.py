@@ -75,7 +75,7 @@ class Position:
         if self.s in (0.0, 1.0):
             end = start if self.s == 0.0 else stop
             torch._foreach_copy_(live, [end[n] for n in names])
-        elif on_accelerator(start):
+        elif on_accelerator(live[0]):
             torch._foreach_copy_(live, [start[n] for n in names])
             torch._foreach_lerp_(live, [stop[n] for n in names], self.s)
         else:
@@ -134,9 +134,9 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def on_accelerator(weights: Weights) -> bool:
+def on_accelerator(tensor: Tensor) -> bool:
     """Whether launches of kernels cost more than memory: then a few go over many tensors."""
-    return next(iter(weights.values())).device.type != "cpu"
+    return tensor.device.type != "cpu"
 
 
 def bundles(tensors: Sequence[Tensor]) -> Iterator[slice]:
@@ -303,7 +303,7 @@ def _add(
     sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
 ) -> None:
     """Adds weight · gradient to the sums; ``fresh`` replaces them, and both may be one tensor."""
-    if fresh and sums[0].device.type != "cpu":
+    if fresh and on_accelerator(sums[0]):
         if sums is not gradients:
             torch._foreach_copy_(sums, gradients)
         torch._foreach_mul_(sums, weight)
@@ -327,7 +327,7 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
 @torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
     """Multiplies by stop − start, piece by piece, so that the motion is never a whole copy."""
-    if on_accelerator(segment.start):
+    if on_accelerator(sums[0]):
         starts, stops = list(segment.start.values()), [segment.stop[n] for n in segment.start]
         for part in bundles(sums):
             # Exact in the wider type: half-precision weights would round their own motion.

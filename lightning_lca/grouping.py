@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import CHUNK, Weights, bundles, wide
+from lightning_lca.allocation import CHUNK, Weights, bundles, on_accelerator, wide
 from lightning_lca.shards import any_cut, is_counted_here, is_cut, rows_here
 
 GroupBy = Literal["parameter", "layer", "neuron"]
@@ -175,10 +175,10 @@ class Grouping:
         plan = self._plan(names, rows, device)
         if not rows:
             per_row = _nothing(device)
-        elif device.type == "cpu":
-            per_row = _row_sums(rows)
-        else:
+        elif on_accelerator(rows[0]):
             per_row = _row_sums_in_few_kernels(rows, plan.pieces)
+        else:
+            per_row = _row_sums(rows)
         credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
         parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(credit, helping, hurting, parameters)
@@ -193,7 +193,8 @@ class Grouping:
             parameters = torch.cat(
                 [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in names)]
             )
-            pieces = [] if device.type == "cpu" else [(b, *_cut(rows[b])) for b in bundles(rows)]
+            few = bool(rows) and on_accelerator(rows[0])
+            pieces = [(b, *_cut(rows[b])) for b in bundles(rows)] if few else []
             self._plans = {
                 key: _Plan(
                     groups.to(device),

@@ -214,6 +214,7 @@ class Meter:
         return {
             "loss": None if self._loss is None else self._loss.cpu(),
             "reuse": self._reuse.on,
+            "last_step": self.history.last_step,
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
 

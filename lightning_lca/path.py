@@ -80,7 +80,7 @@ def _alike(a: Weights, b: Weights) -> bool:
 @torch.no_grad()
 def _equal(a: Weights, b: Weights) -> Flag | bool:
     """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
-    if not on_accelerator(a):
+    if not on_accelerator(next(iter(a.values()))):
         return all(torch.equal(a[n], b[n]) for n in a)
     names = [n for n in a if a[n].numel()]
     x, y = [a[n] for n in names], [b[n] for n in names]

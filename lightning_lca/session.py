@@ -71,11 +71,14 @@ class Session:
         """
         if kept:
             self._started_at = max(self._started_at, kept["steps"])
-            self._description["first_step"] = self._started_at
             self._gallery.turn(self._started_at)
+            # A training that ended in mid-chord measured the rest of it; one that goes on from
+            # there takes up the chord, and that rest no longer counts.
+            measured = [state["last_step"] for state in kept["probes"].values()]
+            self._description["first_step"] = min([self._started_at, *measured])
         histories = self._read_back(kept) if kept else {}
         if self._board is not None:
-            self._board.meta(self._description, self._started_at)
+            self._board.meta(self._description, self._description["first_step"])
         if self._asked.custom_scalars and self.log_dir is not None:
             lay_out(self._scalars[self._first].labels, self.log_dir)
         if kept is None:
@@ -220,7 +223,7 @@ class Session:
         if reader is None:
             return {}
         for history in reader.histories.values():
-            history.cut(self._started_at)
+            history.cut(self._description["first_step"])
         return {name or None: history for name, history in reader.histories.items()}
 
     def _copy(self, name: str | None, history: History) -> None:

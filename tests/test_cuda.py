@@ -102,7 +102,7 @@ def test_a_gpu_gives_the_history_of_the_cpu(tmp_path, rule):
     gpu, cpu = histories
     largest = np.abs(cpu.allocated).max()
     assert np.allclose(gpu.allocated, cpu.allocated, rtol=0, atol=1e-10 * largest)
-    assert np.allclose(gpu.neurons.credit, cpu.neurons.credit, rtol=0, atol=1e-10 * largest)
+    assert np.allclose(gpu.neurons.allocated, cpu.neurons.credit, rtol=0, atol=1e-10 * largest)
     assert np.array_equal(gpu.helping, cpu.helping)
     assert np.array_equal(gpu.hurting, cpu.hurting)
     assert np.allclose(gpu.residual, cpu.residual, rtol=0, atol=1e-10)

@@ -150,6 +150,19 @@ def test_a_resumed_training_has_the_history_of_the_unbroken_one(tmp_path, every,
         assert late == pytest.approx(wanted, rel=1e-5, abs=1e-7), tag
 
 
+def test_a_training_that_ended_in_mid_chord_goes_on_as_if_it_had_not(tmp_path):
+    options = {"every_n_steps": 3, "track_parameters": True}
+    unbroken, _ = train(tmp_path, "unbroken", 14, save_at=[7], **options)
+    ended, _ = train(tmp_path, "ended", 7, save_at=[7], **options)
+    assert ended.history.steps.tolist() == [3, 6, 7]
+    (checkpoint,) = (tmp_path / "ended").glob("*.ckpt")
+    resumed, _ = train(tmp_path, "ended", 14, checkpoint, **options)
+    assert resumed.history.steps.tolist() == [3, 6, 9, 12, 14]
+    assert np.array_equal(resumed.history.residual, unbroken.history.residual)
+    assert np.array_equal(resumed.history.drift, unbroken.history.drift)
+    assert_same_record(History.load(resumed.log_dir), History.load(unbroken.log_dir))
+
+
 def test_the_state_is_small_and_loads_without_trust(tmp_path):
     train(tmp_path, "v", 12, save_at=[12])
     (file,) = (tmp_path / "v").glob("*.ckpt")
