@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lca.allocation import Weights, wide
 from lightning_lca.grouping import Grouping
+from lightning_lca.names import named_parameters
 from lightning_lca.rows import Windows, window_tables
 
 SAMPLE = 10_000  # Single weights that are followed; a random sample of larger networks.
@@ -52,7 +53,7 @@ class Detail:
         self._neurons = Grouping(module, "neuron", process) if finer else None
         self._sample = _draw(module, seed) if weights else {}
         self.said = self._describe(module, grouping)
-        shapes = {n: p.shape for n, p in module.named_parameters()}
+        shapes = {n: p.shape for n, p in named_parameters(module).items()}
         self.tables = window_tables(self.said, shapes)
         self._sums: dict[str, Tensor] = {}
         self._measured = 0
@@ -136,7 +137,7 @@ class Detail:
 
 def _draw(module: nn.Module, seed: int) -> dict[str, Tensor]:
     """Draws single weights evenly from all that train: {parameter: flat indices, ascending}."""
-    parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    parameters = [(n, p) for n, p in named_parameters(module).items() if p.requires_grad]
     ends = np.cumsum([p.numel() for _, p in parameters])
     count = min(SAMPLE, int(ends[-1]))
     drawn = np.sort(np.random.default_rng(seed).choice(int(ends[-1]), count, replace=False))

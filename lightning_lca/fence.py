@@ -31,6 +31,7 @@ _ATOMS = frozenset(
 # nn.Module's own tables; the hook tables among them are left alone.
 _TABLES = frozenset(vars(nn.Module()))
 _HELD_TABLES = ("_parameters", "_buffers", "_modules")
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _NOT_OURS = frozenset({"_trainer", "_fabric", "_hook_handles"})
 # Objects of these packages are not walked into: a logger or a tokenizer is not module state.
 _FOREIGN = frozenset(sys.stdlib_module_names) | {
@@ -51,6 +52,8 @@ def fence(
     Put back are: the random state of torch (CPU and the given devices), numpy and python; the
     generators, parameters, buffers and plain tensors held by modules; their attributes, training
     flags and the contents of their lists, dicts, sets, deques, arrays and plain objects.
+
+    The same holds for what the modules' forward hooks hold: closures, owners, arguments.
 
     Not put back: the values of ``spare`` tensors, hooks, and whatever lives outside the modules.
 
@@ -173,6 +176,37 @@ class _Memory:
             self._keep_dict(attributes[name])
             for value in attributes[name].values():
                 self.keep(value)
+        for name in _FORWARD_HOOKS:
+            for hook in attributes.get(name, {}).values():
+                self._keep_function(hook)
+
+    def _keep_function(self, value: Any) -> None:
+        """Remembers what a hook holds: it may count, or collect what passes by."""
+        if isinstance(value, functools.partial):
+            self.keep(value.args)
+            self.keep(value.keywords)
+            self._keep_function(value.func)
+        elif isinstance(value, types.MethodType):
+            self.keep(value.__self__)
+        elif not isinstance(value, types.FunctionType):
+            self.keep(value)
+        elif id(value) not in self._seen and _is_ours(value):
+            self._seen.add(id(value))
+            self._keep_dict(vars(value))
+            self._keep_items([*vars(value).values(), *(value.__defaults__ or ())])
+            for cell in value.__closure__ or ():
+                self._keep_cell(cell)
+
+    def _keep_cell(self, cell: types.CellType) -> None:
+        try:
+            inside = cell.cell_contents
+        except ValueError:  # Not filled yet.
+            return
+        self._undo.append(functools.partial(setattr, cell, "cell_contents", inside))
+        if isinstance(inside, types.FunctionType | types.MethodType | functools.partial):
+            self._keep_function(inside)
+        else:
+            self.keep(inside)
 
     def _keep_dict(self, value: dict[Any, Any]) -> None:
         saved = list(value.items())
@@ -229,7 +263,7 @@ class _Memory:
     def _keep_object(self, value: Any) -> None:
         """Remembers the attributes of a plain object, e.g. a hand-written running average."""
         kind = type(value)
-        if kind.__module__.partition(".")[0] in _FOREIGN and not isinstance(value, _PLAIN):
+        if not _is_ours(kind) and not isinstance(value, _PLAIN):
             return
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
@@ -240,6 +274,11 @@ class _Memory:
         if held:
             self._undo += [functools.partial(object.__setattr__, value, *i) for i in held.items()]
             self._keep_items(held.values())
+
+
+def _is_ours(kind: Any) -> bool:
+    """Whether a class or function is neither of the standard library nor of a known package."""
+    return (kind.__module__ or "").partition(".")[0] not in _FOREIGN
 
 
 def _as_tuple(slots: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ of a bias joins the row of its unit.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.allocation import CHUNK, Weights, bundles, on_accelerator, wide
+from lightning_lca.names import named_parameters, submodule
 from lightning_lca.shards import any_cut, is_counted_here, is_cut, rows_here
 
 GroupBy = Literal["parameter", "layer", "neuron"]
@@ -113,7 +115,7 @@ class Grouping:
         index: dict[str, int] = {}
         sizes: dict[int, int] = {}
         self._rows: dict[str, _Rows] = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in named_parameters(module).items():
             labels, dim, blocks = _rows_of(module, name, parameter, by)
             groups = [index.setdefault(label, len(index)) for label in labels]
             for group in groups:
@@ -131,6 +133,7 @@ class Grouping:
         self.kinds: list[str] = [_kind(module, name) for name in self.parameters]
         self.names: list[str] = list(index)
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
+        self._warned = False
         self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
 
     @property
@@ -161,16 +164,20 @@ class Grouping:
 
     def count(self, names: Iterable[str]) -> int:
         """Counts the weights of some parameters, wherever they are held."""
-        return sum(self._rows[n].size for n in names)
+        return sum(self._rows[n].size for n in names if n in self._rows)
 
     def sums(self, values: Weights) -> GroupSums:
         """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
 
         Nothing is read back to the host. Names may be any subset of the module's; groups without a
-        name in ``values`` are zero.
+        name in ``values`` are zero. Parameters that the module did not have at first are left out,
+        with one warning.
         """
         device = next(iter(values.values())).device
-        names = tuple(n for n in values if self._rows[n].is_counted)
+        if strangers := [n for n in values if n not in self._rows]:
+            self._warn_of(strangers)
+        known = [n for n in values if n in self._rows]
+        names = tuple(n for n in known if self._rows[n].is_counted)
         rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
         plan = self._plan(names, rows, device)
         if not rows:
@@ -182,6 +189,17 @@ class Grouping:
         credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
         parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(credit, helping, hurting, parameters)
+
+    def _warn_of(self, strangers: list[str]) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"LCA: {len(strangers)} parameters, {strangers[0]} the first, joined after the "
+                "start of training. The table of groups is fixed by then: their credit is left "
+                "out of it and shows as residual. Make them in __init__ or configure_model, "
+                "frozen if they are to train later.",
+                stacklevel=2,
+            )
+        self._warned = True
 
     def _plan(self, names: tuple[str, ...], rows: list[Tensor], device: torch.device) -> _Plan:
         """Says where the sums of every row go; made and copied to the device once."""
@@ -294,7 +312,7 @@ def _rows_of(
         return [name], 0, 1
     if by == "layer":
         return [layer or leaf], 0, 1
-    owner = module.get_submodule(layer)
+    owner = submodule(module, layer)
     stem = layer or leaf
     if isinstance(owner, nn.RNNBase):
         stem += "." + leaf.split("_", 2)[-1]  # weight_ih_l0 and bias_hh_l0 share the rows of l0.
@@ -307,7 +325,7 @@ def _rows_of(
 def _kind(module: nn.Module, name: str) -> str:
     """Tells kernels from biases and from what normalizations learn."""
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path.partition(".parametrizations.")[0])
+    owner = submodule(module, path.partition(".parametrizations.")[0])
     if "norm" in type(owner).__name__.lower():
         return "norm"
     return "bias" if "bias" in leaf else "kernel"

@@ -23,6 +23,8 @@ from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
 from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.hooks import no_gradient_hooks
+from lightning_lca.names import named_parameters
 from lightning_lca.ranks import Ranks
 from lightning_lca.scaling import LossScale
 from lightning_lca.shards import any_cut, local, local_gradient, parts
@@ -33,7 +35,7 @@ LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scala
 
 def live_weights(module: nn.Module) -> dict[str, Tensor]:
     """Names the parameters that are being trained now: {name: [*shape]}, tied ones once."""
-    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {n: p for n, p in named_parameters(module).items() if p.requires_grad}
 
 
 class Probe:
@@ -287,7 +289,10 @@ class Probe:
 
     @contextmanager
     def _fenced(self, j: int) -> Iterator[None]:
-        """Runs one evaluation of batch j: seeded, silent, uncompiled, and undone afterwards."""
+        """Runs one evaluation of batch j: seeded, silent, uncompiled, and undone afterwards.
+
+        Hooks on gradients rest: they are no part of the loss.
+        """
         trainer = self._trainer
         loggers, should_stop = trainer.loggers, trainer.should_stop
         rates = [optimizer.param_groups for optimizer in trainer.optimizers]
@@ -299,7 +304,7 @@ class Probe:
                     vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
             trainer.loggers = self._dummies
             try:
-                with _uncompiled():
+                with _uncompiled(), no_gradient_hooks(self._module):
                     yield
             finally:
                 trainer.loggers, trainer.should_stop = loggers, should_stop

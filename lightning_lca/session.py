@@ -16,6 +16,7 @@ from lightning_lca.gallery import Gallery, lay_out
 from lightning_lca.grouping import Grouping
 from lightning_lca.history import History, Reader
 from lightning_lca.meter import Meter
+from lightning_lca.names import named_modules, named_parameters
 from lightning_lca.probe import Probe
 from lightning_lca.ranks import Ranks
 from lightning_lca.rounding import Rounding
@@ -242,9 +243,9 @@ class Session:
             "group_by": self._asked.group_by,
             "groups": grouping.names,
             "sizes": grouping.sizes,
-            "shapes": {n: list(p.shape) for n, p in module.named_parameters()},
+            "shapes": {n: list(p.shape) for n, p in named_parameters(module).items()},
             "windows": self.meters[self._first].windows,
-            "modules": {n: type(m).__name__ for n, m in module.named_modules()},
+            "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
             "settings": self._asked.describe(),
         }
 

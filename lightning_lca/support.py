@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from lightning_lca.flavours import MisconfigurationException
 from lightning_lca.settings import Settings
 from lightning_lca.shards import any_cut, is_cut, is_even
@@ -25,14 +27,21 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
     """Refuses what cannot be measured.
 
     Raises:
-        MisconfigurationException: Manual optimization without loss_fn, a strategy that hides the
-            weights, or weights that are cut in a way that cannot be followed.
+        MisconfigurationException: Manual optimization without loss_fn, lazy modules that have seen
+            no batch, a strategy that hides the weights, or weights that are cut in a way that cannot be followed.
     """
     if not module.automatic_optimization and settings.loss_fn is None:
         raise MisconfigurationException(
             "With manual optimization (automatic_optimization=False) training_step steps the "
             "optimizers, so it cannot be run to measure the loss. Tell which loss is meant: "
             "LCACallback(loss_fn=lambda module, batch: ...), which returns a scalar tensor."
+        )
+    lazy = [n for n, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{len(lazy)} parameters have no shape yet, {lazy[0]} the first: they belong to lazy "
+            "modules that have seen no batch. Pass one through them before training, e.g. in "
+            "setup or configure_model: with torch.no_grad(): self.net(example)."
         )
     _check_strategy(trainer.strategy)
     if any_cut(module):

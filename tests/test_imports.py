@@ -12,6 +12,7 @@ import lightning_lca
 ROOMS = [
     "quadrature",
     "allocation",
+    "names",
     "shards",
     "grouping",
     "synchrony",
@@ -41,6 +42,7 @@ ROOMS = [
     "ranks",
     "batches",
     "scaling",
+    "hooks",
     "probe",
     "path",
     "reuse",
