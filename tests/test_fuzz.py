@@ -1,6 +1,6 @@
 """Random small trainings against the float64 twin: 200 of them, each from its seed.
 
-One fails? ``pytest tests/test_fuzz.py -k "seed17 and not seed17x"``; ``case(17)`` prints what it is.
+Does one fail? ``pytest tests/test_fuzz.py -k seed17x`` runs it alone, and prints what it is.
 """
 
 import functools
@@ -219,7 +219,7 @@ def case(seed):
         "optimizer": optimizer,
         "data": data_of(kind, 24, generator),
         "trainer": {
-            "max_steps": int(random.integers(4, 8)),
+            "max_steps": int(random.integers(3, 7)),
             "accumulate_grad_batches": 1 if lbfgs else int(pick(random, 1, 1, 2, 3)),
             "precision": precision,
             **clip,
@@ -230,7 +230,7 @@ def case(seed):
             "every_n_steps": int(pick(random, 1, 1, 2, 3)),
             "quadrature": rule,
             "tolerance": tolerance,
-            "max_splits": int(pick(random, 1, 4, 32)),
+            "max_splits": int(pick(random, 1, 3, 8)),
             "group_by": pick(random, "parameter", "layer", "neuron"),
             "seed": int(random.integers(1000)),
         },
@@ -272,10 +272,12 @@ class Credits(pl.Callback):
         self.note()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # Once in a process, by Adagrad.
 @pytest.mark.parametrize("seed", range(SEEDS), ids=[f"seed{i}x" for i in range(SEEDS)])
 def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
     plain, recorder = train(tmp_path, case(seed))
     drawn = case(seed)
+    print({k: v for k, v in drawn.items() if k not in ("data", "lca")}, drawn["lca"])
     lca = LCACallback(**drawn["lca"], track_parameters=True)
     credits = Credits(lca)
     measured, _ = train(tmp_path, drawn, lca, credits)
@@ -304,8 +306,8 @@ def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
         got = credits.allocations[t].values
         assert set(got) == set(trained)
         for name in trained:
-            off = np.abs(got[name].double().numpy() - want.credit[name]) - want.slack[name]
-            assert (off <= 0).all(), (t, name, off.max(), np.abs(want.credit[name]).max())
+            off = np.abs(got[name].double().numpy() - want.credit[name])
+            assert (off <= want.slack[name]).all(), (t, name, off.max())
         near(history.loss_before[t], want.before, want.loss_slack)
         near(history.loss_after[t], want.after, want.loss_slack)
         near(history.residual[t], want.residual, everything)
@@ -320,13 +322,15 @@ def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
         near(history.drift[t], drift, both)
         previous = want
         if asked["tolerance"] is not None:
-            check_refinement(history, t, asked, twin, (start, stop, buffers), trained, everything)
+            check_refinement(history, t, asked, twin, (start, stop, buffers), everything)
     booked = history.allocated.sum() + history.residual.sum() + history.drift.sum()
     near(booked, history.loss_after[-1] - history.loss_before[0], 1e-14 * len(chords))
 
 
 def near(got, want, slack):
-    assert abs(got - want) <= slack, f"{got!r} is {abs(got - want):.3g} off {want!r}, not {slack:.3g}"
+    assert abs(got - want) <= slack, (
+        f"{got!r} is {abs(got - want):.3g} off {want!r}, not {slack:.3g}"
+    )
 
 
 def count_signs(history, t, groups, sizes, want):
@@ -336,17 +340,15 @@ def count_signs(history, t, groups, sizes, want):
     unsure = {n: want.moved[n] & ~sure_help[n] & ~sure_hurt[n] for n in want.credit}
     helped, hurt, open_ = (sum_of_groups(groups, a) for a in (sure_help, sure_hurt, unsure))
     for g, name in enumerate(history.groups):
-        helping, hurting = (round(c[t, g] * sizes[name]) for c in (history.helping, history.hurting))
+        helping, hurting = (
+            round(c[t, g] * sizes[name]) for c in (history.helping, history.hurting)
+        )
         assert helped[name] <= helping <= helped[name] + open_[name], name
         assert hurt[name] <= hurting <= hurt[name] + open_[name], name
         assert helping + hurting <= helped[name] + hurt[name] + open_[name], name
-    SEEN.append([sum(helped.values()) + sum(hurt.values()), sum(open_.values())])
 
 
-SEEN = []
-
-
-def check_refinement(history, t, asked, twin, segment, trained, slack):
+def check_refinement(history, t, asked, twin, segment, slack):
     """The tolerance is met, or every split was used; half the panels would not have done."""
     panels, residual = history.splits[t], abs(history.residual[t])
     assert panels & (panels - 1) == 0
@@ -357,5 +359,5 @@ def check_refinement(history, t, asked, twin, segment, trained, slack):
         assert residual >= asked["tolerance"] - slack
         assert 2 * panels > asked["max_splits"]
     if panels > 1:
-        coarser = twin.measure(*segment, simpson(panels // 2), trained)
-        assert abs(coarser.residual) >= asked["tolerance"] - slack
+        coarser = twin.residual(*segment, simpson(panels // 2))
+        assert abs(coarser) >= asked["tolerance"] - slack

@@ -4,7 +4,7 @@ The path of the weights comes from `PathRecorder`; `Twin.measure` credits its se
 far rounding in the run's own arithmetic can take a credit from the true one.
 
 Rounding is measured, not guessed: the gradient of the run's arithmetic is compared with that of
-float64 at the nodes of the segment and at points beside them, tensor by tensor. Eight times the
+float64 at both ends of the segment and at a point beside it, tensor by tensor. Eight times the
 largest of these errors (never less than one unit in the last place of the largest gradient) bounds
 the error of a gradient; rounding errors are linear in the unit roundoff, so that of float64 is that
 of float32 times 2**-29.
@@ -144,6 +144,20 @@ class Twin:
                     sums[name] = sums[name] + share * g.to_dense().double().numpy()
         return total, {n: np.broadcast_to(s, weights[n].shape) for n, s in sums.items()}
 
+    def residual(self, start, stop, buffers, rule):
+        """Gives what a rule leaves unexplained of the segment."""
+        wide = {n: (start[n].double(), stop[n].double()) for n in start}
+        with torch.random.fork_rng(devices=[]):
+            samples = {
+                s: self.loss_and_gradient(_between(wide, s), buffers)
+                for s in sorted({0.0, 1.0, *rule[0]})
+            }
+        explained = sum(
+            weight * sum((samples[s][1][n] * (b - a).numpy()).sum() for n, (a, b) in wide.items())
+            for s, weight in zip(*rule)
+        )
+        return samples[1.0][0] - samples[0.0][0] - explained
+
     def measure(self, start, stop, buffers, rule, trained):
         """Credits the segment by a rule: (nodes, weights)."""
         with torch.random.fork_rng(devices=[]):
@@ -153,35 +167,27 @@ class Twin:
         wide = {n: (start[n].double(), stop[n].double()) for n in start}
         errors, largest = dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
         sums, sizes = ({n: np.zeros(w.shape) for n, w in start.items()} for _ in range(2))
-        losses, loss_error = [], 0.0
-
-        def compare(at, loss, gradient):
-            nonlocal loss_error
-            low_loss, low = self.loss_and_gradient(at, buffers, exact=False)
-            loss_error = max(loss_error, abs(low_loss - loss))
-            for name, g in gradient.items():
-                errors[name] = max(errors[name], np.abs(low[name] - g).max(initial=0.0))
-                largest[name] = max(largest[name], np.abs(g).max(initial=0.0))
-
-        def at(s, jitter=False):
-            place = {n: a + s * (b - a) for n, (a, b) in wide.items()}
-            if jitter:
-                for n, w in place.items():
-                    place[n] = w * torch.from_numpy(1 + 1e-3 * self.random.normal(size=w.shape))
-                # Points that the run's dtype can hold: the errors of its arithmetic alone.
-                place = {n: w.to(start[n].dtype).double() for n, w in place.items()}
-            return place
-
+        samples, loss_error = {}, 0.0
+        for s in sorted({0.0, 1.0, *rule[0]}):
+            samples[s] = self.loss_and_gradient(_between(wide, s), buffers)
         for s, weight in zip(*rule):
-            loss, gradient = self.loss_and_gradient(at(s), buffers)
-            compare(at(s), loss, gradient)
-            for name, g in gradient.items():
+            for name, g in samples[s][1].items():
                 sums[name] += weight * g
                 sizes[name] += abs(weight * g)
-        for s in (0.0, 1.0):
-            losses.append(self.loss_and_gradient(at(s), buffers)[0])
-            beside = at(s, jitter=True)
-            compare(beside, *self.loss_and_gradient(beside, buffers))
+
+        middle = _between(wide, 0.5)
+        for n, w in middle.items():
+            middle[n] = w * torch.from_numpy(1 + 1e-3 * self.random.normal(size=w.shape))
+        # Three points that the run's dtype can hold: the errors of its arithmetic alone.
+        beside = {n: w.to(start[n].dtype).double() for n, w in middle.items()}
+        compared = [(_between(wide, s), samples[s]) for s in (0.0, 1.0)]
+        for place, exact in [*compared, (beside, self.loss_and_gradient(beside, buffers))]:
+            low_loss, low = self.loss_and_gradient(place, buffers, exact=False)
+            loss_error = max(loss_error, abs(low_loss - exact[0]))
+            for name, g in exact[1].items():
+                errors[name] = max(errors[name], np.abs(low[name] - g).max(initial=0.0))
+                largest[name] = max(largest[name], np.abs(g).max(initial=0.0))
+        losses = samples[0.0][0], samples[1.0][0]
 
         # Errors are linear in the unit roundoff; the low arithmetic of `compare` is float32's.
         finer = 2.0**-28 if self.dtype == torch.float64 else 1.0  # 2**-29, for run and twin.
@@ -196,6 +202,10 @@ class Twin:
             slack[n] = finer * np.abs(motion) * (span * error + 8 * low * sizes[n])
         loss_slack = finer * 8 * max(loss_error, low * max(map(abs, losses)))
         return Measured(credit, slack, moved, losses[0], losses[1], loss_slack)
+
+
+def _between(ends, s):
+    return {n: start + s * (stop - start) for n, (start, stop) in ends.items()}
 
 
 def groups_of(module, by):
