@@ -28,7 +28,8 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
 
     Raises:
         MisconfigurationException: Manual optimization without loss_fn, lazy modules that have seen
-            no batch, a strategy that hides the weights, or weights that are cut in a way that cannot be followed.
+            no batch, a strategy that hides the weights, or weights that are cut in a way that
+            cannot be followed.
     """
     if not module.automatic_optimization and settings.loss_fn is None:
         raise MisconfigurationException(
