@@ -10,19 +10,17 @@ function that gives the loss and its gradient at a position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_lca.arithmetic import accumulator, add, on_accelerator, times_motion, total, wide
 from lightning_lca.quadrature import SIMPSON, Quadrature
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
-HALF = (torch.float16, torch.bfloat16)
-CHUNK = 2**19  # Elements that stay in a processor's cache while several kernels go over them.
-LARGE = 2**20  # Elements that keep an accelerator busy.
 
 
 @dataclass(frozen=True)
@@ -124,46 +122,6 @@ class Allocation:
         return self.loss_after - self.loss_before - total(self.values.values())
 
 
-def total(values: Iterable[Tensor]) -> Tensor:
-    """Sums all elements of all tensors in float64 where the device has it: [*shape] each -> []."""
-    return torch.stack([v.sum(dtype=wide(v)) for v in values]).sum()
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Names the dtype for sums: float64, or float32 where the device lacks it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def on_accelerator(tensor: Tensor) -> bool:
-    """Whether launches of kernels cost more than memory: then a few go over many tensors."""
-    return tensor.device.type != "cpu"
-
-
-def bundles(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Cuts a list of tensors into bundles of bounded size; a large tensor is one by itself.
-
-    What goes over one bundle needs room for its results only, not for those of the whole list.
-
-    Example:
-        >>> list(bundles([torch.empty(9), torch.empty(9), torch.empty(2**21), torch.empty(9)]))
-        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
-    """
-    begin = elements = 0
-    for i, tensor in enumerate(tensors):
-        if i > begin and elements + tensor.numel() > LARGE:
-            yield slice(begin, i)
-            begin, elements = i, 0
-        elements += tensor.numel()
-    if tensors:
-        yield slice(begin, len(tensors))
-
-
-def accumulator(weight: Tensor) -> Tensor:
-    """Makes an empty tensor for gradient sums [*shape]: float32 if the weight is half precision."""
-    dtype = torch.float32 if weight.dtype in HALF else None
-    return torch.empty_like(weight, dtype=dtype, requires_grad=False).detach()
-
-
 def allocate(
     field: Field,
     segment: Segment,
@@ -208,7 +166,7 @@ def allocate(
     last: Sample | None = None
     for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
         sample = first if s == 0.0 and first is not None else field(segment.at(s))
-        _add(sums, _gradients(sample, names), weight, fresh=i == 0)
+        add(sums, _gradients(sample, names), weight, fresh=i == 0)
         last = sample if s == 1.0 else None
         sample, first = None, None  # Only one gradient is alive beside the sums.
     if last is None:
@@ -266,25 +224,25 @@ def refine(
         first = field(segment.at(0.0))
     # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
     ends = [out[n] for n in names]
-    _add(ends, _gradients(first, names), 1.0, fresh=True)
+    add(ends, _gradients(first, names), 1.0, fresh=True)
     loss_before, first = first.loss, None
     last = field(segment.at(1.0))
-    _add(ends, _gradients(last, names), 1.0)
+    add(ends, _gradients(last, names), 1.0)
     middles = [accumulator(segment.start[n]) for n in names]
     panels = 1
     while True:
         for panel in range(panels):
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
-            _add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
+            add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
             del sample
         explained = add_up(_explained(ends, middles, segment)) / (6 * panels)
         residual = abs(float(last.loss - loss_before - explained))
         if residual <= tolerance or 2 * panels > max_splits:
             break
-        _add(ends, middles, 2.0)
+        add(ends, middles, 2.0)
         panels *= 2
-    _add(ends, middles, 4.0)
-    _add(ends, ends, 1 / (6 * panels), fresh=True)
+    add(ends, middles, 4.0)
+    add(ends, ends, 1 / (6 * panels), fresh=True)
     _times_motion(ends, segment)
     return Allocation(out, loss_before, last.loss, panels, residual <= tolerance, last)
 
@@ -299,22 +257,6 @@ def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _add(
-    sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False
-) -> None:
-    """Adds weight · gradient to the sums; ``fresh`` replaces them, and both may be one tensor."""
-    if fresh and on_accelerator(sums[0]):
-        if sums is not gradients:
-            torch._foreach_copy_(sums, gradients)
-        torch._foreach_mul_(sums, weight)
-    elif fresh:
-        for sum_, gradient in zip(sums, gradients, strict=True):
-            torch.mul(gradient, weight, out=sum_)
-    else:
-        torch._foreach_add_(sums, gradients, alpha=weight)
-
-
-@torch.no_grad()
 def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> Tensor:
     """Sums (ends + 4 middles) · motion of every tensor [weights], one at a time."""
     sums = [
@@ -324,30 +266,6 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
     return torch.stack(sums)
 
 
-@torch.no_grad()
 def _times_motion(sums: list[Tensor], segment: Segment) -> None:
-    """Multiplies by stop − start, piece by piece, so that the motion is never a whole copy."""
-    if on_accelerator(sums[0]):
-        starts, stops = list(segment.start.values()), [segment.stop[n] for n in segment.start]
-        for part in bundles(sums):
-            # Exact in the wider type: half-precision weights would round their own motion.
-            ends = [w.to(s.dtype) for w, s in zip(stops[part], sums[part], strict=True)]
-            torch._foreach_mul_(sums[part], torch._foreach_sub(ends, starts[part]))
-        return
-    # One buffer for all pieces: fresh ones would cost more in page faults than the work itself.
-    buffer = next(iter(segment.start.values())).new_empty(CHUNK)
-    for sum_, (name, start) in zip(sums, segment.start.items(), strict=True):
-        for piece, a, b in _pieces(sum_, start, segment.stop[name]):
-            if piece.dtype != b.dtype:  # Half-precision weights would round their own motion.
-                a, b = a.to(piece.dtype), b.to(piece.dtype)
-            fits = b.numel() <= CHUNK and (b.dtype, b.device) == (buffer.dtype, buffer.device)
-            moved = buffer[: b.numel()].view(b.shape) if fits else torch.empty_like(b)
-            piece.mul_(torch.sub(b, a, out=moved))
-
-
-def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cuts large tensors of one shape alike, so that on a CPU each piece stays in its cache."""
-    large = tensors[0].numel() > CHUNK and tensors[0].device.type == "cpu"
-    if not (large and all(t.is_contiguous() for t in tensors)):
-        return [tensors]
-    return zip(*(torch.split(t.view(-1), CHUNK) for t in tensors), strict=True)
+    names = list(segment.start)
+    times_motion(sums, [segment.start[n] for n in names], [segment.stop[n] for n in names])

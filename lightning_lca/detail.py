@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import Weights, wide
+from lightning_lca.allocation import Weights
+from lightning_lca.arithmetic import wide
 from lightning_lca.grouping import Grouping
 from lightning_lca.names import named_parameters
 from lightning_lca.rows import Windows, window_tables

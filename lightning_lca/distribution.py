@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import CHUNK, Weights, wide
+from lightning_lca.allocation import Weights
+from lightning_lca.arithmetic import CHUNK, wide
 from lightning_lca.grouping import Grouping
 from lightning_lca.rows import Floats, Ints
 from lightning_lca.scalars import panels_of

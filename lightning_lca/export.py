@@ -11,21 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.history import History
+from lightning_lca.rows import SCALARS
 
 Columns = dict[str, npt.NDArray[Any]]
 FORMATS = (".csv", ".parquet", ".npz")
 BLOCK = 10_000  # Rows that are written at once.
-_PER_STEP = (
-    "steps",
-    "loss_before",
-    "loss_after",
-    "residual",
-    "drift",
-    "splits",
-    "converged",
-    "trained",
-    "seconds",
-)
+_PER_STEP = ("steps", *SCALARS)
 _PER_GROUP = {"lca": "allocated", "helping": "helping", "hurting": "hurting"}
 
 

@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import CHUNK, Weights, bundles, on_accelerator, wide
+from lightning_lca.allocation import Weights
+from lightning_lca.arithmetic import CHUNK, bundles, on_accelerator, wide
 from lightning_lca.names import named_parameters, submodule
 from lightning_lca.shards import any_cut, is_counted_here, is_cut, rows_here
 

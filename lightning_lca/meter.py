@@ -18,10 +18,10 @@ from lightning_lca.allocation import (
     Sample,
     Segment,
     Weights,
-    accumulator,
     allocate,
     refine,
 )
+from lightning_lca.arithmetic import accumulator
 from lightning_lca.detail import Detail
 from lightning_lca.distribution import Distribution, Distributions
 from lightning_lca.flag import Flag

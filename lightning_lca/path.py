@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lca.allocation import Segment, Weights, bundles, on_accelerator
+from lightning_lca.allocation import Segment, Weights
+from lightning_lca.arithmetic import bundles, on_accelerator
 from lightning_lca.flag import Flag
 from lightning_lca.shards import parts
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca import flavours
-from lightning_lca.allocation import HALF, Position, Sample, Segment, Weights, wide
+from lightning_lca.allocation import Position, Sample, Segment, Weights
+from lightning_lca.arithmetic import HALF, wide
 from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
 from lightning_lca.fingerprint import fingerprint

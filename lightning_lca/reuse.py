@@ -13,7 +13,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from lightning_lca.allocation import Field, Sample, Segment, Weights, bundles
+from lightning_lca.allocation import Field, Sample, Segment, Weights
+from lightning_lca.arithmetic import bundles
 from lightning_lca.flag import Flag
 from lightning_lca.probe import Probe
 from lightning_lca.ranks import Ranks

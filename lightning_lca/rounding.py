@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.allocation import HALF, Segment
+from lightning_lca.allocation import Segment
+from lightning_lca.arithmetic import HALF
 
 
 class Rounding:

@@ -13,7 +13,7 @@ from lightning_lca import record
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_SCALARS = (
+SCALARS = (
     "loss_before",
     "loss_after",
     "residual",
@@ -104,7 +104,7 @@ class Rows:
             "helping": self.helping.astype(narrow),
             # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
             "idle": (sizes - self.helping - self.hurting).astype(narrow),
-            "scalars": np.stack([getattr(self, name).astype(float) for name in _SCALARS], 1),
+            "scalars": np.stack([getattr(self, name).astype(float) for name in SCALARS], 1),
         }
 
     @classmethod
@@ -120,11 +120,11 @@ class Rows:
             ("allocated", (rows, len(sizes))),
             ("helping", (rows, len(sizes))),
             ("idle", (rows, len(sizes))),
-            ("scalars", (rows, len(_SCALARS))),
+            ("scalars", (rows, len(SCALARS))),
         ):
             if parts[part].shape != shape:
                 raise ValueError(f"{part} has shape {parts[part].shape}, expected {shape}.")
-        scalars = dict(zip(_SCALARS, parts["scalars"].T, strict=True))
+        scalars = dict(zip(SCALARS, parts["scalars"].T, strict=True))
         exact = {"splits": np.int64, "converged": np.bool_, "trained": np.int64}
         helping = parts["helping"]
         return cls(
@@ -132,7 +132,7 @@ class Rows:
             allocated=parts["allocated"],
             helping=helping,
             hurting=(sizes - helping - parts["idle"]).astype(helping.dtype),
-            **{name: scalars[name].astype(exact.get(name, np.float64)) for name in _SCALARS},
+            **{name: scalars[name].astype(exact.get(name, np.float64)) for name in SCALARS},
         )
 
 

@@ -17,7 +17,7 @@ WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select
 @pytest.fixture
 def accelerated(monkeypatch):
     """Every room takes the CPU for an accelerator."""
-    for room in ("allocation", "path", "grouping"):
+    for room in ("arithmetic", "allocation", "path", "grouping"):
         monkeypatch.setattr(f"lightning_lca.{room}.on_accelerator", lambda tensor: True)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_lca.allocation import bundles
+from lightning_lca.arithmetic import bundles
 from lightning_lca.grouping import Grouping, _cut, _row_sums, _row_sums_in_few_kernels
 
 

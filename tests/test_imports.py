@@ -11,6 +11,7 @@ import lightning_lca
 
 ROOMS = [
     "quadrature",
+    "arithmetic",
     "allocation",
     "names",
     "shards",
