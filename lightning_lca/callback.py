@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_lca import flavours
 from lightning_lca.allocation import Allocation
+from lightning_lca.budget import Budget
 from lightning_lca.cost import Cost
 from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy
@@ -54,6 +54,10 @@ class LCACallback(LightningCallback):
             module's own training_step.
         every_n_steps: Measures the chord from every n-th optimizer step to the next: nothing is
             missed, at 1/n of the cost, but what happens within a chord is not resolved.
+        max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
+            so that measuring slows training down by at most this share (0.1: 10 %). It is chosen
+            once, logged and recorded: a training that is told that number has the same history.
+            What loggers take to write, and figures to draw, is not in it.
         quadrature: Name of a rule ("euler", "midpoint", "trapezoid", "simpson", "boole", "gauss2",
             "gauss3") or a `Quadrature`.
         tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
@@ -74,6 +78,7 @@ class LCACallback(LightningCallback):
 
     Attributes:
         log_dir: Directory of the record, while and after training.
+        every_n_steps: As given, or as chosen for max_overhead; None until it is.
 
     Raises:
         ValueError: An argument out of range. TypeError: one of the wrong type.
@@ -90,6 +95,7 @@ class LCACallback(LightningCallback):
         probe_mode: ProbeMode = "no_dropout",
         loss_fn: Callable[[Any, Any], Any] | None = None,
         every_n_steps: int = 1,
+        max_overhead: float | None = None,
         quadrature: str | Quadrature = "simpson",
         tolerance: float | None = None,
         max_splits: int = 32,
@@ -109,6 +115,7 @@ class LCACallback(LightningCallback):
             probe_mode=probe_mode,
             loss_fn=loss_fn,
             every_n_steps=every_n_steps,
+            max_overhead=max_overhead,
             quadrature=quadrature,
             tolerance=tolerance,
             max_splits=max_splits,
@@ -129,6 +136,8 @@ class LCACallback(LightningCallback):
         self._results: dict[str | None, Results] = {}
         self._kept: dict[str, Any] | None = None
         self._cost: Cost | None = None
+        self._budget: Budget | None = None
+        self.every_n_steps = None if max_overhead is not None else every_n_steps
 
     # -- results ----------------------------------------------------------------------------------
 
@@ -175,9 +184,10 @@ class LCACallback(LightningCallback):
         """Tells several of these callbacks in one Trainer apart."""
         asked = self._settings
         probes = [n or (s if isinstance(s, str) else "own") for n, s in asked.sources.items()]
+        budget = "" if asked.max_overhead is None else f"max_overhead={asked.max_overhead}, "
         return (
             f"LCACallback(probe={'+'.join(probes)}, probe_mode={asked.probe_mode}, "
-            f"every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
+            f"{budget}every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
             f"group_by={asked.group_by})"
         )
 
@@ -193,6 +203,10 @@ class LCACallback(LightningCallback):
         self.log_dir = self._session.log_dir
         kept, self._kept = self._kept, None
         self._session.begin(kept)
+        if asked.max_overhead is not None:
+            self.every_n_steps = kept.get("every_n_steps") if kept else None
+            if self.every_n_steps is not None:
+                self._session.choose(self.every_n_steps)
         self._steps = Steps(trainer, pl_module, self._open)
         if kept:
             self._steps.resume(kept["steps"])
@@ -203,19 +217,23 @@ class LCACallback(LightningCallback):
             if self._is_due():
                 self._measure(pl_module)
                 self._session.log(x_axis(trainer), self._steps.done)
-        self._cost = Cost(
-            asked.every_n_steps, asked.tolerance is not None, lambda: _synchronize(pl_module.device)
-        )
+        self._cost = Cost(pl_module.device)
+        self._budget = None
+        if self.every_n_steps is None:
+            self._budget = Budget(asked, self._session, self._path, self._cost)
+            if kept and kept["open"]:
+                self._budget.resume(kept["open"], self._steps.done)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
-        self._trained = live_weights(pl_module)
+        if not self._path.is_open:
+            self._trained = live_weights(pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""
-        if pl_module.automatic_optimization:
+        if pl_module.automatic_optimization and not self._path.is_open:
             self._trained = live_weights(pl_module)
         self._open()
 
@@ -227,18 +245,21 @@ class LCACallback(LightningCallback):
         session, steps = self._session, self._steps
         if session is None or steps is None:
             return
+        if self._budget is not None:
+            every = self._budget.take(pl_module, live_weights(pl_module), steps.done)
+            if self._choose(trainer, session, self._budget, every) and not self._path.is_open:
+                session.log(x_axis(trainer), steps.done)
+        if not self._is_due():
+            session.record()
+            return
         if self._cost is not None:
-            self._cost.enter()
-        gradients = None
-        if self._is_due():
-            gradients = self._measure(pl_module)
-            session.log(x_axis(trainer), steps.done)
+            self._cost.enter(steps.done - self._opened_at)
+        gradients = self._measure(pl_module)
+        session.log(x_axis(trainer), steps.done)
         session.record()
         if self._cost is not None:
             self._cost.leave(gradients)
-            if line := self._cost.line():
-                self._cost = None
-                flavours.of(trainer, ".utilities.rank_zero").rank_zero_info(line)
+            self._tell(trainer, self._cost)
 
     @held()
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -248,6 +269,10 @@ class LCACallback(LightningCallback):
             return
         steps.leave()
         x = 0
+        if self._budget is not None:
+            every = self._budget.end(live_weights(pl_module), steps.done)
+            if self._choose(trainer, session, self._budget, every):
+                x = x_axis(trainer) - 1
         if self._path.is_open and steps.done > self._opened_at:
             self._measure(pl_module)
             x = x_axis(trainer) - 1  # The last batch is counted by now.
@@ -276,10 +301,15 @@ class LCACallback(LightningCallback):
         opened = None
         # Of weights that are cut, a checkpoint of this process would hold a part only: a chord that
         # was open then ends there, and what it did to the loss is booked as drift.
-        if self._path.is_open and not self._session.is_cut:
+        if self._session.is_cut:
+            pass
+        elif self._budget is not None and self._budget.began_at is not None:
+            opened = {"at": self._budget.began_at, "weights": dict(self._budget.start)}
+        elif self._path.is_open:
             weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
             opened = {"at": self._opened_at, "weights": weights}
-        return self._session.state() | {"open": opened, "steps": self._steps.done}
+        own = {"open": opened, "steps": self._steps.done, "every_n_steps": self.every_n_steps}
+        return self._session.state() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, for the training that is about to start."""
@@ -296,7 +326,32 @@ class LCACallback(LightningCallback):
 
     def _is_due(self) -> bool:
         done = 0 if self._steps is None else self._steps.done
-        return self._path.is_open and done - self._opened_at >= self._settings.every_n_steps
+        every = self.every_n_steps
+        return self._path.is_open and every is not None and done - self._opened_at >= every
+
+    def _choose(self, trainer: Any, session: Session, budget: Budget, every: int | None) -> bool:
+        """Goes on with the every_n_steps that was chosen; False if none is yet."""
+        if self._path.is_open and budget.began_at is not None:
+            self._opened_at = budget.began_at
+        if every is None:
+            return False
+        flavours.of(trainer, ".utilities.rank_zero").rank_zero_info(budget.line(every))
+        session.choose(every)
+        self.every_n_steps = every
+        self._budget, self._cost = None, Cost(budget.device)
+        return True
+
+    def _tell(self, trainer: Any, cost: Cost) -> None:
+        """Says once what measuring costs, or that it costs far more than it should."""
+        if not cost.is_known or self.every_n_steps is None:
+            return
+        self._cost = None
+        rank_zero = flavours.of(trainer, ".utilities.rank_zero")
+        if self._settings.max_overhead is None:
+            refines = self._settings.tolerance is not None
+            rank_zero.rank_zero_info(cost.line(self.every_n_steps, refines=refines))
+        elif excess := cost.excess(self.every_n_steps, self._settings.max_overhead):
+            rank_zero.rank_zero_warn(excess)
 
     def _measure(self, pl_module: Any) -> int:
         """Measures from where the segment was opened to where the weights are now."""
@@ -345,8 +400,3 @@ class LCACallback(LightningCallback):
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
         return twin
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

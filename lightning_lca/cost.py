@@ -1,19 +1,29 @@
-"""What measuring costs, timed over the first steps and told once."""
+"""What measuring costs: the one clock that times it, and what is told of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from math import ceil
 from statistics import median
 
+import torch
+
+clock = time.perf_counter
 _WARM_UP = 3
 _TIMED = 7
 _CHOICES = (2, 5, 10)  # Longer chords are curved too much for one panel of a rule.
 _CHEAP = 1.2
+_BY_FAR = 2.0
 
 
 class Cost:
-    """Times measured steps against the training around them.
+    """Times measuring against the training around it, waiting for the device at either end.
+
+    Attributes:
+        device: What the clock waits for.
+        plain: Seconds per optimizer step of every stretch of training, from `leave` to `enter`.
+        measuring: Seconds from `enter` to `leave`, where a step was measured.
+        gradients: Probe gradients of every measured step.
 
     Example:
         >>> cost_line(first=3, then=2, plain=0.010, measuring=0.019, every=1)
@@ -21,53 +31,79 @@ class Cost:
 every_n_steps=10 would make it about 1.2x, with less resolution and a larger residual.'
     """
 
-    def __init__(self, every: int, refines: bool, synchronize: Callable[[], None]) -> None:
+    def __init__(self, device: torch.device) -> None:
         """Starts the clock.
 
         Args:
-            every: Optimizer steps per measured step.
-            refines: Whether a tolerance is set, so that a longer chord takes more gradients.
-            synchronize: Waits for the device; called only until the line has been told.
+            device: What to wait for.
         """
-        self._every = every
-        self._refines = refines
-        self._synchronize = synchronize
-        self._gradients: list[int] = []
-        self._plain: list[float] = []
-        self._measuring: list[float] = []
-        self._training = 0.0
-        self._left = self._now()
+        self.device = device
+        self.plain: list[float] = []
+        self.measuring: list[float] = []
+        self.gradients: list[int] = []
+        self._left = self._entered = self.now()
 
-    def _now(self) -> float:
-        self._synchronize()
-        return time.perf_counter()
+    def now(self) -> float:
+        """Reads the clock once the device has caught up."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return clock()
 
-    def enter(self) -> None:
-        """Marks that a batch of plain training has ended."""
-        self._began = self._now()
-        self._training += self._began - self._left
+    def enter(self, steps: int) -> None:
+        """Marks that so many optimizer steps of training have ended, and measuring may begin."""
+        self._entered = self.now()
+        self.plain.append((self._entered - self._left) / steps)
 
     def leave(self, gradients: int | None = None) -> None:
         """Marks that training goes on, after so many gradients if a step was measured."""
-        self._left = self._now()
+        self._left = self.now()
         if gradients is not None:
-            self._gradients.append(gradients)
-            self._plain.append(self._training / self._every)
-            self._measuring.append(self._left - self._began)
-            self._training = 0.0
+            self.gradients.append(gradients)
+            self.measuring.append(self._left - self._entered)
 
-    def line(self) -> str | None:
-        """Gives the line once enough steps are timed."""
-        if len(self._gradients) < _WARM_UP + _TIMED:
+    @property
+    def is_known(self) -> bool:
+        """Whether enough steps were timed."""
+        return len(self.gradients) >= _WARM_UP + _TIMED
+
+    def line(self, every: int, *, refines: bool = False) -> str:
+        """Words what was timed, with one measurement every so many optimizer steps."""
+        gradients, plain, measuring = self._steady()
+        return cost_line(self.gradients[0], gradients, plain, measuring, every, refines=refines)
+
+    def excess(self, every: int, most: float) -> str | None:
+        """Words by how much a budget is overdrawn: None unless by far."""
+        _, plain, measuring = self._steady()
+        overhead = measuring / (every * plain)
+        if overhead <= _BY_FAR * most:
             return None
-        return cost_line(
-            self._gradients[0],
-            round(median(self._gradients[_WARM_UP:])),
-            median(self._plain[_WARM_UP:]),
-            median(self._measuring[_WARM_UP:]),
-            self._every,
-            refines=self._refines,
+        return (
+            f"LCA: measuring takes {overhead:.0%} of training's own time, beyond "
+            f"max_overhead={most:g}: since every_n_steps={every} was chosen in the first steps, "
+            "training has become faster or measuring slower. It stays as it is; next time, "
+            f"every_n_steps={affordable(measuring, plain, most)} would keep to it."
         )
+
+    def _steady(self) -> tuple[int, float, float]:
+        parts = (self.gradients, self.plain, self.measuring)
+        gradients, plain, measuring = (median(part[_WARM_UP:]) for part in parts)
+        return round(gradients), plain, measuring
+
+
+def affordable(measuring: float, plain: float, most: float) -> int:
+    """Gives the least every_n_steps that keeps to a budget.
+
+    Args:
+        measuring: Seconds of one measurement.
+        plain: Seconds of one plain training step.
+        most: The budget, as a share of the time of plain training.
+
+    Example:
+        >>> affordable(measuring=0.019, plain=0.010, most=0.1)
+        19
+    """
+    tiny = 1e-9  # Seconds, for clocks that stand still; and 0.019 / 0.001 is not quite 19.
+    return max(1, ceil(measuring / (most * max(plain, tiny)) - tiny))
 
 
 def cost_line(

@@ -72,6 +72,14 @@ class Ranks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """Gives the largest of all processes' numbers."""
+        if self.processes == 1:
+            return number
+        agreed = torch.tensor(number, device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
+
     def all(self, flags: Sequence[Flag | bool], device: torch.device) -> list[bool]:
         """Tells of each flag whether it is set on every process, so that all take the same way."""
         if self.processes == 1:

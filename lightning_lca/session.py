@@ -47,11 +47,14 @@ class Session:
         self._asked = settings
         self.is_cut = any_cut(module)
         self._rounding = Rounding(module)
-        grouping = Grouping(module, settings.group_by, trainer.global_rank)
+        self._ranks = Ranks.of(trainer)
+        self._grouping = grouping = Grouping(module, settings.group_by, trainer.global_rank)
         self.meters: dict[str | None, Meter] = {}
+        self._rehearsed: dict[str | None, Meter] = {}
         self._scalars: dict[str | None, Scalars] = {}
         for name, source in settings.sources.items():
-            self.meters[name] = _meter(trainer, module, settings, source, grouping)
+            probe = _probe(trainer, module, settings, source, self._ranks)
+            self.meters[name] = self._meter(probe, module)
             prefix = f"lca_{name}" if self._scalars else "lca"
             self._scalars[name] = Scalars(grouping.names, grouping.sizes, prefix)
         self._first = next(iter(self.meters))
@@ -130,6 +133,37 @@ class Session:
             meter.measure(segment, continues, step, spread=due)
             self.measured_to = step
         return sum(meter.gradients for meter in self.meters.values()) - before
+
+    def rehearse(self, module: Any, segment: Segment, continues: Flag | bool, step: int) -> int:
+        """Measures like `measure`, but for the time that it takes: the rows wait for `settle`."""
+        if not self._rehearsed:
+            self._rehearsed = {n: self._meter(m.probe, module) for n, m in self.meters.items()}
+        before = sum(meter.gradients for meter in self._rehearsed.values())
+        for meter in self._rehearsed.values():
+            meter.measure(segment, continues, step)
+            meter.collect()
+        return sum(meter.gradients for meter in self._rehearsed.values()) - before
+
+    def settle(self, *, keep: bool) -> None:
+        """Takes what was rehearsed for measured, or forgets it."""
+        rehearsed, self._rehearsed = self._rehearsed, {}
+        if not keep:
+            return
+        self.meters = rehearsed
+        for name, meter in rehearsed.items():
+            self._scalars[name].update(meter.history.rows)
+            if self._board is not None:
+                self._board.add(name, meter.history.rows)
+
+    def largest(self, number: int) -> int:
+        """Gives the largest of the ranks' numbers; every rank must call this."""
+        return self._ranks.largest(number, self.meters[self._first].probe.device)
+
+    def choose(self, every: int) -> None:
+        """Records which every_n_steps was chosen."""
+        self._description["settings"] |= {"every_n_steps": every}
+        if self._board is not None:
+            self._board.meta(self._description, self._started_at)
 
     def log(self, x: int, step: int) -> None:
         """Logs scalars on their interval, and shows figures on their occasions.
@@ -249,9 +283,31 @@ class Session:
             "settings": self._asked.describe(),
         }
 
+    def _meter(self, probe: Probe, module: Any) -> Meter:
+        """Makes a meter that has measured nothing."""
+        asked = self._asked
+        detail = Detail(
+            module,
+            self._grouping,
+            neurons=asked.neurons,
+            weights=asked.track_parameters,
+            seed=asked.seed,
+            process=self._ranks.process,
+        )
+        return Meter(
+            probe,
+            self._grouping,
+            detail,
+            Distributions(module),
+            asked.rule,
+            self._ranks,
+            tolerance=asked.tolerance,
+            max_splits=asked.max_splits,
+            track_parameters=asked.track_parameters,
+        )
 
-def _meter(trainer: Any, module: Any, settings: Settings, source: Any, grouping: Grouping) -> Meter:
-    ranks = Ranks.of(trainer)
+
+def _probe(trainer: Any, module: Any, settings: Settings, source: Any, ranks: Ranks) -> Probe:
     probe = Probe(
         trainer,
         module,
@@ -262,25 +318,7 @@ def _meter(trainer: Any, module: Any, settings: Settings, source: Any, grouping:
         ranks=ranks,
     )
     probe.check()
-    detail = Detail(
-        module,
-        grouping,
-        neurons=settings.neurons,
-        weights=settings.track_parameters,
-        seed=settings.seed,
-        process=ranks.process,
-    )
-    return Meter(
-        probe,
-        grouping,
-        detail,
-        Distributions(module),
-        settings.rule,
-        ranks,
-        tolerance=settings.tolerance,
-        max_splits=settings.max_splits,
-        track_parameters=settings.track_parameters,
-    )
+    return probe
 
 
 def x_axis(trainer: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, get_args
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class Settings:
     probe_mode: ProbeMode
     loss_fn: LossFn | None
     every_n_steps: int
+    max_overhead: float | None
     rule: Quadrature
     tolerance: float | None
     max_splits: int
@@ -58,6 +60,8 @@ class Settings:
                 "loss_fn must be a function (module, batch) -> scalar, got "
                 f"{type(settings.loss_fn).__name__}."
             )
+        if settings.max_overhead is not None:
+            _share("max_overhead", settings.max_overhead)
         if settings.tolerance is not None:
             _tolerance(settings.tolerance, settings.rule)
         return settings
@@ -67,7 +71,8 @@ class Settings:
         return {
             "probe_batches": self.probe_batches,
             "probe_mode": self.probe_mode,
-            "every_n_steps": self.every_n_steps,
+            "every_n_steps": self.every_n_steps if self.max_overhead is None else None,
+            "max_overhead": self.max_overhead,
             "quadrature": self.rule.name,
             "tolerance": self.tolerance,
             "max_splits": self.max_splits,
@@ -109,6 +114,14 @@ def _count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _share(name: str, value: Any) -> None:
+    example = f"e.g. {name}=0.1 for 10 %"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, {example}; got {value!r}.")
+    if not (value > 0 and isfinite(value)):
+        raise ValueError(f"{name} must be a positive number, {example}; got {value!r}.")
 
 
 def _tolerance(tolerance: float, rule: Quadrature) -> None:

@@ -54,6 +54,7 @@ ROOMS = [
     "support",
     "rounding",
     "session",
+    "budget",
     "steps",
     "callback",
     "export",
