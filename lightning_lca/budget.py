@@ -123,8 +123,8 @@ class Budget:
             return text + f"training ended before max_overhead={self._most:g} could choose more."
         share = self._measuring / self._plain
         text += (
-            f"chosen for max_overhead={self._most:g}: a measured step takes {share:.2g} times as "
-            f"long on top of a plain one ({1e3 * self._measuring:.3g} on {1e3 * self._plain:.3g} "
+            f"chosen for max_overhead={self._most:g}: measuring a step takes {share:.2g} times as "
+            f"long as a plain one ({1e3 * self._measuring:.3g} and {1e3 * self._plain:.3g} "
             f"ms), so that training slows down by {share / every:.1%}."
         )
         if (fits := affordable(self._measuring, self._plain, self._most)) < self._least:

@@ -323,6 +323,8 @@ class LCACallback(LightningCallback):
         if not self._path.is_open and self._steps is not None:
             self._opened_at = self._steps.done
             self._path.open(self._trained)
+            if self._budget is not None:
+                self._budget.begin(self._opened_at, self._path.start)
 
     def _is_due(self) -> bool:
         done = 0 if self._steps is None else self._steps.done
