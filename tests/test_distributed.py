@@ -18,9 +18,9 @@ from lightning_lca import History
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")
-OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn")
+OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn", "ddp+budget")
 CUT = (
-    *("fsdp+double", "fsdp+single", "fsdp+tolerance", "fsdp+drawn", "fsdp+neuron"),
+    *("fsdp+double", "fsdp+single", "fsdp+tolerance", "fsdp+drawn", "fsdp+neuron", "fsdp+budget"),
     *("tensor+double", "tensor+tolerance", "tensor+neuron"),
     *("both+double", "both+tolerance"),
 )
@@ -199,6 +199,13 @@ def test_refinement_comes_to_the_same_end_on_all_ranks(trained, cut, name):
     assert rows["converged"].all()
     assert rows["splits"].max() > 1
     assert np.abs(rows["residual"]).max() <= 1e-9
+
+
+@pytest.mark.parametrize("case", ["ddp+budget", "fsdp+budget"])
+def test_ranks_whose_clocks_disagree_choose_the_same_chord(trained, case):
+    for rank in (0, 1):
+        rows = load(trained, case, "measured", rank)["rows"]
+        assert rows["steps"].tolist() == [STEPS], "rank zero alone would choose 5"
 
 
 def test_a_drawn_probe_has_its_batches_from_every_rank(trained):

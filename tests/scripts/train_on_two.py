@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cases import Classifier, make_trainer, mlp, toy_data
 
-from lightning_lca import LCACallback
+from lightning_lca import LCACallback, cost
 
 STEPS = 6
 DDP = {
@@ -146,6 +146,28 @@ class Die(pl.Callback):
             os._exit(9)
 
 
+class Slow:
+    """Moves a clock that stands still otherwise, so that the ranks disagree on the time."""
+
+    def training_step(self, batch, batch_idx):
+        Slow.now += 10.0
+        return super().training_step(batch, batch_idx)
+
+    @staticmethod
+    def loss(module, batch):
+        # Two gradients of two batches each: 2 s on rank zero, 6 s on the other.
+        Slow.now += 1.5 if module.global_rank else 0.5
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+
+class SlowPlain(Slow, Plain):
+    """The same, whole on both ranks."""
+
+
+class SlowCut(Slow, Cut):
+    """The same, cut over both."""
+
+
 def probe_batches(dtype):
     """Four batches of unequal size."""
     xs, ys = toy_data(60, dtype=dtype).tensors
@@ -172,6 +194,11 @@ def train(directory, case, measured):
     else:
         model = Talkative(unused=name == "unused")
     probe = probe_batches(dtype)
+    options = {}
+    if option == "budget":
+        cost.clock, Slow.now = (lambda: Slow.now), 0.0
+        model = SlowCut(dtype) if name in MESHES else SlowPlain(optimizer=sgd)
+        options = {"max_overhead": 0.1, "loss_fn": Slow.loss}
     probe = {"three": probe[:3], "drawn": "train"}.get(option, probe)
     tolerance = 1e-9 if option == "tolerance" else None
     lca = (
@@ -181,6 +208,7 @@ def train(directory, case, measured):
             tolerance=tolerance,
             group_by="neuron" if option == "neuron" else "layer",
             neurons=name == "fsdp",
+            **options,
         )
         if measured
         else None
