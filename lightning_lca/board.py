@@ -82,7 +82,7 @@ class Board:
 
     def meta(self, value: Mapping[str, Any], step: int) -> None:
         """Takes what describes a session of the record, which starts after this step."""
-        self._meta, self._written_to = dict(value), step
+        self._meta, self._written_to, self._told = dict(value), step, False
         self._try(everything=False)
 
     def add(self, probe: str | None, rows: Rows) -> None:

@@ -151,6 +151,7 @@ class Session:
             return
         self.meters = rehearsed
         for name, meter in rehearsed.items():
+            self.measured_to = meter.history.last_step
             self._scalars[name].update(meter.history.rows)
             if self._board is not None:
                 self._board.add(name, meter.history.rows)
