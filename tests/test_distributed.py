@@ -201,10 +201,11 @@ def test_refinement_comes_to_the_same_end_on_all_ranks(trained, cut, name):
     assert np.abs(rows["residual"]).max() <= 1e-9
 
 
-@pytest.mark.parametrize("case", ["ddp+budget", "fsdp+budget"])
-def test_ranks_whose_clocks_disagree_choose_the_same_chord(trained, case):
+@pytest.mark.parametrize(("fixture", "case"), [("trained", "ddp"), ("cut", "fsdp")])
+def test_ranks_whose_clocks_disagree_choose_the_same_chord(request, fixture, case):
+    directory = request.getfixturevalue(fixture)
     for rank in (0, 1):
-        rows = load(trained, case, "measured", rank)["rows"]
+        rows = load(directory, f"{case}+budget", "measured", rank)["rows"]
         assert rows["steps"].tolist() == [STEPS], "rank zero alone would choose 5"
 
 
