@@ -391,7 +391,7 @@ class LCACallback(LightningCallback):
             for name, m in self._measured().items()
         }
         idle: dict[str, Any] = {"_path": Path(), "_trained": {}}
-        idle |= {"_steps": None, "_session": None, "_cost": None}
+        idle |= {"_steps": None, "_session": None, "_cost": None, "_budget": None}
         state = vars(self) | idle | {"_results": results}
         # The Trainer hangs bound methods of the module on every callback.
         return {n: v for n, v in state.items() if n not in ("log", "log_dict")}
