@@ -137,6 +137,7 @@ class LCACallback(LightningCallback):
         self._kept: dict[str, Any] | None = None
         self._cost: Cost | None = None
         self._budget: Budget | None = None
+        self._chosen: int | None = None
         self.every_n_steps = None if max_overhead is not None else every_n_steps
 
     # -- results ----------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class LCACallback(LightningCallback):
         kept, self._kept = self._kept, None
         self._session.begin(kept)
         if asked.max_overhead is not None:
-            self.every_n_steps = kept.get("every_n_steps") if kept else None
+            self.every_n_steps = self._chosen = kept.get("every_n_steps") if kept else None
             if self.every_n_steps is not None:
                 self._session.choose(self.every_n_steps)
         self._steps = Steps(trainer, pl_module, self._open)
@@ -273,6 +274,7 @@ class LCACallback(LightningCallback):
             every = self._budget.end(live_weights(pl_module), steps.done)
             if self._choose(trainer, session, self._budget, every):
                 x = x_axis(trainer) - 1
+            self._chosen = None  # A training that goes on from here chooses for itself.
         if self._path.is_open and steps.done > self._opened_at:
             self._measure(pl_module)
             x = x_axis(trainer) - 1  # The last batch is counted by now.
@@ -308,7 +310,7 @@ class LCACallback(LightningCallback):
         elif self._path.is_open:
             weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
             opened = {"at": self._opened_at, "weights": weights}
-        own = {"open": opened, "steps": self._steps.done, "every_n_steps": self.every_n_steps}
+        own = {"open": opened, "steps": self._steps.done, "every_n_steps": self._chosen}
         return self._session.state() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,7 +341,7 @@ class LCACallback(LightningCallback):
             return False
         flavours.of(trainer, ".utilities.rank_zero").rank_zero_info(budget.line(every))
         session.choose(every)
-        self.every_n_steps = every
+        self.every_n_steps = self._chosen = every
         self._budget, self._cost = None, Cost(budget.device)
         return True
 

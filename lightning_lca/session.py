@@ -164,7 +164,7 @@ class Session:
         """Records which every_n_steps was chosen."""
         self._description["settings"] |= {"every_n_steps": every}
         if self._board is not None:
-            self._board.meta(self._description, self._started_at)
+            self._board.meta(self._description, self._description["first_step"])
 
     def log(self, x: int, step: int) -> None:
         """Logs scalars on their interval, and shows figures on their occasions.

@@ -217,6 +217,7 @@ def test_a_training_that_ends_before_the_choice_is_measured_all_the_same(tmp_pat
         assert lca.every_n_steps == every
         told, _ = fit(tmp_path / f"{steps} told", steps=steps, every_n_steps=every)
         assert lca.history.steps.tolist() == rows
+        assert lca.state_dict()["every_n_steps"] is None, "Who goes on from here chooses anew."
         assert_same_rows(lca.history, told.history)
         assert "training ended before max_overhead=0.1 could choose more" in caplog.text
 
