@@ -8,9 +8,8 @@ weights.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -26,12 +25,12 @@ from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
 from lightning_lca.hooks import no_gradient_hooks
 from lightning_lca.names import named_parameters
+from lightning_lca.objective import LossFn, Objective
 from lightning_lca.ranks import Ranks
 from lightning_lca.scaling import LossScale
 from lightning_lca.shards import any_cut, local, local_gradient, parts
 
 ProbeMode = Literal["no_dropout", "eval", "train"]
-LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
 
 
 def live_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +78,7 @@ class Probe:
         self._trainer = trainer
         self._module = module
         self._mode = mode
-        self._loss_fn = loss_fn
+        self._objective = Objective(module, loss_fn)
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
         sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
@@ -100,7 +99,6 @@ class Probe:
         self._dummies = [
             flavours.of(trainer, ".loggers.logger").DummyLogger() for _ in trainer.loggers
         ]
-        self._arguments = _step_arguments(module) if loss_fn is None else 2
         self.gradients = 0  # Evaluations with a gradient so far.
         with self._fenced(0):
             self._batches = {j: self._to_device(copy.deepcopy(b)) for j, b in batches.items()}
@@ -220,7 +218,8 @@ class Probe:
                 at.write(held)
             self._set_mode()
             with self._trainer.precision_plugin.train_step_context():
-                loss = self._loss(j)
+                batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
+                loss = self._objective(batch, j)
             # Whole layers that were gathered on the way forward are let go of on the way back.
             if at.needs_gradient or self._is_cut:
                 scale = 1.0 if self._scale is None else self._scale.value
@@ -229,35 +228,6 @@ class Probe:
                     wider * (share * self._factor * scale), list(live.values())
                 )
         return loss.detach().to(wide(loss)) * share, gradients
-
-    def _loss(self, j: int) -> Tensor:
-        batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
-        if self._loss_fn is not None:
-            result, source = self._loss_fn(self._module, batch), "loss_fn"
-            if isinstance(result, Mapping):
-                result = sum(result.values())
-        else:
-            result = self._module.training_step(*(batch, j)[: self._arguments])
-            source = "training_step"
-            if isinstance(result, Mapping):
-                result = result.get("loss")
-        if result is None:
-            raise MisconfigurationException(
-                f"{source} returned no loss on the probe (None). Return a scalar tensor, or pass "
-                "loss_fn=(module, batch) -> scalar."
-            )
-        if not isinstance(result, Tensor) or result.numel() != 1:
-            shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise MisconfigurationException(
-                f"{source} returned {shape} on the probe, not a scalar tensor. Reduce the loss to "
-                "one number, e.g. by .mean()."
-            )
-        if not result.requires_grad:
-            raise MisconfigurationException(
-                f"The loss that {source} returned on the probe has no gradient. Compute it from "
-                "the module's trainable weights, without detach() or torch.no_grad()."
-            )
-        return result.squeeze() if result.dim() else result
 
     def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
@@ -358,18 +328,6 @@ def _uncompiled() -> Any:
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``log``, ``log_dict`` and ``print`` while the probe runs."""
-
-
-def _step_arguments(module: Any) -> int:
-    """Counts what this training_step takes: 1, the batch, or 2, its index too."""
-    parameters = inspect.signature(module.training_step).parameters
-    if "dataloader_iter" in parameters:
-        raise MisconfigurationException(
-            "training_step takes dataloader_iter, so the probe cannot give it a batch. "
-            "Pass loss_fn=(module, batch) -> scalar."
-        )
-    takes_more = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    return 2 if takes_more else 1
 
 
 def _is_dropout(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from torch import Tensor
 
 from lightning_lca.grouping import GroupBy
-from lightning_lca.probe import LossFn, ProbeMode
+from lightning_lca.objective import LossFn
+from lightning_lca.probe import ProbeMode
 from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
 
 

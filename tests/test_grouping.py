@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_lca.arithmetic import bundles
-from lightning_lca.grouping import Grouping, _cut, _row_sums, _row_sums_in_few_kernels
+from lightning_lca.grouping import Grouping
+from lightning_lca.rowsums import in_few_kernels, in_the_cache, pieces_of
 
 
 class Zoo(nn.Module):
@@ -97,20 +98,20 @@ def test_groups_hold_the_weights_that_numpy_puts_there(by, label):
     assert grouping.sizes == columns[3].tolist()
 
 
-def in_few_kernels(rows):
-    return _row_sums_in_few_kernels(rows, [(b, *_cut(rows[b])) for b in bundles(rows)])
+def on_a_gpu(rows):
+    return in_few_kernels(rows, [(b, *pieces_of(rows[b])) for b in bundles(rows)])
 
 
 @pytest.mark.parametrize("shape", [(1, 3_000_000), (70_000, 9), (300, 5000), (5, 0), (0, 1)])
 def test_the_accelerator_path_gives_the_same_sums_as_the_cache_path(shape):
     rows = [torch.randn(shape), torch.randn(3, 4097)]
     rows[0][:, ::3] = 0.0
-    (credit, *counts), (few_credit, *few_counts) = _row_sums(rows), in_few_kernels(rows)
+    (credit, *counts), (few_credit, *few_counts) = in_the_cache(rows), on_a_gpu(rows)
     # Pieces of up to 4096 are summed in float32: n · 2⁻²⁴ · Σ|x| bounds the rounding.
     bound = torch.cat([min(r.shape[1], 4096) * 2**-24 * r.double().abs().sum(1) for r in rows])
     assert ((credit - few_credit).abs() <= bound).all()
     assert all(torch.equal(a, b) for a, b in zip(counts, few_counts))
-    credit, helping, hurting = _row_sums(rows)
+    credit, helping, hurting = in_the_cache(rows)
     joined = [r.double().numpy() for r in rows]
     assert np.allclose(credit, np.concatenate([j.sum(1) for j in joined]), atol=1e-8)
     assert helping.tolist() == np.concatenate([(j < 0).sum(1) for j in joined]).tolist()
