@@ -10,6 +10,7 @@ function that gives the loss and its gradient at a position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -188,7 +189,7 @@ def refine(
 
     No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says
     in ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was
-    reached.
+    reached. A residual that is not finite ends it at once.
 
     Args:
         field: As for `allocate`.
@@ -237,7 +238,8 @@ def refine(
             del sample
         explained = add_up(_explained(ends, middles, segment)) / (6 * panels)
         residual = abs(float(last.loss - loss_before - explained))
-        if residual <= tolerance or 2 * panels > max_splits:
+        # More panels do not bring a finite number back.
+        if residual <= tolerance or 2 * panels > max_splits or not math.isfinite(residual):
             break
         add(ends, middles, 2.0)
         panels *= 2

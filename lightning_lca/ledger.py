@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from lightning_lca.rows import Ints, Rows
 
 LARGE = 0.01  # A residual beyond this share of the loss change is pointed out.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
+NOT_FINITE = "In {count} of {all} steps loss or credit was not finite; no sum counts these."
 REMEDY = "The residual is large. Set a tolerance, e.g. 1e-3, or lower every_n_steps."
 
 
@@ -32,7 +34,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All groups, and true change = allocated + residual + drift, in loss units."""
+    """All groups, and true change = allocated + residual + drift, in loss units.
+
+    Sums leave out steps that are not finite; then they do not add up to the change.
+    """
 
     lines: tuple[Line, ...]
     first_loss: float
@@ -44,11 +49,13 @@ class Ledger:
     measured: int
     unconverged: int
     unmoved: int
+    not_finite: int
 
     @classmethod
     def of(cls, groups: Sequence[str], sizes: Ints, rows: Rows) -> Ledger:
         """Sums at least one measured step."""
-        credit = rows.allocated.sum(0, dtype=float)
+        finite, drift = rows[rows.finite], rows.drift[np.isfinite(rows.drift)]
+        credit = finite.allocated.sum(0, dtype=float)
         first, last = float(rows.loss_before[0]), float(rows.loss_after[-1])
         weights = np.maximum(sizes, 1)
         helping = (rows.helping / weights).mean(0)
@@ -61,7 +68,7 @@ class Ledger:
                     name,
                     int(sizes[g]),
                     float(credit[g]),
-                    float(credit[g] / (last - first)) if last != first else None,
+                    _share(credit[g], last - first),
                     float(helping[g]),
                     float(hurting[g]),
                     int(rank[g]),
@@ -71,12 +78,13 @@ class Ledger:
             first_loss=first,
             last_loss=last,
             allocated=float(credit.sum()),
-            residual=float(rows.residual.sum()),
-            drift=float(rows.drift.sum()),
-            largest=float(np.abs(rows.residual).max()),
+            residual=float(finite.residual.sum()),
+            drift=float(drift.sum()),
+            largest=float(np.abs(finite.residual).max(initial=0)),
             measured=len(rows),
             unconverged=int((~rows.converged).sum()),
             unmoved=int(rows.unmoved.sum()),
+            not_finite=len(rows) - len(finite),
         )
 
     @property
@@ -87,7 +95,8 @@ class Ledger:
     @property
     def unexplained(self) -> str:
         """The residual as a share of the change, as text."""
-        return f"{abs(self.residual / self.change):.2%}" if self.change else "-"
+        share = _share(self.residual, self.change)
+        return "-" if share is None else f"{abs(share):.2%}"
 
     @property
     def remarks(self) -> list[str]:
@@ -95,6 +104,8 @@ class Ledger:
         said = [SIGN]
         if abs(self.residual) > LARGE * abs(self.change):
             said.append(REMEDY)
+        if self.not_finite:
+            said.append(NOT_FINITE.format(count=self.not_finite, all=self.measured))
         if self.unmoved:
             said.append(
                 f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
@@ -160,6 +171,10 @@ def markdown(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
         *ledger.remarks,
     ]
     return "\n".join(lines)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole and math.isfinite(whole) else None
 
 
 def _percent(share: float | None) -> str:

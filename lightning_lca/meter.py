@@ -55,7 +55,8 @@ class Meter:
     Attributes:
         probe: The loss surface.
         history: Measured steps, up to the last `collect`.
-        totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked.
+        totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked;
+            steps that are not finite are left out.
         last: The latest allocation, where parameters are tracked.
         windows: What a reader of the record must know of the finer sums, as JSON.
     """
@@ -140,7 +141,7 @@ class Meter:
         drift = ends[:1] - (ends[:1] if self._loss is None else self._loss)
         self._loss = ends[1]
         row = torch.cat([ends, drift, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
-        self._track(allocation)
+        self._track(allocation, torch.isfinite(torch.cat([ends, sums.credit])).all())
         self._reuse.keep(allocation.last, self._out)
         self._pending.append(
             _Pending(
@@ -177,6 +178,8 @@ class Meter:
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
         credit, helping, hurting = np.split(table[:, 3:], 3, axis=1)
         before, after, drift = table[:, 0], table[:, 1], table[:, 2]
+        with np.errstate(invalid="ignore", over="ignore"):
+            residual = after - before - credit.sum(1)
         finite = np.isfinite(table).all(1)
         rows = Rows(
             steps=np.array([p.step for p in pending], np.int64),
@@ -185,7 +188,7 @@ class Meter:
             hurting=hurting.astype(np.int64),
             loss_before=before.copy(),
             loss_after=after.copy(),
-            residual=after - before - credit.sum(1),
+            residual=residual,
             drift=drift.copy(),
             splits=np.array([p.splits for p in pending], np.int64),
             converged=finite & np.array([p.converged is not False for p in pending]),
@@ -278,15 +281,16 @@ class Meter:
         return Sample(loss, part.gradient)
 
     @torch.no_grad()
-    def _track(self, allocation: Allocation) -> None:
+    def _track(self, allocation: Allocation, finite: Tensor) -> None:
         if self.totals is None:
             return
         values: Weights = {n: v.clone() for n, v in allocation.values.items()}
         for name, value in values.items():
+            counted = torch.where(finite.to(value.device), value, 0.0)
             if name in self.totals:
-                self.totals[name] += value
+                self.totals[name] += counted
             else:
-                self.totals[name] = value.clone()
+                self.totals[name] = counted
         self.last = Allocation(
             values,
             allocation.loss_before,

@@ -194,7 +194,9 @@ class Probe:
             moves = at.s != 1.0 or total is not None  # A forward may write to trained weights, too.
             while True:
                 loss, gradients = self._of_batch(j, share, at, live, held, moves=moves)
-                if self._scale is None or not gradients or self._scale.fits(gradients):
+                if self._scale is None or not gradients or not loss.isfinite():
+                    break
+                if self._scale.fits(gradients):
                     break
                 moves = True
             total = loss if total is None else total + loss
@@ -213,7 +215,9 @@ class Probe:
     ) -> tuple[Tensor, list[Tensor]]:
         """Evaluates one batch, times its share: its loss [], and the scaled gradients, if any."""
         gradients: list[Tensor] = []
-        with self._fenced(j), torch.enable_grad():
+        # A NaN is recorded, also where training looks for the origin of its own.
+        quiet = torch.autograd.set_detect_anomaly
+        with self._fenced(j), torch.enable_grad(), quiet(False):
             if moves:
                 at.write(held)
             self._set_mode()

@@ -118,18 +118,23 @@ def _agree(kept: Sample, fresh: Sample) -> Tensor:
     noise = 1e-9 if _precise(fresh) else 1e-5
     size = fresh.loss.abs().clamp(min=1e-3)
     same: Tensor = (kept.loss - fresh.loss).abs() <= noise * size
+    same = same | (kept.loss == fresh.loss) | (kept.loss.isnan() & fresh.loss.isnan())
     if kept.gradient and fresh.gradient:
         names = list(fresh.gradient)
         old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
-        differences = [
-            norm
-            for part in bundles(new)
-            for norm in torch._foreach_norm(torch._foreach_sub(new[part], old[part]))
-        ]
-        sizes = torch._foreach_norm(new)
-        difference, length = (_length(norms) for norms in (differences, list(sizes)))
+        differences, sizes = [], []
+        for part in bundles(new):
+            a, b = [_finite(n) for n in new[part]], [_finite(o) for o in old[part]]
+            differences += torch._foreach_norm(torch._foreach_sub(a, b))
+            sizes += torch._foreach_norm(a)
+        difference, length = _length(differences), _length(sizes)
         same = same & (difference <= 1e3 * noise * length).to(same.device)
-    return same | (kept.loss.isnan() & fresh.loss.isnan())
+    return same
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """Puts 0 where a number is not finite: what does not compare."""
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _length(norms: list[Tensor]) -> Tensor:

@@ -68,6 +68,11 @@ class Rows:
         return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Whether loss and credit of each step are finite, so that sums may count it [T]."""
+        return np.isfinite(self.residual)
+
+    @property
     def unmoved(self) -> npt.NDArray[np.bool_]:
         """Steps in which no weight got credit [T]: a gradient scaler skips such steps."""
         finite = np.isfinite(self.allocated).all(axis=1)

@@ -45,6 +45,9 @@ class Scalars:
         - ``lca_layer_cum/00 name``: the layer's credit since the start of training.
         - ``lca_layer_help/00 name``, ``lca_layer_hurt/00 name``: fraction of the layer's weights,
           mean per step since the last log.
+
+    Steps whose loss or credit is not finite make ``lca/total`` and ``lca/residual`` of their window
+    nan, and are left out of what is summed since the start.
     """
 
     def __init__(self, groups: list[str], sizes: list[int], prefix: str = "lca") -> None:
@@ -72,7 +75,8 @@ class Scalars:
         if not len(rows):
             return
         self._window.append(rows)
-        self._credit.update(torch.from_numpy(rows.allocated @ self._panel_of))
+        credit = rows[rows.finite].allocated @ self._panel_of
+        self._credit.update(torch.from_numpy(credit))
         self._helping.update(torch.from_numpy(rows.helping @ self._panel_of))
         self._hurting.update(torch.from_numpy(rows.hurting @ self._panel_of))
 

@@ -21,17 +21,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import tensorboard.summary.writer.event_file_writer  # noqa: F401 - before there are children.
 import torch
 import torch.utils.tensorboard
-from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.compat.proto import event_pb2  # noqa: F401
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cases import Classifier, make_trainer, mlp, toy_loader
+from cases import Classifier, make_trainer, mlp, pl, toy_loader
 
 import lightning_lca.board as board
 from lightning_lca import LCACallback
@@ -190,13 +187,15 @@ def train(directory, resume, aim, logger):
         directory,
         lca,
         watch,
-        ModelCheckpoint(
+        pl.callbacks.ModelCheckpoint(
             directory / "saved", "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1
         ),
-        OnExceptionCheckpoint(directory / "saved", "exception"),
+        pl.callbacks.OnExceptionCheckpoint(directory / "saved", "exception"),
         max_steps=STEPS,
         enable_checkpointing=True,
-        logger=TensorBoardLogger(directory, name="logs", version="") if logger else False,
+        logger=pl.loggers.TensorBoardLogger(directory, name="logs", version="")
+        if logger
+        else False,
     )
     module = Classifier(nn.Sequential(nn.BatchNorm1d(12), mlp()))
     trainer.fit(module, Resumable(), ckpt_path=resume)
