@@ -66,6 +66,7 @@ def server():
     yield server
     server.process.stdin.close()
     assert server.process.wait(60) == 0
+    server.process.stdout.close()
 
 
 @pytest.fixture(scope="module")

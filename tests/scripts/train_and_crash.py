@@ -183,6 +183,7 @@ def train(directory, resume, aim, logger):
         probe=list(toy_loader(shuffle=False))[:2], track_parameters=True, neurons=True
     )
     watch = Watch(pulse)
+    tensorboard_logger = pl.loggers.TensorBoardLogger(directory, name="logs", version="")
     trainer = make_trainer(
         directory,
         lca,
