@@ -122,7 +122,8 @@ def _agree(kept: Sample, fresh: Sample) -> Tensor:
     if kept.gradient and fresh.gradient:
         names = list(fresh.gradient)
         old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
-        differences, sizes = [], []
+        differences: list[Tensor] = []
+        sizes: list[Tensor] = []
         for part in bundles(new):
             a, b = [_finite(n) for n in new[part]], [_finite(o) for o in old[part]]
             differences += torch._foreach_norm(torch._foreach_sub(a, b))

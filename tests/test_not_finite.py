@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import History, LCACallback, figures
+from lightning_lca.scaling import LossScale
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Range
 from lightning_lca.tensorboard.tables import Table
@@ -203,3 +204,16 @@ def test_a_search_for_the_origin_of_nan_is_not_set_off_by_the_probe(tmp_path):
     lca = LCACallback(probe=[[X, Y]], loss_fn=loss_fn)
     train(tmp_path, "infinite weight", lca, detect_anomaly=True)
     assert np.isnan(lca.history.loss_after[-1])
+
+
+def test_a_loss_scale_is_not_lowered_for_what_no_scale_makes_finite():
+    scale = LossScale()
+    while not scale.fits([torch.tensor([1e-3, float("nan")]) * scale.value]):
+        pass
+    scale.unscaled([torch.tensor([1e-3, float("nan")]) * scale.value])
+    assert scale.value == LossScale().value
+    while not scale.fits([torch.tensor(60.0).half() * scale.value]):
+        pass
+    (gradient,) = scale.unscaled([torch.tensor(60.0).half() * scale.value])
+    assert 1 < scale.value < LossScale().value, "float16 holds 60 times a smaller one"
+    assert gradient == 60

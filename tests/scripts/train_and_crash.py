@@ -183,7 +183,6 @@ def train(directory, resume, aim, logger):
         probe=list(toy_loader(shuffle=False))[:2], track_parameters=True, neurons=True
     )
     watch = Watch(pulse)
-    tensorboard_logger = pl.loggers.TensorBoardLogger(directory, name="logs", version="")
     trainer = make_trainer(
         directory,
         lca,
@@ -194,9 +193,7 @@ def train(directory, resume, aim, logger):
         pl.callbacks.OnExceptionCheckpoint(directory / "saved", "exception"),
         max_steps=STEPS,
         enable_checkpointing=True,
-        logger=pl.loggers.TensorBoardLogger(directory, name="logs", version="")
-        if logger
-        else False,
+        logger=logger and pl.loggers.TensorBoardLogger(directory, name="logs", version=""),
     )
     module = Classifier(nn.Sequential(nn.BatchNorm1d(12), mlp()))
     trainer.fit(module, Resumable(), ckpt_path=resume)
