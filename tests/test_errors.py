@@ -238,7 +238,7 @@ def test_the_error_of_a_logger_comes_out_where_the_user_logs(tmp_path):
     assert "lightning_lca" not in {str(entry.path) for entry in caught.traceback}
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint available)")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need")
 def test_what_an_error_left_unmeasured_is_measured_when_training_resumes(tmp_path):
     """The probe ran out of memory; the checkpoint of the exception has the step that it broke."""
