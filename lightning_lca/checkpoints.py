@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HARMLESS = [pathlib.PosixPath, pathlib.WindowsPath, argparse.Namespace]
+_FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # Lightnings before 2.6 can be told by nothing else.
 _NEEDED = ("state_dict", "global_step")
 _UNTRUSTED = re.compile(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)")
 
@@ -127,8 +133,10 @@ def read(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
     """
     mapped = False
     try:
+        # Mapped, the optimizers' states, most of the file, are never read. Lightning replaces files
+        # and never writes into them, which would break a mapping.
         mapped = zipfile.is_zipfile(path)  # Files from before torch 1.6 are not.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), allowing(weights_only):
             warnings.simplefilter("ignore")  # On foreign pickles.
             content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=weights_only)
     except Exception as error:  # A file may hold anything, and fail in any way.
@@ -149,6 +157,28 @@ def read(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
             f"{path} is not a checkpoint of Lightning's: it has no {' or no '.join(_NEEDED)}."
         )
     return content
+
+
+@contextmanager
+def allowing(weights_only: bool) -> Iterator[None]:
+    """Settles what `torch.load` may load, by whomever it is called.
+
+    ``weights_only`` lets pass what can do no harm and older Lightnings save, such as paths. Before
+    torch 2.5, which cannot be told, such checkpoints need trust.
+    """
+    if weights_only:
+        allow = getattr(torch.serialization, "safe_globals", None)
+        with nullcontext() if allow is None else allow(_HARMLESS):
+            yield
+        return
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE]
+        if before is not None:
+            os.environ[_FORCE] = before
 
 
 def told(error: BaseException, most: int = 200, beyond: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import warnings
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_lca import flavours
 from lightning_lca.callback import LCACallback
-from lightning_lca.checkpoints import ReplayError, find, in_order, read, told
+from lightning_lca.checkpoints import ReplayError, allowing, find, in_order, read, told
 from lightning_lca.fence import fence
 from lightning_lca.history import History
 from lightning_lca.player import Bar, LeftError, Player, does_not_fit
@@ -167,14 +166,13 @@ def _build(
         given |= {"checkpoint_path": path, "map_location": "cpu"}
         if option == "model":
             given["strict"] = False  # Weights are loaded later, when all layers are there.
-        if not weights_only and "weights_only" in inspect.signature(load).parameters:
-            given["weights_only"] = False
     elif callable(make):
         load = make
     else:
         raise ReplayError(f"{make!r} is neither a class nor a function. {remedy}")
     try:
-        made = load(**given)
+        with allowing(weights_only):
+            made = load(**given)
     except Exception as error:
         if "loading state_dict" in str(error):
             raise does_not_fit(path, make, error) from error

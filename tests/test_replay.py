@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_lca import History, LCACallback
 from lightning_lca.__main__ import main
+from lightning_lca.checkpoints import allowing
 from lightning_lca.replay import RECORD, replay
 
 STEPS = 12
@@ -163,7 +164,7 @@ def test_weights_find_their_places_when_only_one_side_is_compiled(tmp_path, then
 def test_checkpoints_made_by_hand_do_as_well(tmp_path):
     live = train(tmp_path, Net(anneals=True), Data())
     for path in (tmp_path / "checkpoints").iterdir():
-        content = torch.load(path, weights_only=True)
+        content = content_of(path)
         content = {key: content[key] for key in ("state_dict", "global_step")}
         torch.save(content, path, _use_new_zipfile_serialization=False)
     build = lambda: Net(anneals=True)  # noqa: E731
@@ -187,6 +188,11 @@ def runs(trained, tmp_path):
     return tmp_path / "runs"
 
 
+def content_of(path):
+    with allowing(weights_only=True):
+        return torch.load(path, weights_only=True)
+
+
 NAMES = ("--model", "scripts.replayed.Net", "--probe", "scripts.replayed.probe")
 
 
@@ -197,9 +203,11 @@ def run(*arguments, capsys):
 
 def events(record):
     """Every scalar in a record: {tag: [(step, value)]}."""
-    read = EventAccumulator(str(record), size_guidance={"scalars": 0})
-    read.Reload()
-    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    written = EventAccumulator(str(record), size_guidance={"scalars": 0})
+    written.Reload()
+    return {
+        tag: [(e.step, e.value) for e in written.Scalars(tag)] for tag in written.Tags()["scalars"]
+    }
 
 
 def assert_identical(a, b):
@@ -334,15 +342,15 @@ def spoil(directory, what):
         for path in paths[1:]:
             path.unlink()
     elif what == "mixed":
-        content = torch.load(paths[0], weights_only=True)
+        content = content_of(paths[0])
         content["state_dict"]["head.bias"] += 1
         torch.save(content, directory / "other.ckpt")
     elif what == "untrusted":
         for path in paths:
-            content = torch.load(path, weights_only=True)
+            content = content_of(path)
             torch.save(content | {"stranger": Stranger()}, path)
     elif what == "lacking":
-        content = torch.load(directory / "last.ckpt", weights_only=True)
+        content = content_of(directory / "last.ckpt")
         del content["state_dict"]["head.bias"]
         torch.save(content, directory / "last.ckpt")
         next(directory.glob("*step=12.ckpt")).unlink()
@@ -414,15 +422,19 @@ def test_a_run_that_fails_does_not_stop_the_others(runs, capsys):
 
 
 def test_what_needs_trust_is_loaded_where_it_is_given(runs, capsys):
+    for path in (runs / "b" / "checkpoints").iterdir():  # As by older Lightnings.
+        torch.save(content_of(path) | {"callbacks": {"dirpath": path}}, path)
+    assert run(runs / "b", *NAMES, capsys=capsys)[0] == 0
     spoil(runs / "a" / "checkpoints", "untrusted")
     status, _ = run(runs / "a", *NAMES, "--no_weights_only", capsys=capsys)
     assert status == 0
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_arguments_of_model_and_data_are_typed_as_for_lightning_cli(tmp_path, capsys):
     live = train(tmp_path, Net(width=7), Data(batch_size=24))
     for path in (tmp_path / "checkpoints").iterdir():
-        content = torch.load(path, weights_only=True)
+        content = content_of(path)
         torch.save({k: v for k, v in content.items() if "hyper" not in k}, path)
     names = ("--model", "scripts.replayed.Net", "--data", "scripts.replayed.Data")
     given = ("--model.width", "7", "--data.batch_size=24")
