@@ -28,7 +28,7 @@ def net():
 
 
 class Quiet(Model):
-    """Logs nothing: Lightning 2.6's ``log``, compiled with the whole, breaks torch 2.13's dynamo."""
+    """Logs nothing: Lightning 2.6's ``log``, compiled with the rest, breaks torch 2.13's dynamo."""
 
     def training_step(self, batch, batch_idx):
         return self(*batch)
