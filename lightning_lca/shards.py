@@ -16,7 +16,7 @@ from lightning_lca.allocation import Weights
 
 def is_cut(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
-    return hasattr(tensor, "to_local")
+    return hasattr(type(tensor), "to_local")
 
 
 def any_cut(module: nn.Module) -> bool:
@@ -24,13 +24,13 @@ def any_cut(module: nn.Module) -> bool:
     return any(is_cut(p) for p in module.parameters())
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """Gives the part that this process holds, in the same memory; a whole tensor is its own."""
     if not is_cut(tensor):
         return tensor
     cut: Any = tensor
-    part: Tensor = cut.to_local().detach()
+    with torch.no_grad():
+        part: Tensor = cut.to_local().detach()
     return part
 
 
