@@ -23,7 +23,8 @@ from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.results import Results
 from lightning_lca.session import Session, x_axis
-from lightning_lca.settings import Settings
+from lightning_lca.settings import Segments, Settings
+from lightning_lca.shards import parts
 from lightning_lca.signals import held
 from lightning_lca.steps import Steps
 from lightning_lca.support import check_trainer
@@ -58,6 +59,9 @@ class LCACallback(LightningCallback):
             so that measuring slows training down by at most this share (0.1: 10 %). It is chosen
             once, logged and recorded: a training that is told that number has the same history.
             What loggers take to write, and figures to draw, is not in it.
+        segments: "batch": a segment goes from the begin to the end of a batch. "step": where manual
+            optimization steps several times in a batch, every step has a segment and a row of its
+            own, on the loss as it is at the batch's end; each takes one more copy of the weights.
         quadrature: Name of a rule ("euler", "midpoint", "trapezoid", "simpson", "boole", "gauss2",
             "gauss3") or a `Quadrature`.
         tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
@@ -96,6 +100,7 @@ class LCACallback(LightningCallback):
         loss_fn: Callable[[Any, Any], Any] | None = None,
         every_n_steps: int = 1,
         max_overhead: float | None = None,
+        segments: Segments = "batch",
         quadrature: str | Quadrature = "simpson",
         tolerance: float | None = None,
         max_splits: int = 32,
@@ -116,6 +121,7 @@ class LCACallback(LightningCallback):
             loss_fn=loss_fn,
             every_n_steps=every_n_steps,
             max_overhead=max_overhead,
+            segments=segments,
             quadrature=quadrature,
             tolerance=tolerance,
             max_splits=max_splits,
@@ -186,6 +192,7 @@ class LCACallback(LightningCallback):
         asked = self._settings
         probes = [n or (s if isinstance(s, str) else "own") for n, s in asked.sources.items()]
         budget = "" if asked.max_overhead is None else f"max_overhead={asked.max_overhead}, "
+        budget += 'segments="step", ' if asked.segments == "step" else ""
         return (
             f"LCACallback(probe={'+'.join(probes)}, probe_mode={asked.probe_mode}, "
             f"{budget}every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
@@ -208,7 +215,7 @@ class LCACallback(LightningCallback):
             self.every_n_steps = self._chosen = kept.get("every_n_steps") if kept else None
             if self.every_n_steps is not None:
                 self._session.choose(self.every_n_steps)
-        self._steps = Steps(trainer, pl_module, self._open)
+        self._steps = Steps(trainer, pl_module, self._step)
         if kept:
             self._steps.resume(kept["steps"])
         if kept and kept["open"]:
@@ -328,6 +335,14 @@ class LCACallback(LightningCallback):
             if self._budget is not None:
                 self._budget.begin(self._opened_at, self._path.start)
 
+    @held()
+    def _step(self) -> None:
+        """Opens a segment at a step of manual optimization, or marks where the open one passes."""
+        done = 0 if self._steps is None else self._steps.done
+        if self._settings.segments == "step" and self._path.is_open and done > self._opened_at:
+            self._path.mark(self._trained, done)
+        self._open()
+
     def _is_due(self) -> bool:
         done = 0 if self._steps is None else self._steps.done
         every = self.every_n_steps
@@ -353,7 +368,7 @@ class LCACallback(LightningCallback):
         rank_zero = flavours.of(trainer, ".utilities.rank_zero")
         if self._settings.max_overhead is None:
             refines = self._settings.tolerance is not None
-            rank_zero.rank_zero_info(cost.line(self.every_n_steps, refines=refines))
+            rank_zero.rank_zero_info(cost.line(refines=refines))
         elif excess := cost.excess(self.every_n_steps, self._settings.max_overhead):
             rank_zero.rank_zero_warn(excess)
 
@@ -361,13 +376,23 @@ class LCACallback(LightningCallback):
         """Measures from where the segment was opened to where the weights are now."""
         assert self._session is not None
         assert self._steps is not None
-        segment, continues = self._path.close(live_weights(pl_module))
-        try:
-            return self._session.measure(segment, continues, self._steps.done)
-        except BaseException:
-            # A checkpoint saved now says where it began: it is measured when training resumes.
-            self._path.is_open = self._session.measured_to < self._steps.done
-            raise
+        live = live_weights(pl_module)
+        whole, continues = self._path.close(live)
+        pieces = self._path.pieces(whole, self._steps.done)
+        gradients = 0
+        for piece, step in pieces:
+            try:
+                if len(pieces) > 1:
+                    piece.at(1.0).write(parts(live))
+                gradients += self._session.measure(piece, continues, step)
+            except BaseException:
+                whole.at(1.0).write(parts(live))
+                # A checkpoint saved now says where it began: it is measured when training resumes.
+                if self._session.measured_to < step:
+                    self._path.reopen(piece)
+                raise
+            self._opened_at, continues = step, True
+        return round(gradients / len(pieces))
 
     def _measured(self) -> Mapping[str | None, Meter | Results]:
         """Gives what was measured by every probe, up to now."""

@@ -21,7 +21,8 @@ class Cost:
 
     Attributes:
         device: What the clock waits for.
-        plain: Seconds per optimizer step of every stretch of training, from `leave` to `enter`.
+        steps: Optimizer steps of every stretch of training, from `leave` to `enter`.
+        plain: Seconds per optimizer step of it.
         measuring: Seconds from `enter` to `leave`, where a step was measured.
         gradients: Probe gradients of every measured step.
 
@@ -38,6 +39,7 @@ every_n_steps=10 would make it about 1.2x, with less resolution and a larger res
             device: What to wait for.
         """
         self.device = device
+        self.steps: list[int] = []
         self.plain: list[float] = []
         self.measuring: list[float] = []
         self.gradients: list[int] = []
@@ -52,6 +54,7 @@ every_n_steps=10 would make it about 1.2x, with less resolution and a larger res
     def enter(self, steps: int) -> None:
         """Marks that so many optimizer steps of training have ended, and measuring may begin."""
         self._entered = self.now()
+        self.steps.append(steps)
         self.plain.append((self._entered - self._left) / steps)
 
     def leave(self, gradients: int | None = None) -> None:
@@ -66,15 +69,15 @@ every_n_steps=10 would make it about 1.2x, with less resolution and a larger res
         """Whether enough steps were timed."""
         return len(self.gradients) >= _WARM_UP + _TIMED
 
-    def line(self, every: int, *, refines: bool = False) -> str:
-        """Words what was timed, with one measurement every so many optimizer steps."""
-        gradients, plain, measuring = self._steady()
+    def line(self, *, refines: bool = False) -> str:
+        """Words what was timed; with a tolerance, without advice."""
+        gradients, every, plain, measuring = self._steady()
         return cost_line(self.gradients[0], gradients, plain, measuring, every, refines=refines)
 
     def excess(self, every: int, most: float) -> str | None:
         """Words by how much a budget is overdrawn: None unless by far."""
-        _, plain, measuring = self._steady()
-        overhead = measuring / (every * plain)
+        _, steps, plain, measuring = self._steady()
+        overhead = measuring / (steps * plain)
         if overhead <= _BY_FAR * most:
             return None
         return (
@@ -84,10 +87,10 @@ every_n_steps=10 would make it about 1.2x, with less resolution and a larger res
             f"every_n_steps={affordable(measuring, plain, most)} would keep to it."
         )
 
-    def _steady(self) -> tuple[int, float, float]:
-        parts = (self.gradients, self.plain, self.measuring)
-        gradients, plain, measuring = (median(part[_WARM_UP:]) for part in parts)
-        return round(gradients), plain, measuring
+    def _steady(self) -> tuple[int, int, float, float]:
+        parts = (self.gradients, self.steps, self.plain, self.measuring)
+        gradients, steps, plain, measuring = (median(part[_WARM_UP:]) for part in parts)
+        return round(gradients), round(steps), plain, measuring
 
 
 def affordable(measuring: float, plain: float, most: float) -> int:

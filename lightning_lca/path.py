@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ class Path:
     """Cuts the motion of live weights into segments, and notices what moved them in between.
 
     Holds two copies of the trainable weights, allocated once and again only when the set of them
-    changes; of weights that are cut over processes, two copies of this process's parts.
+    changes; of weights that are cut over processes, two copies of this process's parts. Every mark
+    within a segment takes one more.
     """
 
     def __init__(self) -> None:
@@ -24,6 +27,8 @@ class Path:
         self._stop: dict[str, Tensor] = {}
         self._closed_before = False
         self._same: Flag | bool = False
+        self._marks: list[dict[str, Tensor]] = []
+        self._marked_at: list[int] = []
         self.is_open = False
 
     def open(self, weights: Weights) -> None:
@@ -39,6 +44,36 @@ class Path:
         if self._same is not True:
             _copy(weights, self._stop)
         self._start, self._stop = self._stop, self._start
+        self._marked_at = []
+        self.is_open = True
+
+    def mark(self, weights: Weights, step: int) -> None:
+        """Notes where the open segment passes, after so many steps; only once for each number."""
+        if self._marked_at and step <= self._marked_at[-1]:
+            return
+        count = len(self._marked_at)
+        if count == len(self._marks) or not _alike(self._marks[count], self._start):
+            self._marks[count:] = [{n: torch.empty_like(w) for n, w in self._start.items()}]
+        # Weights frozen since the start rest.
+        _copy({n: parts(weights).get(n, w) for n, w in self._start.items()}, self._marks[count])
+        self._marked_at.append(step)
+
+    def pieces(self, segment: Segment, step: int) -> list[tuple[Segment, int]]:
+        """Cuts a closed segment where it was marked: (piece, steps done at its end) each.
+
+        Args:
+            segment: As `close` gave it.
+            step: Steps done at its end.
+        """
+        marks = self._marks[: len(self._marked_at)]
+        points = [segment.start, *({n: m[n] for n in segment.start} for m in marks), segment.stop]
+        steps = [*self._marked_at, step]
+        return [(Segment(a, b), at) for (a, b), at in zip(pairwise(points), steps, strict=True)]
+
+    def reopen(self, segment: Segment) -> None:
+        """Takes up a closed segment, or a piece of one, again from its start."""
+        _copy(segment.start, {n: self._start[n] for n in segment.start})
+        self._marked_at = []
         self.is_open = True
 
     @property

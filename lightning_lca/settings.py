@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from lightning_lca.grouping import GroupBy
 from lightning_lca.objective import LossFn
 from lightning_lca.probe import ProbeMode
 from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
+
+Segments = Literal["batch", "step"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Settings:
     loss_fn: LossFn | None
     every_n_steps: int
     max_overhead: float | None
+    segments: Segments
     rule: Quadrature
     tolerance: float | None
     max_splits: int
@@ -61,6 +64,14 @@ class Settings:
                 "loss_fn must be a function (module, batch) -> scalar, got "
                 f"{type(settings.loss_fn).__name__}."
             )
+        _one_of("segments", settings.segments, get_args(Segments))
+        chords = settings.every_n_steps > 1 or settings.max_overhead is not None
+        if settings.segments == "step" and chords:
+            raise ValueError(
+                'segments="step" measures every optimizer step, so it needs every_n_steps=1 and no '
+                f"max_overhead; got every_n_steps={settings.every_n_steps} and "
+                f'max_overhead={settings.max_overhead}. Chords need segments="batch".'
+            )
         if settings.max_overhead is not None:
             _share("max_overhead", settings.max_overhead)
         if settings.tolerance is not None:
@@ -74,6 +85,7 @@ class Settings:
             "probe_mode": self.probe_mode,
             "every_n_steps": self.every_n_steps if self.max_overhead is None else None,
             "max_overhead": self.max_overhead,
+            "segments": self.segments,
             "quadrature": self.rule.name,
             "tolerance": self.tolerance,
             "max_splits": self.max_splits,
