@@ -414,6 +414,29 @@ class Everything(OwnGenerators, GlobalRandomness, Remembers, Metered, Loud, Nest
     """All of them at once."""
 
 
+class Alternating(Everything):
+    """All of them, and two optimizers that it steps itself, each with the other toggled off."""
+
+    def begin(self):
+        super().begin()
+        self.automatic_optimization = False
+
+    def loss(self, batch):
+        return super().training_step(batch, 0)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        first, last = self.net[:3].parameters(), self.net[3:].parameters()
+        return [torch.optim.Adam(first, 0.01), torch.optim.SGD(last, 0.1, momentum=0.9)]
+
+
 class Validated(Everything):
     """The same, with a validation whose tensors, made in inference mode, stay on the module."""
 
@@ -805,6 +828,9 @@ SETTINGS = {
         Everything, trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     ),
     "LBFGS": Case(everything_by(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3))),
+    "a segment of every step by hand": Case(
+        Alternating, lca={"loss_fn": lambda m, batch: m.loss(batch), "segments": "step"}
+    ),
     "a plateau scheduler": Case(everything_by(plateau)),
     "a scheduler of every step": Case(everything_by(every_step)),
     "validation in mid-epoch": Case(Validated, both, trainer=validating),
