@@ -62,7 +62,7 @@ def add_to(commands: Any) -> None:
     option("--loss_fn", metavar=path, help="function (module, batch) -> scalar (training_step)")
     option("--probe_batches", type=int, default=1, metavar="N", help="drawn of train or val (1)")
     option("--probe_mode", default="no_dropout", metavar="MODE", help="no_dropout, eval or train")
-    option("--every_n_steps", type=int, default=1, metavar="N", help="pass over nearer ones (1)")
+    option("--every_n_steps", type=int, default=1, metavar="N", help="least steps of a segment (1)")
     option("--quadrature", default="simpson", metavar="RULE", help="simpson, midpoint, ...")
     option("--tolerance", type=float, metavar="LOSS", help="largest residual of a segment")
     option("--max_splits", type=int, default=32, metavar="N", help="most panels of a segment (32)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import random
@@ -42,10 +43,11 @@ class SavesStart(pl.Callback):
         trainer.save_checkpoint(self.directory / "start.ckpt")
 
 
-def train(path, model, data=None, every=1, save=1, precision="32-true", slim=False, **lca):
+def train(path, model, data=None, every=1, save=1, slim=False, **lca):
     """Trains with the callback, and saves every so many steps as people do; gives the callback."""
     pl.seed_everything(3)
     saved = path / "checkpoints"
+    where = {name: lca.pop(name) for name in ("precision", "accelerator") if name in lca}
     callback = LCACallback(every_n_steps=every, **lca)
     often = {"every_n_train_steps": save, "save_top_k": -1, "save_weights_only": slim}
     trainer = make_trainer(
@@ -55,7 +57,7 @@ def train(path, model, data=None, every=1, save=1, precision="32-true", slim=Fal
         pl.callbacks.ModelCheckpoint(saved, **often),
         max_steps=STEPS,
         enable_checkpointing=True,
-        precision=precision,
+        **where,
     )
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(saved / "last.ckpt")  # Of the same step as another one.
@@ -120,10 +122,14 @@ CASES = {
     "weights only": (Net, {}, {"slim": True}),
     "manual optimization": (ByHand, {}, {"loss_fn": replayed.loss_fn}),
     "a module with its own data, finished by setup": (Watched, {}, {"data": None}),
+    "on a GPU": (Net, {}, {"accelerator": "gpu", "precision": "bf16-mixed"}),
 }
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=ON_GPU) if "GPU" in name else name for name in CASES]
+)
 @pytest.mark.filterwarnings("ignore:LCA. the probe loss changed from")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_on_checkpoints_of_every_step_it_gives_the_live_record(tmp_path, case):
@@ -302,6 +308,8 @@ def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_
 
 
 def test_a_record_with_a_gap_is_made_anew(runs):
+    with pytest.raises(ValueError, match="max_overhead spares the time of training"):
+        replay(runs / "a", Net, max_overhead=0.1)
     (record,) = replay(runs / "a", Net, probe=iter(replayed.BATCHES))
     for path in record.glob("*tfevents*"):
         path.unlink()
@@ -441,6 +449,26 @@ def test_arguments_of_model_and_data_are_typed_as_for_lightning_cli(tmp_path, ca
     status, _ = run(tmp_path, *names, *given, "--log_every_n_steps", "4", capsys=capsys)
     assert status == 0
     assert_same(History.load(tmp_path / RECORD), History.load(live.log_dir))
+
+
+@pytest.mark.parametrize("subclass", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_lightning_cli_know_how_the_model_is_built(
+    tmp_path, monkeypatch, capsys, subclass
+):
+    monkeypatch.chdir(tmp_path)
+    classes = () if subclass else (Net, Data)
+    names = ("--model=scripts.replayed.Net", "--data=scripts.replayed.Data")
+    asked = ("max_steps=6", "accelerator=cpu", "enable_progress_bar=false", "logger=false")
+    asked += ("callbacks+=ModelCheckpoint", "callbacks.every_n_train_steps=2")
+    asked += ("callbacks.save_top_k=-1", "enable_model_summary=false")
+    given = ("--model.width=9", "--data.batch_size=24", *(f"--trainer.{a}" for a in asked))
+    arguments = ["fit", *(names if subclass else ()), *given]
+    importlib.import_module(f"{pl.__name__}.cli").LightningCLI(*classes, args=arguments)
+    assert run(".", *names, capsys=capsys)[0] == 0
+    history = History.load(RECORD)
+    assert history.steps.tolist() == [4, 6]
+    assert history.sizes[0] == 9
 
 
 def test_weights_that_round_or_move_unseen_are_warned_of(tmp_path):
