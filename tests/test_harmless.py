@@ -760,8 +760,10 @@ class Unfreeze(plc.BaseFinetuning):
 
 def checkpoint_and_stop(path):
     return [
-        plc.ModelCheckpoint(path / "steps", "{step}", every_n_train_steps=2, save_top_k=-1),
-        plc.ModelCheckpoint(path / "best", "best-{val_loss}", monitor="val_loss", save_top_k=2),
+        plc.ModelCheckpoint(str(path / "steps"), "{step}", every_n_train_steps=2, save_top_k=-1),
+        plc.ModelCheckpoint(
+            str(path / "best"), "best-{val_loss}", monitor="val_loss", save_top_k=2
+        ),
         plc.EarlyStopping("val_loss", patience=2, min_delta=10.0),
     ]
 
@@ -917,7 +919,7 @@ def test_training_is_bitwise_the_same_with(case, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need")
 @pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch")
 def test_resuming_is_bitwise_the_same(tmp_path, capsys):
-    saves = plc.ModelCheckpoint(tmp_path, "first", every_n_train_steps=4)
+    saves = plc.ModelCheckpoint(str(tmp_path), "first", every_n_train_steps=4)
     first = Case(Everything, callbacks=lambda path: [saves], trainer={"enable_checkpointing": True})
     fit(first, tmp_path / "first")
     plain, measured, lca = twins(Case(Everything, resume=tmp_path / "first.ckpt"), tmp_path, capsys)

@@ -57,7 +57,7 @@ def train(path, version, steps, resume=None, save_at=(), **options):
     pl.seed_everything(5)
     lca = LCACallback(**({"probe": list(toy_loader(shuffle=False))[:2]} | options))
     saves = [
-        ModelCheckpoint(path / version, f"{k}-{{step}}", every_n_train_steps=k, save_top_k=-1)
+        ModelCheckpoint(str(path / version), f"{k}-{{step}}", every_n_train_steps=k, save_top_k=-1)
         for k in save_at
     ]
     for k, save in zip(save_at, saves):
