@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_lca import record
+from lightning_lca.notices import warn
 from lightning_lca.rows import Ints, Rows, Windows
 
 CHUNK_STEPS = 512
@@ -205,7 +205,7 @@ class Board:
         self._written_to = max(self._written_to, step)
 
     def _warn(self, text: str) -> None:
-        warnings.warn(f"LCA: {text}", stacklevel=2)
+        warn(f"LCA: {text}")
 
 
 def is_a(name: str, logger: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lca import flavours
 from lightning_lca.allocation import Allocation
 from lightning_lca.budget import Budget
 from lightning_lca.cost import Cost
@@ -18,6 +17,7 @@ from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy
 from lightning_lca.history import History
 from lightning_lca.meter import Meter
+from lightning_lca.notices import tell, warn
 from lightning_lca.path import Path
 from lightning_lca.probe import ProbeMode, live_weights
 from lightning_lca.quadrature import Quadrature
@@ -354,7 +354,7 @@ class LCACallback(LightningCallback):
             self._opened_at = budget.began_at
         if every is None:
             return False
-        flavours.of(trainer, ".utilities.rank_zero").rank_zero_info(budget.line(every))
+        tell(trainer, budget.line(every))
         session.choose(every)
         self.every_n_steps = self._chosen = every
         self._budget, self._cost = None, Cost(budget.device)
@@ -365,12 +365,13 @@ class LCACallback(LightningCallback):
         if not cost.is_known or self.every_n_steps is None:
             return
         self._cost = None
-        rank_zero = flavours.of(trainer, ".utilities.rank_zero")
         if self._settings.max_overhead is None:
             refines = self._settings.tolerance is not None
-            rank_zero.rank_zero_info(cost.line(refines=refines))
-        elif excess := cost.excess(self.every_n_steps, self._settings.max_overhead):
-            rank_zero.rank_zero_warn(excess)
+            tell(trainer, cost.line(refines=refines))
+        elif trainer.is_global_zero and (
+            excess := cost.excess(self.every_n_steps, self._settings.max_overhead)
+        ):
+            warn(excess)
 
     def _measure(self, pl_module: Any) -> int:
         """Measures from where the segment was opened to where the weights are now."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning_lca import ledger
 from lightning_lca.board import file_writer, is_a
 from lightning_lca.distribution import Distribution
 from lightning_lca.history import History
+from lightning_lca.notices import warn
 from lightning_lca.record import EventFile
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class Gallery:
                     )
             except Exception as error:
                 self._tensorboard.remove(logger)
-                warnings.warn(
+                warn(
                     f"LCA: {type(error).__name__} while the summary was logged: {error}. "
-                    "TensorBoard gets no more summaries and distributions.",
-                    stacklevel=2,
+                    "TensorBoard gets no more summaries and distributions."
                 )
 
     def draw(self, histories: Mapping[str, History], step: int, *, last: bool) -> None:
@@ -123,10 +122,9 @@ class Gallery:
                 try:
                     self._hang(f"{probe}_figures/{name}", make(history), step)
                 except Exception as error:  # A picture is never worth a training.
-                    warnings.warn(
+                    warn(
                         f"LCA: the figure {name} could not be made, {type(error).__name__}: "
-                        f"{error}. Try `lightning-lca figures` on the record.",
-                        stacklevel=2,
+                        f"{error}. Try `lightning-lca figures` on the record."
                     )
         self._last = time.monotonic() - began
         self._spent += self._last
@@ -144,10 +142,9 @@ class Gallery:
                 hook(tag, figure, png.getvalue(), step)
             except Exception as error:  # A tracking server that is down must not end training.
                 self._hooks.remove(hook)
-                warnings.warn(
+                warn(
                     f"LCA: {type(error).__name__} while a figure was logged: {error}. "
-                    "This logger gets no more figures.",
-                    stacklevel=2,
+                    "This logger gets no more figures."
                 )
         if self.directory is not None:
             path = self.directory / f"{_file_name(tag)}.png"
@@ -180,7 +177,7 @@ def lay_out(labels: Sequence[str], log_dir: Path) -> None:
         file.write([Event(step=0, wall_time=time.time(), summary=summary)])
         file.close()
     except OSError as error:
-        warnings.warn(f"LCA: Custom Scalars could not be laid out: {error}", stacklevel=2)
+        warn(f"LCA: Custom Scalars could not be laid out: {error}")
 
 
 def _length(trainer: Any) -> int:

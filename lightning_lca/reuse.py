@@ -8,14 +8,13 @@ reuse with one warning.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from lightning_lca.allocation import Field, Sample, Segment, Weights
 from lightning_lca.arithmetic import bundles
 from lightning_lca.flag import Flag
+from lightning_lca.notices import warn
 from lightning_lca.probe import Probe
 from lightning_lca.ranks import Ranks
 
@@ -95,13 +94,12 @@ class Reuse:
         if self._audit is None:  # Another rank's finding.
             return
         _, kept, fresh = self._audit
-        warnings.warn(
+        warn(
             f"LCA: the probe loss changed from {kept.loss.item():.9g} to "
             f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor "
             "buffers changed: it depends on something else, such as the step number, or is "
             "not deterministic. From now on every step's start is evaluated afresh, one "
-            "gradient more, and the difference is booked as drift.",
-            stacklevel=2,
+            "gradient more, and the difference is booked as drift."
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from lightning_lca.allocation import Segment
 from lightning_lca.arithmetic import HALF
+from lightning_lca.notices import warn
 
 
 class Rounding:
@@ -34,13 +33,12 @@ class Rounding:
         self._waits = False
         weights = sum(w.numel() for w in half.values())
         types = " and ".join(sorted({str(w.dtype).removeprefix("torch.") for w in half.values()}))
-        warnings.warn(
+        warn(
             f"LCA: {weights:,} weights are {types}. In the first step {1 - moved / weights:.1%} of "
             f"them stayed where they were, as updates that are too small round away; for "
             f"{stuck / moved:.1%} of the others there is no number between start and stop at which "
             "the middle of the step could be evaluated. Credits are those of the motion that is "
-            'left, and coarse. precision="bf16-mixed" keeps the weights in float32.',
-            stacklevel=2,
+            'left, and coarse. precision="bf16-mixed" keeps the weights in float32.'
         )
 
 

@@ -160,9 +160,10 @@ def test_a_training_that_ended_in_mid_chord_goes_on_as_if_it_had_not(tmp_path):
     assert resumed.history.steps.tolist() == [3, 6, 9, 12, 14]
     assert np.array_equal(resumed.history.residual, unbroken.history.residual)
     assert np.array_equal(resumed.history.drift, unbroken.history.drift)
-    records = History.load(resumed.log_dir), History.load(unbroken.log_dir)
-    assert_same_rows(*records)
-    assert_same_windows(*records)
+    read = History.load(resumed.log_dir), History.load(unbroken.log_dir)
+    assert_same_rows(*read)
+    if not OLD:
+        assert_same_windows(*read)
 
 
 def test_the_state_is_small_and_loads_without_trust(tmp_path):
