@@ -54,7 +54,8 @@ class LCACallback(LightningCallback):
         loss_fn: (module, batch) -> scalar tensor, or {term: scalar}, whose sum is taken. None: the
             module's own training_step.
         every_n_steps: Measures the chord from every n-th optimizer step to the next: nothing is
-            missed, at 1/n of the cost, but what happens within a chord is not resolved.
+            missed, at 1/n of the cost, but what happens within a chord is not resolved. The
+            attribute of this name is what max_overhead chose, and None until it did.
         max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
             so that measuring slows training down by at most this share (0.1: 10 %). It is chosen
             once, logged and recorded: a training that is told that number has the same history.
@@ -82,7 +83,6 @@ class LCACallback(LightningCallback):
 
     Attributes:
         log_dir: Directory of the record, while and after training.
-        every_n_steps: As given, or as chosen for max_overhead; None until it is.
 
     Raises:
         ValueError: An argument out of range. TypeError: one of the wrong type.
