@@ -35,6 +35,7 @@ CASES = {
     "loss_fn": [(LOSS, "mean_squares")],
     "every_n_steps": [("4", 4)],
     "max_overhead": [("0.25", 0.25)],
+    "segments": [("step", "step")],
     "quadrature": [("boole", "boole"), (json.dumps(RULE), RULE)],
     "tolerance": [("1e-3", 1e-3), ("0.5", 0.5)],
     "max_splits": [("8", 8)],
@@ -143,6 +144,7 @@ def test_an_argument_written_in_yaml_means_what_it_means_in_python(tmp_path, nam
 
 ALL = {name: cases[-1][0] for name, cases in CASES.items()}
 ALL |= {"quadrature": "simpson", "every_n_steps": "1", "group_by": "layer", "probe_mode": "eval"}
+ALL |= {"segments": "batch"}
 del ALL["max_overhead"]  # It goes by the clock.
 
 
