@@ -44,10 +44,11 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, directory, *, resume=None, aim=None, logger=False):
+    def start(self, directory, *, resume=None, aim=None, logger=False, **more):
         directory.mkdir(exist_ok=True)
         (directory / "pulse").unlink(missing_ok=True)
         run = {"directory": str(directory), "resume": resume, "aim": aim, "logger": logger}
+        run |= more
         return self._ask(json.dumps(run))
 
     def wait(self):
@@ -211,3 +212,47 @@ def test_whenever_a_process_dies_its_record_reads_and_training_goes_on_as_if_unb
     if len(SEEDS) == 20:
         assert phases.keys() >= TIMES.keys()
         assert resumed["step" if kind == "SIGKILL" else "exception"] >= 5
+
+
+def test_on_a_full_disk_training_goes_on_and_the_record_reads_up_to_there(
+    server, unbroken, tmp_path
+):
+    final = server.run(tmp_path, full=(10, STEPS + 1))
+    assert final["error"] is None
+    for name, weight in unbroken["weights"].items():
+        assert torch.equal(final["weights"][name], weight), name
+    assert final["history"]["steps"].tolist() == list(range(1, STEPS + 1)), "memory has all"
+    found = load(tmp_path)
+    assert found.lost == 0
+    assert 8 <= len(found) <= 10
+    assert_prefix(found, unbroken["record"])
+    assert_tensorboard_reads(tmp_path, found)
+    first, last = final["warned"]
+    assert "could not be written: [Errno 27] File too large. Training goes on" in first
+    assert last.startswith(f"LCA: {STEPS - len(found)} measured steps are missing in the record")
+
+
+def test_when_a_disk_has_room_again_the_record_becomes_whole(server, unbroken, tmp_path):
+    final = server.run(tmp_path, full=(10, 18))
+    (warned,) = final["warned"]
+    assert "Training goes on" in warned
+    found = load(tmp_path)
+    assert found.lost == 0
+    assert len(found) == STEPS
+    assert_prefix(found, unbroken["record"])
+    for windows in found.windows.values():
+        assert windows.measured.sum() == STEPS
+
+
+def test_the_error_of_a_tensorboard_logger_on_a_full_disk_is_its_own(server, tmp_path):
+    errors = {}
+    for measured in (True, False):
+        directory = tmp_path / str(measured)
+        final = server.run(directory, full=(10, STEPS + 1), logger=True, measured=measured)
+        errors[measured] = final["error"]
+        print(final["error"], final["step"], final["warned"])
+    assert "File too large" in errors[True]
+    assert "File too large" in errors[False]
+    found = load(tmp_path / "True")
+    assert_prefix(found, found)
+    assert 8 <= len(found) <= 10

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import random
+import resource
 import signal
 import struct
 import sys
@@ -105,7 +106,6 @@ class Watch(pl.Callback):
         self.pulse = pulse
 
     def on_train_start(self, *args):
-        self.began = time.monotonic()
         self.pulse.beat(phase=PHASES.index("training"))
 
     def on_train_batch_end(self, trainer, *args):
@@ -113,6 +113,23 @@ class Watch(pl.Callback):
 
     def on_train_end(self, *args):
         self.pulse.beat(phase=PHASES.index("end"))
+
+
+class FullDisk(pl.Callback):
+    """From one step to another no file can grow, as on a full disk; comes after LCACallback."""
+
+    def __init__(self, begin, end):
+        self.begin, self.end = begin, end
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.begin:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, self.before[1]))
+        if trainer.global_step == self.end:
+            self.free()
+
+    def free(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
 class Resumable:
@@ -156,7 +173,7 @@ def phased(owner, name, phase, pulse, sniper):
     setattr(owner, name, tell)
 
 
-def train(directory, resume, aim, logger):
+def train(directory, resume, aim, logger, full=None, measured=True):
     """Trains to the end, or until something happens, and saves what came out.
 
     Args:
@@ -164,6 +181,8 @@ def train(directory, resume, aim, logger):
         resume: A checkpoint, or None.
         aim: {"phase", "nth", "seed", "number", "shots"}: shoots itself; or None.
         logger: Whether there is a TensorBoardLogger.
+        full: The steps between which the disk is full; then no checkpoints are saved.
+        measured: Whether there is an LCACallback.
     """
     torch.set_num_threads(1)
     directory = Path(directory)
@@ -182,29 +201,44 @@ def train(directory, resume, aim, logger):
     lca = LCACallback(
         probe=list(toy_loader(shuffle=False))[:2], track_parameters=True, neurons=True
     )
-    watch = Watch(pulse)
+    watch, saved = Watch(pulse), directory / "saved"
+    callbacks = [lca, watch] if measured else [watch]
+    if full:
+        board.CHUNK_SECONDS = 0.02
+        callbacks.append(FullDisk(*full))
+    else:
+        save = pl.callbacks.ModelCheckpoint(
+            saved, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1
+        )
+        callbacks += [save, pl.callbacks.OnExceptionCheckpoint(saved, "exception")]
     trainer = make_trainer(
         directory,
-        lca,
-        watch,
-        pl.callbacks.ModelCheckpoint(
-            directory / "saved", "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1
-        ),
-        pl.callbacks.OnExceptionCheckpoint(directory / "saved", "exception"),
+        *callbacks,
         max_steps=STEPS,
-        enable_checkpointing=True,
+        enable_checkpointing=not full,
         logger=logger and pl.loggers.TensorBoardLogger(directory, name="logs", version=""),
     )
     module = Classifier(nn.Sequential(nn.BatchNorm1d(12), mlp()))
-    trainer.fit(module, Resumable(), ckpt_path=resume)
-    seconds = time.monotonic() - watch.began
-    history = lca.history
-    columns = {n: np.asarray(getattr(history, n)) for n in ("steps", "residual", "allocated")}
-    torch.save(
-        {"weights": module.state_dict(), "totals": lca.totals, "history": columns}
-        | {"optimizer": trainer.optimizers[0].state_dict(), "seconds": seconds},
-        directory / "final.pt",
-    )
+    error, began = None, time.monotonic()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(module, Resumable(), ckpt_path=resume)
+        except Exception as raised:
+            if not full:
+                raise
+            error = raised
+    final = {"seconds": time.monotonic() - began, "weights": module.state_dict()}
+    final |= {"error": error and f"{type(error).__name__}: {error}", "step": trainer.global_step}
+    final |= {"warned": [str(w.message) for w in warned if str(w.message).startswith("LCA")]}
+    if full:
+        callbacks[-1].free()
+    if measured:
+        history = lca.history
+        columns = {n: np.asarray(getattr(history, n)) for n in ("steps", "residual", "allocated")}
+        final |= {"totals": lca.totals, "history": columns}
+        final |= {"optimizer": trainer.optimizers[0].state_dict()}
+    torch.save(final, directory / "final.pt")
 
 
 def child(run):
