@@ -1,6 +1,7 @@
 """Errors of others: the user's own comes out as it is, what was measured is kept, all goes on."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -259,3 +260,59 @@ def test_what_an_error_left_unmeasured_is_measured_when_training_resumes(tmp_pat
         assert np.array_equal(mine, theirs), column
     record = History.load(again.log_dir)
     assert np.array_equal(record.steps, again.history.steps)
+
+
+def test_without_a_writable_directory_training_goes_on_and_memory_has_all(tmp_path):
+    (tmp_path / "file").write_text("where a directory should be")
+    lca = LCACallback(probe=probe_batches(), figures=False)
+    with pytest.warns(UserWarning, match="there is no record, since its directory could not be"):
+        trainer = train(tmp_path / "file", Fragile(), lca)
+    assert trainer.global_step == len(lca.history) == STEPS
+    assert lca.log_dir is None
+
+
+class Remover(pl.Callback):
+    """Deletes the log directory after some steps, as people do who clean up."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == LAST:
+            shutil.rmtree(self.directory)
+
+
+def test_a_record_that_is_deleted_begins_again_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 2)
+    monkeypatch.setattr("lightning_lca.board.CHUNK_SECONDS", 0)
+    lca = LCACallback(probe=probe_batches())
+    remover = Remover(tmp_path / "lca_logs")
+    with pytest.warns(UserWarning, match="could not be written: .*deleted.*Training goes on") as w:
+        trainer = train(tmp_path, Fragile(), lca, remover)
+    assert len([x for x in w if "LCA" in str(x.message)]) == 1
+    assert trainer.global_step == len(lca.history) == STEPS
+    record = History.load(lca.log_dir)
+    assert record.steps.tolist() == list(range(LAST + 1, STEPS + 1))
+    assert np.array_equal(record.loss_after, lca.history.loss_after[LAST:])
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's own writer.
+@pytest.mark.filterwarnings("ignore:LCA. the record in")
+@pytest.mark.filterwarnings("ignore:LCA. TensorBoardLogger raised")
+@pytest.mark.filterwarnings("ignore:LCA. .* while the summary was logged")
+def test_with_its_directory_deleted_a_tensorboard_logger_fails_as_without_us(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 2)
+    monkeypatch.setattr("lightning_lca.board.CHUNK_SECONDS", 0)
+    errors = []
+    lca = LCACallback(probe=probe_batches())
+    for callbacks in ((), (lca,)):
+        directory = tmp_path / str(len(callbacks))
+        logger = pl.loggers.TensorBoardLogger(directory)
+        with pytest.raises((OSError, ValueError)) as caught:
+            train(directory, Fragile(), *callbacks, Remover(logger.root_dir), logger=logger)
+        error = caught.value
+        errors.append(type(error.__cause__ or error))
+    assert errors == [FileNotFoundError, FileNotFoundError]
+    last = lca.history.last_step
+    assert last > LAST
+    assert History.load(lca.log_dir).steps.tolist() == list(range(LAST + 1, last + 1))

@@ -118,15 +118,21 @@ class Watch(pl.Callback):
 class FullDisk(pl.Callback):
     """From one step to another no file can grow, as on a full disk; comes after LCACallback."""
 
-    def __init__(self, begin, end):
-        self.begin, self.end = begin, end
+    def __init__(self, directory, begin, end):
+        self.directory, self.begin, self.end = directory, begin, end
         self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_train_batch_end(self, trainer, *args):
+        events = [file.stat().st_size for file in self.directory.glob("*/**/*tfevents*")]
         if trainer.global_step == self.begin:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, self.before[1]))
+            self.allow(max(events) + 100)  # Half an event still fits.
+        if trainer.global_step == self.begin + 1:
+            self.allow(0)
         if trainer.global_step == self.end:
             self.free()
+
+    def allow(self, size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, self.before[1]))
 
     def free(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
@@ -204,8 +210,8 @@ def train(directory, resume, aim, logger, full=None, measured=True):
     watch, saved = Watch(pulse), directory / "saved"
     callbacks = [lca, watch] if measured else [watch]
     if full:
-        board.CHUNK_SECONDS = 0.02
-        callbacks.append(FullDisk(*full))
+        board.CHUNK_SECONDS = 0
+        callbacks.append(FullDisk(directory, *full))
     else:
         save = pl.callbacks.ModelCheckpoint(
             saved, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=-1
