@@ -121,6 +121,14 @@ class Gallery:
             for name, make in figures.available(history).items() if len(history) else ():
                 try:
                     self._hang(f"{probe}_figures/{name}", make(history), step)
+                except OSError as error:  # The disk is full: none of the others would do better.
+                    self._draws = False
+                    warnings.warn(
+                        f"LCA: the figures could not be written: {error}. There will be no more. "
+                        "Try `lightning-lca figures` on the record.",
+                        stacklevel=2,
+                    )
+                    return
                 except Exception as error:  # A picture is never worth a training.
                     warn(
                         f"LCA: the figure {name} could not be made, {type(error).__name__}: "

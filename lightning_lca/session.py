@@ -93,6 +93,13 @@ class Session:
             if state is None:
                 continue
             taken = meter.resume(state, history)
+            if (taken or not kept["record"]) and meter.history.last_step < state["last_step"]:
+                warnings.warn(
+                    f"LCA: the record ends at step {meter.history.last_step}, since it could not "
+                    "be written or was cut off. The history goes on without the steps from there "
+                    f"to {state['last_step']} that were measured before the checkpoint.",
+                    stacklevel=2,
+                )
             self._scalars[name].resume(state["credit"], meter.history.rows, state["logged"])
             if taken is not None and self.log_dir != Path(kept["record"]):
                 self._copy(name, taken)

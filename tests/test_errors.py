@@ -316,3 +316,43 @@ def test_with_its_directory_deleted_a_tensorboard_logger_fails_as_without_us(tmp
     last = lca.history.last_step
     assert last > LAST
     assert History.load(lca.log_dir).steps.tolist() == list(range(LAST + 1, last + 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need")
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("how", ["cut off", "never written"])
+def test_a_record_shorter_than_its_checkpoint_is_told_of(tmp_path, how):
+    lca = LCACallback(probe=probe_batches(), figures=False)
+    save = pl.callbacks.ModelCheckpoint(tmp_path / "saved", "at", every_n_train_steps=3)
+    root = tmp_path / "root"
+    if how == "cut off":
+        train(root, Fragile(), lca, save, enable_checkpointing=True)
+        (file,) = lca.log_dir.glob("*tfevents*")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        left = History.load(lca.log_dir).last_step
+        assert 0 < left < STEPS
+    else:
+        root.write_text("where a directory should be")
+        with pytest.warns(UserWarning, match="there is no record"):
+            train(root, Fragile(), lca, save, enable_checkpointing=True)
+        left = 0
+    again = LCACallback(probe=probe_batches(), figures=False)
+    trainer = make_trainer(tmp_path / "again", again, max_steps=STEPS + 2)
+    with pytest.warns(UserWarning, match=f"ends at step {left}, .* to {STEPS} that were measured"):
+        trainer.fit(Fragile(), toy_loader(), ckpt_path=tmp_path / "saved" / "at.ckpt")
+    steps = [*range(1, left + 1), STEPS + 1, STEPS + 2]
+    assert again.history.steps.tolist() == History.load(again.log_dir).steps.tolist() == steps
+
+
+@pytest.mark.figures
+def test_where_one_figure_cannot_be_written_the_others_are_not_tried(tmp_path):
+    lca = LCACallback(probe=probe_batches())
+
+    class Spoil(pl.Callback):
+        def on_train_start(self, *args):
+            (lca.log_dir / "lca_figures").write_text("where a directory should be")
+
+    with pytest.warns(UserWarning, match="LCA") as warned:
+        train(tmp_path, Fragile(), lca, Spoil())
+    (said,) = [str(w.message) for w in warned if "LCA" in str(w.message)]
+    assert "the figures could not be written: [Errno 17] File exists" in said
