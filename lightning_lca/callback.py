@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -296,7 +295,7 @@ class LCACallback(LightningCallback):
             if self._session is not None:
                 self._session.close()
         except Exception as error:
-            warnings.warn(f"LCA: the record could not be finished: {error!r}", stacklevel=2)
+            warn(f"LCA: the record could not be finished: {error!r}")
 
     @held()
     def state_dict(self) -> dict[str, Any]:

@@ -123,10 +123,9 @@ class Gallery:
                     self._hang(f"{probe}_figures/{name}", make(history), step)
                 except OSError as error:  # The disk is full: none of the others would do better.
                     self._draws = False
-                    warnings.warn(
+                    warn(
                         f"LCA: the figures could not be written: {error}. There will be no more. "
-                        "Try `lightning-lca figures` on the record.",
-                        stacklevel=2,
+                        "Try `lightning-lca figures` on the record."
                     )
                     return
                 except Exception as error:  # A picture is never worth a training.
