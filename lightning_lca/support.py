@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.nn.parameter import is_lazy
 
 from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.notices import warn
 from lightning_lca.settings import Settings
 from lightning_lca.shards import any_cut, is_cut, is_even
 
@@ -24,7 +26,7 @@ _REFUSED = {
 
 
 def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
-    """Refuses what cannot be measured.
+    """Refuses what cannot be measured, and warns of what old versions of torch disturb.
 
     Raises:
         MisconfigurationException: Manual optimization without loss_fn, lazy modules that have seen
@@ -43,6 +45,16 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
             f"{len(lazy)} parameters have no shape yet, {lazy[0]} the first: they belong to lazy "
             "modules that have seen no batch. Pass one through them before training, e.g. in "
             "setup or configure_model: with torch.no_grad(): self.net(example)."
+        )
+    compiled = [module, *module.modules()]
+    if not hasattr(torch.compiler, "set_stance") and any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiler_ctx", None) for m in compiled
+    ):
+        warn(
+            "LCA: the model is compiled, and only torch 2.6 and later can evaluate a compiled model "
+            "as if it were not: here a probe of other shapes than the training batches makes "
+            "torch.compile add graphs, and training may differ in its last bits from one without "
+            "LCACallback. Give the probe batches of the training's shape, or update torch."
         )
     _check_strategy(trainer.strategy)
     if any_cut(module):

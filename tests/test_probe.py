@@ -84,6 +84,18 @@ def test_a_weight_that_the_loss_does_not_need_is_idle(tmp_path):
     )
 
 
+CAN_REST = hasattr(torch.compiler, "set_stance")
+
+
+def test_a_compiled_model_is_warned_of_where_torch_cannot_let_it_rest(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
+    compiled = torch.compile(nn.Linear(12, 4), backend="eager")
+    with pytest.warns(UserWarning, match=r"only torch 2\.6 and later can evaluate a compiled"):
+        fit(tmp_path, lambda: compiled)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not CAN_REST, reason="torch below 2.6 cannot let a compiled module rest")
 def test_compiled_modules_keep_their_graphs(tmp_path):
     """A probe batch of another size must not make torch.compile meet a new shape."""
     torch._dynamo.reset()
