@@ -51,8 +51,8 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiler_ctx", None) for m in compiled
     ):
         warn(
-            "LCA: the model is compiled, and only torch 2.6 and later can evaluate a compiled model "
-            "as if it were not: here a probe of other shapes than the training batches makes "
+            "LCA: the model is compiled, and only torch 2.6 and later can evaluate a compiled "
+            "model as if it were not: here a probe of other shapes than the training batches makes "
             "torch.compile add graphs, and training may differ in its last bits from one without "
             "LCACallback. Give the probe batches of the training's shape, or update torch."
         )
