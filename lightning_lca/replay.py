@@ -97,11 +97,12 @@ def replay(
         >>> # replay("lightning_logs/version_0", Net, Data, quadrature="midpoint")
     """
     listed = [runs] if isinstance(runs, str | Path) else list(runs)
-    if lca.get("max_overhead") is not None:
-        raise ValueError(
-            "max_overhead spares the time of training, and a replay takes none of it. Choose how "
-            "many steps a segment has at least by every_n_steps."
-        )
+    for name, usual in (("max_overhead", None), ("segments", "batch")):
+        if lca.get(name, usual) != usual:
+            raise ValueError(
+                f"{name} is for training: a replay has one segment from checkpoint to checkpoint. "
+                "Leave it out; every_n_steps says how many steps a segment has at least."
+            )
     lca["probe"] = _to_keep(lca.get("probe", "train"))
     LCACallback(**lca)  # Mistakes in its arguments are told before anything is read.
     found = find([Path(run) for run in listed])

@@ -307,9 +307,13 @@ def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_
     assert len(again) == STEPS
 
 
+@pytest.mark.parametrize("argument", [{"max_overhead": 0.1}, {"segments": "step"}])
+def test_what_only_training_can_do_is_refused(runs, argument):
+    with pytest.raises(ValueError, match=f"{next(iter(argument))} is for training: a replay has"):
+        replay(runs / "a", Net, **argument)
+
+
 def test_a_record_with_a_gap_is_made_anew(runs):
-    with pytest.raises(ValueError, match="max_overhead spares the time of training"):
-        replay(runs / "a", Net, max_overhead=0.1)
     (record,) = replay(runs / "a", Net, probe=iter(replayed.BATCHES))
     for path in record.glob("*tfevents*"):
         path.unlink()
