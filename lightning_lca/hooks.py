@@ -23,26 +23,30 @@ _OF_ALL_MODULES = ("_global_backward_hooks", "_global_backward_pre_hooks")
 def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
     """Runs the body without hooks on the gradients of parameters and modules.
 
-    Hooks on other tensors, which a forward registers on its way, stay. Those registered on
-    parameters and modules within the body are dropped at its end.
+    Those that are registered within the body are dropped at its end. Hooks on other tensors, which
+    a forward registers on its way, stay.
     """
     # The tables are private. They are emptied in place: handles and autograd hold on to them.
-    owners: list[_Owner] = [(p, _OF_PARAMETERS) for p in module.parameters()]
-    owners += [(m, _OF_MODULES) for m in module.modules()]
-    owners.append((_everywhere, _OF_ALL_MODULES))
-    saved = [(table, dict(table)) for table in _tables(owners)]
-    for table, _ in saved:
-        table.clear()
+    saved = [(table, dict(table)) for table in _tables(module)]
+    drop_gradient_hooks(module)
     try:
         yield
     finally:
-        for table in _tables(owners):
-            table.clear()
+        drop_gradient_hooks(module)
         for table, hooks in saved:
             table.update(hooks)
 
 
-def _tables(owners: list[_Owner]) -> list[MutableMapping[int, Any]]:
+def drop_gradient_hooks(module: nn.Module) -> None:
+    """Takes all hooks off the gradients of parameters and modules."""
+    for table in _tables(module):
+        table.clear()
+
+
+def _tables(module: nn.Module) -> list[MutableMapping[int, Any]]:
     """Lists the tables that have entries."""
+    owners: list[_Owner] = [(p, _OF_PARAMETERS) for p in module.parameters()]
+    owners += [(m, _OF_MODULES) for m in module.modules()]
+    owners.append((_everywhere, _OF_ALL_MODULES))
     tables = (getattr(owner, name, None) for owner, names in owners for name in names)
     return [table for table in tables if table]

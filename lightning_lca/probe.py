@@ -23,7 +23,7 @@ from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
 from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
-from lightning_lca.hooks import no_gradient_hooks
+from lightning_lca.hooks import drop_gradient_hooks, no_gradient_hooks
 from lightning_lca.names import named_parameters
 from lightning_lca.objective import LossFn, Objective
 from lightning_lca.ranks import Ranks
@@ -236,6 +236,7 @@ class Probe:
     def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
         gradients: list[Tensor | None]
+        drop_gradient_hooks(self._module)  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
                 weight.grad = None

@@ -95,6 +95,9 @@ class Hooked(Model):
         super().__init__(bare.net, bare.loss, bare.make_optimizers)
         COUNTED["calls"] = 0
         layer, kinds = self.net[2], self.hooks()
+        self.kind, self.handles = kind, []
+        if kind == "hooks that the step registers":
+            return
         if kind in ("hooks on weights", "hooks after gradients"):
             for p in self.parameters():
                 kinds[kind](p)
@@ -121,11 +124,20 @@ class Hooked(Model):
             "backward pre-hooks": lambda m: m.register_full_backward_pre_hook(scale_all),
         }
 
+    def training_step(self, batch, batch_idx):
+        if self.kind == "hooks that the step registers":
+            register = self.hooks()["hooks on weights"]
+            self.handles = [register(p) for p in self.parameters()]
+        return super().training_step(batch, batch_idx)
+
     def on_train_batch_end(self, *args):
+        for handle in self.handles:
+            handle.remove()
         self.log("calls", float(COUNTED["calls"]))
 
 
 HOOKS = ["hooks on weights", "hooks after gradients", "backward hooks", "backward pre-hooks"]
+HOOKS += ["hooks that the step registers"]
 
 
 @pytest.mark.parametrize("kind", HOOKS)
