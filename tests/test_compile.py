@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from twin import RULES, PathRecorder, Twin
 
-from lightning_lca import LCACallback
+from lightning_lca import Grouping, LCACallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Of the compiler's own code.
@@ -135,3 +135,13 @@ def test_groups_of_a_compiled_module_have_the_names_of_the_bare_one(tmp_path, by
     torch._dynamo.reset()
     assert groups(part(backend="eager")) == groups(made())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("by", ["layer", "neuron", "parameter"])
+def test_a_compiled_layer_is_grouped_as_what_it_is(by):
+    """A transposed convolution by its channels, an LSTM by its units, a norm as a norm."""
+    layers = nn.ConvTranspose2d(2, 3, 2), nn.LSTM(3, 2), nn.BatchNorm1d(3)
+    bare = Grouping(nn.Sequential(*layers), by)
+    compiled = Grouping(nn.Sequential(*map(torch.compile, layers)), by)
+    assert (compiled.names, compiled.sizes) == (bare.names, bare.sizes)
+    assert compiled.kinds == bare.kinds

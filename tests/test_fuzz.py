@@ -193,25 +193,29 @@ def case(seed):
     if sparse:
         net.embed.requires_grad_(True)
     build, optimizer = optimizers(random, sparse)
-    precisions = ["32-true"] * 5 + ["64-true"] * 4 + ["bf16-mixed"]
+    precisions = ["32-true"] * 5 + ["64-true"] * 4 + ["bf16-mixed", "bf16-true"]
     precision = pick(random, *precisions)
-    if kind == "words":
+    kinks = any(isinstance(m, nn.ReLU | nn.LeakyReLU | nn.PReLU) for m in net.modules())
+    # Where a gradient jumps, coarse rounding lands on the other side: nothing bounds that error.
+    if kind == "words" or (kinks and precision.startswith("bf16")):
         precision = pick(random, "32-true", "64-true")
-    lbfgs, mixed = optimizer == "LBFGS", precision == "bf16-mixed"
+    lbfgs, half = optimizer == "LBFGS", precision.startswith("bf16")
     clip = {"gradient_clip_val": float(random.uniform(0.05, 0.5))}
     clip["gradient_clip_algorithm"] = pick(random, "norm", "value")
     # Lightning clips neither sparse gradients nor, in mixed precision, those of fused optimizers.
-    if sparse or mixed or random.random() < 0.5:
+    if sparse or half or random.random() < 0.5:
         clip = {}
     rule = pick(random, *RULES)
     tolerance = None
-    if random.random() < 0.25 and not mixed:
+    if random.random() < 0.25 and not half:
         rule, tolerance = "simpson", float(10 ** random.uniform(-6, -3))
     generator = torch.Generator().manual_seed(seed)
     mode = pick(random, "no_dropout", "no_dropout", "eval", "train")
     # Attention and recurrent nets may draw other masks in float64 than in float32.
-    if mode == "train" and kind == "words":
+    if mode == "train" and (kind == "words" or precision == "bf16-true"):
         mode = "no_dropout"
+    if precision == "bf16-true":  # It rounds every node but the ends.
+        rule = pick(random, "euler", "trapezoid")
     sizes = [int(random.integers(3, 9)) for _ in range(random.integers(1, 4))]
     return {
         "seed": seed,
@@ -272,6 +276,7 @@ class Credits(pl.Callback):
         self.note()
 
 
+@pytest.mark.filterwarnings("ignore:LCA. .*round")  # Half-precision weights are warned of.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # Once in a process, by Adagrad.
 @pytest.mark.parametrize("seed", range(SEEDS), ids=[f"seed{i}x" for i in range(SEEDS)])
 def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
@@ -285,8 +290,10 @@ def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
 
     asked, history = drawn["lca"], lca.history
     fresh = case(seed)["model"]
-    dtype = torch.float64 if drawn["trainer"]["precision"] == "64-true" else torch.float32
-    autocast = torch.bfloat16 if drawn["trainer"]["precision"] == "bf16-mixed" else None
+    precision = drawn["trainer"]["precision"]
+    dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+    dtype = dtypes.get(precision, torch.float32)
+    autocast = torch.bfloat16 if precision == "bf16-mixed" else None
     twin = Twin(fresh, asked["probe"], asked["probe_mode"], asked["seed"], dtype, autocast)
     trained = [n for n, p in fresh.named_parameters() if p.requires_grad]
     groups = groups_of(fresh, asked["group_by"])
