@@ -6,11 +6,11 @@ Credits need the derivative of the loss itself, and training must not notice tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _everywhere
 
 _Owner = tuple[Any, tuple[str, ...]]  # Who has tables of hooks, and their names.
@@ -27,26 +27,29 @@ def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
     a forward registers on its way, stay.
     """
     # The tables are private. They are emptied in place: handles and autograd hold on to them.
-    saved = [(table, dict(table)) for table in _tables(module)]
-    drop_gradient_hooks(module)
+    owners: list[_Owner] = [(_everywhere, _OF_ALL_MODULES)]
+    for m in module.modules():  # Once for both: walking large modules takes its time.
+        owners.append((m, _OF_MODULES))
+        owners += [(p, _OF_PARAMETERS) for p in m._parameters.values() if p is not None]
+    saved = [(table, dict(table)) for table in _tables(owners)]
+    for table, _ in saved:
+        table.clear()
     try:
         yield
     finally:
-        drop_gradient_hooks(module)
+        for table in _tables(owners):
+            table.clear()
         for table, hooks in saved:
             table.update(hooks)
 
 
-def drop_gradient_hooks(module: nn.Module) -> None:
-    """Takes all hooks off the gradients of parameters and modules."""
-    for table in _tables(module):
+def drop_gradient_hooks(weights: Iterable[Tensor]) -> None:
+    """Takes all hooks off the gradients of weights."""
+    for table in _tables([(w, _OF_PARAMETERS) for w in weights]):
         table.clear()
 
 
-def _tables(module: nn.Module) -> list[MutableMapping[int, Any]]:
+def _tables(owners: list[_Owner]) -> list[MutableMapping[int, Any]]:
     """Lists the tables that have entries."""
-    owners: list[_Owner] = [(p, _OF_PARAMETERS) for p in module.parameters()]
-    owners += [(m, _OF_MODULES) for m in module.modules()]
-    owners.append((_everywhere, _OF_ALL_MODULES))
     tables = (getattr(owner, name, None) for owner, names in owners for name in names)
     return [table for table in tables if table]

@@ -236,7 +236,7 @@ class Probe:
     def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
         gradients: list[Tensor | None]
-        drop_gradient_hooks(self._module)  # Those that the step itself registered.
+        drop_gradient_hooks(weights)  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
                 weight.grad = None
