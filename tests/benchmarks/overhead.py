@@ -429,6 +429,7 @@ def machine(device: str) -> str:
 
 def main() -> None:
     """Parses the command line, runs, prints."""
+    global PRECISION
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -436,7 +437,6 @@ def main() -> None:
     parser.add_argument("--precision", default=PRECISION, help="as Trainer's")
     parser.add_argument("--only", choices=[*WORKLOADS, "rules"])
     arguments = parser.parse_args()
-    global PRECISION
     PRECISION = arguments.precision
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.threads:
