@@ -1,4 +1,4 @@
-"""LCACallback: opens and closes segments around optimizer steps and wires the rooms together."""
+"""LCACallback: what a user adds to a Trainer, asks for, and reads from."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lca.allocation import Allocation
-from lightning_lca.budget import Budget
-from lightning_lca.cost import Cost
 from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy
 from lightning_lca.history import History
 from lightning_lca.meter import Meter
-from lightning_lca.notices import tell, warn
-from lightning_lca.path import Path
-from lightning_lca.probe import ProbeMode, live_weights
+from lightning_lca.probe import ProbeMode
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.results import Results
-from lightning_lca.session import Session, x_axis
 from lightning_lca.settings import Segments, Settings
-from lightning_lca.shards import parts
 from lightning_lca.signals import held
-from lightning_lca.steps import Steps
 from lightning_lca.support import check_trainer
+from lightning_lca.training import Training
 
 
 class LCACallback(LightningCallback):
@@ -134,19 +128,17 @@ class LCACallback(LightningCallback):
             custom_scalars=custom_scalars,
         )
         self.log_dir: FilePath | None = None
-        self._path = Path()
-        self._opened_at = 0
-        self._steps: Steps | None = None
-        self._trained: dict[str, Tensor] = {}
-        self._session: Session | None = None
+        self._training: Training | None = None
         self._results: dict[str | None, Results] = {}
         self._kept: dict[str, Any] | None = None
-        self._cost: Cost | None = None
-        self._budget: Budget | None = None
-        self._chosen: int | None = None
-        self.every_n_steps = None if max_overhead is not None else every_n_steps
+        self._every = None if max_overhead is not None else every_n_steps
 
     # -- results ----------------------------------------------------------------------------------
+
+    @property
+    def every_n_steps(self) -> int | None:
+        """Optimizer steps of a segment: what was given, or what max_overhead chose; else None."""
+        return self._every if self._training is None else self._training.every_n_steps
 
     @property
     def histories(self) -> dict[str | None, History]:
@@ -204,99 +196,47 @@ class LCACallback(LightningCallback):
     @held()
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reads the probes, evaluates each once, and opens the record."""
-        asked = self._settings
-        check_trainer(trainer, pl_module, asked)
-        self._path, self._results = Path(), {}
-        self._session = Session(trainer, pl_module, asked)
-        self.log_dir = self._session.log_dir
+        check_trainer(trainer, pl_module, self._settings)
         kept, self._kept = self._kept, None
-        self._session.begin(kept)
-        if asked.max_overhead is not None:
-            self.every_n_steps = self._chosen = kept.get("every_n_steps") if kept else None
-            if self.every_n_steps is not None:
-                self._session.choose(self.every_n_steps)
-        self._steps = Steps(trainer, pl_module, self._step)
-        if kept:
-            self._steps.resume(kept["steps"])
-        if kept and kept["open"]:
-            self._opened_at = kept["open"]["at"]
-            self._path.resume(kept["open"]["weights"], live_weights(pl_module))
-            # The checkpoint was saved after a step was done and before it was measured.
-            if self._is_due():
-                self._measure(pl_module)
-                self._session.log(x_axis(trainer), self._steps.done)
-        self._cost = Cost(pl_module.device)
-        self._budget = None
-        if self.every_n_steps is None:
-            self._budget = Budget(asked, self._session, self._path, self._cost)
-            if kept and kept["open"]:
-                self._budget.resume(kept["open"], self._steps.done)
+        self._results, self._training = {}, None
+        self._training = Training(trainer, pl_module, self._settings)
+        self.log_dir = self._training.session.log_dir
+        self._training.begin(trainer, pl_module, kept)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes which weights are trained: later, a toggled optimizer may hide some."""
-        if not self._path.is_open:
-            self._trained = live_weights(pl_module)
+        """Notes which weights are trained."""
+        if self._training is not None:
+            self._training.look(pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""
-        if pl_module.automatic_optimization and not self._path.is_open:
-            self._trained = live_weights(pl_module)
-        self._open()
+        if self._training is None:
+            return
+        if pl_module.automatic_optimization:
+            self._training.look(pl_module)
+        self._training.open()
 
     @held()
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Closes the segment if it is due, measures it, and logs on the interval."""
-        session, steps = self._session, self._steps
-        if session is None or steps is None:
-            return
-        if self._budget is not None:
-            every = self._budget.take(pl_module, live_weights(pl_module), steps.done)
-            if self._choose(trainer, session, self._budget, every) and not self._path.is_open:
-                session.log(x_axis(trainer), steps.done)
-        if not self._is_due():
-            session.record()
-            return
-        if self._cost is not None:
-            self._cost.enter(steps.done - self._opened_at)
-        gradients = self._measure(pl_module)
-        session.log(x_axis(trainer), steps.done)
-        session.record()
-        if self._cost is not None:
-            self._cost.leave(gradients)
-            self._tell(trainer, self._cost)
+        if self._training is not None:
+            self._training.close(trainer, pl_module)
 
     @held()
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
-        session, steps = self._session, self._steps
-        if session is None or steps is None:
-            return
-        steps.leave()
-        x = 0
-        if self._budget is not None:
-            every = self._budget.end(live_weights(pl_module), steps.done)
-            if self._choose(trainer, session, self._budget, every):
-                x = x_axis(trainer) - 1
-            self._chosen = None  # A training that goes on from here chooses for itself.
-        if self._path.is_open and steps.done > self._opened_at:
-            self._measure(pl_module)
-            x = x_axis(trainer) - 1  # The last batch is counted by now.
-        session.end(x, steps.done)
+        if self._training is not None:
+            self._training.end(trainer, pl_module)
 
     @held()
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Writes what was measured; the user's own error stays on top."""
-        if self._steps is not None:
-            self._steps.leave()
-        try:
-            if self._session is not None:
-                self._session.close()
-        except Exception as error:
-            warn(f"LCA: the record could not be finished: {error!r}")
+        if self._training is not None:
+            self._training.abort()
 
     @held()
     def state_dict(self) -> dict[str, Any]:
@@ -305,20 +245,7 @@ class LCACallback(LightningCallback):
         With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
         the weights.
         """
-        if self._session is None or self._steps is None:
-            return self._kept or {}
-        opened = None
-        # Of weights that are cut, a checkpoint of this process would hold a part only: a chord that
-        # was open then ends there, and what it did to the loss is booked as drift.
-        if self._session.is_cut:
-            pass
-        elif self._budget is not None and self._budget.began_at is not None:
-            opened = {"at": self._budget.began_at, "weights": dict(self._budget.start)}
-        elif self._path.is_open:
-            weights = {n: w.cpu().clone() for n, w in self._path.start.items()}
-            opened = {"at": self._opened_at, "weights": weights}
-        own = {"open": opened, "steps": self._steps.done, "every_n_steps": self._chosen}
-        return self._session.state() | own
+        return (self._kept or {}) if self._training is None else self._training.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, for the training that is about to start."""
@@ -326,81 +253,12 @@ class LCACallback(LightningCallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
-    @held()
-    def _open(self) -> None:
-        """Starts a segment where the weights are, unless one is open."""
-        if not self._path.is_open and self._steps is not None:
-            self._opened_at = self._steps.done
-            self._path.open(self._trained)
-            if self._budget is not None:
-                self._budget.begin(self._opened_at, self._path.start)
-
-    @held()
-    def _step(self) -> None:
-        """Opens a segment at a step of manual optimization, or marks where the open one passes."""
-        done = 0 if self._steps is None else self._steps.done
-        if self._settings.segments == "step" and self._path.is_open and done > self._opened_at:
-            self._path.mark(self._trained, done)
-        self._open()
-
-    def _is_due(self) -> bool:
-        done = 0 if self._steps is None else self._steps.done
-        every = self.every_n_steps
-        return self._path.is_open and every is not None and done - self._opened_at >= every
-
-    def _choose(self, trainer: Any, session: Session, budget: Budget, every: int | None) -> bool:
-        """Goes on with the every_n_steps that was chosen; False if none is yet."""
-        if self._path.is_open and budget.began_at is not None:
-            self._opened_at = budget.began_at
-        if every is None:
-            return False
-        tell(trainer, budget.line(every))
-        session.choose(every)
-        self.every_n_steps = self._chosen = every
-        self._budget, self._cost = None, Cost(budget.device)
-        return True
-
-    def _tell(self, trainer: Any, cost: Cost) -> None:
-        """Says once what measuring costs, or that it costs far more than it should."""
-        if not cost.is_known or self.every_n_steps is None:
-            return
-        self._cost = None
-        if self._settings.max_overhead is None:
-            refines = self._settings.tolerance is not None
-            tell(trainer, cost.line(refines=refines))
-        elif trainer.is_global_zero and (
-            excess := cost.excess(self.every_n_steps, self._settings.max_overhead)
-        ):
-            warn(excess)
-
-    def _measure(self, pl_module: Any) -> int:
-        """Measures from where the segment was opened to where the weights are now."""
-        assert self._session is not None
-        assert self._steps is not None
-        live = live_weights(pl_module)
-        whole, continues = self._path.close(live)
-        pieces = self._path.pieces(whole, self._steps.done)
-        gradients = 0
-        for piece, step in pieces:
-            try:
-                if len(pieces) > 1:
-                    piece.at(1.0).write(parts(live))
-                gradients += self._session.measure(piece, continues, step)
-            except BaseException:
-                whole.at(1.0).write(parts(live))
-                # A checkpoint saved now says where it began: it is measured when training resumes.
-                if self._session.measured_to < step:
-                    self._path.reopen(piece)
-                raise
-            self._opened_at, continues = step, True
-        return round(gradients / len(pieces))
-
     def _measured(self) -> Mapping[str | None, Meter | Results]:
         """Gives what was measured by every probe, up to now."""
-        if self._session is None:
+        if self._training is None:
             return self._results
-        self._session.collect()
-        return self._session.meters
+        self._training.session.collect()
+        return self._training.session.meters
 
     def _first(self, what: str) -> Meter | Results:
         measured = self._measured()
@@ -418,9 +276,8 @@ class LCACallback(LightningCallback):
             name: Results.of(m) if isinstance(m, Meter) else m
             for name, m in self._measured().items()
         }
-        idle: dict[str, Any] = {"_path": Path(), "_trained": {}}
-        idle |= {"_steps": None, "_session": None, "_cost": None, "_budget": None}
-        state = vars(self) | idle | {"_results": results}
+        of_now = {"_training": None, "_results": results, "_every": self.every_n_steps}
+        state = vars(self) | of_now
         # The Trainer hangs bound methods of the module on every callback.
         return {n: v for n, v in state.items() if n not in ("log", "log_dict")}
 

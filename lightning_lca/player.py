@@ -149,7 +149,8 @@ class Player(LCACallback):
             self._load(trainer, module, checkpoint)
             super().on_train_batch_end(trainer, module, None, None, 0)
             # Only where windows of finer sums end, so that they do not depend on interruptions.
-            if self._session is not None and self._session.logged_at == x_axis(trainer) + 1:
+            running = self._training
+            if running is not None and running.session.logged_at == x_axis(trainer) + 1:
                 self._save()
             if trainer.received_sigterm:
                 raise KeyboardInterrupt

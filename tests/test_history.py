@@ -307,8 +307,8 @@ def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every)
 
     class Look(pl.Callback):
         def on_train_batch_end(self, *args):
-            (meter,) = lca._session.meters.values()
-            most.append(meter.pending + lca._session._board.waiting(None))
+            (meter,) = lca._training.session.meters.values()
+            most.append(meter.pending + lca._training.session._board.waiting(None))
 
     pl.seed_everything(0)
     lca = LCACallback()

@@ -59,6 +59,7 @@ ROOMS = [
     "session",
     "budget",
     "steps",
+    "training",
     "callback",
     "export",
     "demo",

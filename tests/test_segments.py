@@ -120,7 +120,7 @@ def test_every_step_has_the_credit_that_numpy_gives_it(tmp_path, how, rule, node
         assert history.allocated[t, idle] == 0, "The other layer rests."
         assert history.allocated[t, 1 - idle] != 0
     assert (history.drift == 0).all()
-    assert len(lca._path._marks) == 2, "One more copy for every further step of a batch."
+    assert len(lca._training.path._marks) == 2, "One more copy for every further step of a batch."
 
 
 def test_a_mark_is_made_once_for_every_number_of_steps():

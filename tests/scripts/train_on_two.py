@@ -131,7 +131,9 @@ class Save(pl.Callback):
                 "points": self.path.points,
                 "rows": vars(history.rows) if history else None,
                 "groups": history.groups if history else None,
-                "held": sum(w.numel() for w in self.lca._path.start.values()) if history else None,
+                "held": sum(w.numel() for w in self.lca._training.path.start.values())
+                if history
+                else None,
                 "log_dir": str(self.lca.log_dir) if self.lca else None,
             },
             f"{self.file}-{trainer.global_rank}.pt",
