@@ -63,13 +63,9 @@ class Switch(pl.Callback):
         if self._on:
             self.lca.on_train_batch_end(trainer, pl_module, *args)
         every = self.lca.every_n_steps
-<<<<<<< HEAD
         if every is None:
-=======
-        if every is None or self.lca._training._cost is not None:
->>>>>>> 3e1f1bc (One training, followed from start to end, in a room of its own; the callback is what a user touches)
             return
-        self.lca._cost = None  # Ten chords of looking on whether it holds would only take time.
+        self.lca._training._cost = None  # Ten chords of looking on whether it holds would only take time.
         self._steps += 1
         if self._steps == every:
             self._began = both(pl_module.device)
