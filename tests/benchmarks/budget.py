@@ -65,7 +65,8 @@ class Switch(pl.Callback):
         every = self.lca.every_n_steps
         if every is None:
             return
-        self.lca._training._cost = None  # Ten chords of looking on whether it holds would only take time.
+        # Ten chords of looking on whether it holds would only take time.
+        self.lca._training._cost = None
         self._steps += 1
         if self._steps == every:
             self._began = both(pl_module.device)
