@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -6,6 +8,13 @@ import torch
 def _one_thread():
     """Small models run faster on one thread, and the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard():
+    """A shell that starts the tests in the background has them ignore it, and their children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

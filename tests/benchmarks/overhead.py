@@ -184,10 +184,13 @@ class Watch(pl.Callback):
         self.watched = watched
         self.held = 0
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         tensors = [] if self.watched is None else _tensors_in(vars(self.watched), set())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        self.held = sum(storages.values())
+        # The live weights and their gradients are there without it, too.
+        own = [t for p in pl_module.parameters() for t in (p, p.grad) if t is not None]
+        live = {t.untyped_storage().data_ptr() for t in own}
+        self.held = sum(size for place, size in storages.items() if place not in live)
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
