@@ -19,7 +19,15 @@ SCRIPT = Path(__file__).parent / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")
 OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn", "ddp+budget")
 CUT = (
-    *("fsdp+double", "fsdp+single", "fsdp+tolerance", "fsdp+drawn", "fsdp+neuron", "fsdp+budget"),
+    *(
+        "fsdp+double",
+        "fsdp+single",
+        "fsdp+tolerance",
+        "fsdp+drawn",
+        "fsdp+neuron",
+        "fsdp+mixed",
+        "fsdp+budget",
+    ),
     *("tensor+double", "tensor+tolerance", "tensor+neuron"),
     *("both+double", "both+tolerance"),
 )

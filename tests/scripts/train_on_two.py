@@ -184,6 +184,12 @@ def strategy(name, seconds):
     return ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor, **waits)
 
 
+def precision(name, option, double):
+    if option == "mixed":
+        return "bf16-mixed"
+    return "64-true" if double and name not in MESHES else "32-true"
+
+
 def train(directory, case, measured):
     name, _, option = case.partition("+")
     double = option in ("double", "three", "tolerance", "neuron")
@@ -228,7 +234,7 @@ def train(directory, case, measured):
         max_steps=STEPS,
         devices=4 if name == "both" else 2,
         strategy=strategy(name, seconds=20 if option == "die" else 200),
-        precision="64-true" if double and name not in MESHES else "32-true",
+        precision=precision(name, option, double),
         use_distributed_sampler=True,
     )
     trainer.fit(model, DataLoader(toy_data(96, dtype=dtype), batch_size=8))
