@@ -35,6 +35,28 @@ def toy_loader(batch_size: int = 16, shuffle: bool = True, **kwargs: Any) -> Dat
     return DataLoader(toy_data(**data), batch_size=batch_size, shuffle=shuffle, **kwargs)
 
 
+class Resumable:
+    """A loader that goes on in mid-epoch, as Lightning asks for."""
+
+    def __init__(self) -> None:
+        self.batches, self.served = list(toy_loader(shuffle=False)), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        while self.served < len(self.batches):
+            self.served += 1
+            yield self.batches[self.served - 1]
+        self.served = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.served = state["served"]
+
+
 class Classifier(pl.LightningModule):
     """Cross-entropy on a network, by any optimizer."""
 

@@ -203,7 +203,8 @@ def test_whenever_a_process_dies_its_record_reads_and_training_goes_on_as_if_unb
         if found is not None:
             assert_prefix(found, unbroken["record"])
             assert_tensorboard_reads(directory, found)
-        assert missing < CHUNK if kind == "SIGKILL" else missing <= 0
+        # A second Ctrl-C may come before Lightning ignores it, and then no hook of ours is called.
+        assert missing < CHUNK if kind == "SIGKILL" or shots > 1 else missing <= 0
         checkpoint = checkpoint_of(directory)
         if rows < STEPS:
             resumed[checkpoint and checkpoint.stem.partition("=")[0]] += 1

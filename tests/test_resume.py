@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import Classifier, make_trainer, mlp, pl, toy_loader
+from cases import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -29,28 +29,6 @@ class Clamp(pl.Callback):
         with torch.no_grad():
             for p in module.parameters():
                 p.clamp_(-0.3, 0.3)
-
-
-class Resumable:
-    """A loader that goes on in mid-epoch, as Lightning asks for."""
-
-    def __init__(self):
-        self.batches, self.served = list(toy_loader(shuffle=False)), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.served < len(self.batches):
-            self.served += 1
-            yield self.batches[self.served - 1]
-        self.served = 0
-
-    def state_dict(self):
-        return {"served": self.served}
-
-    def load_state_dict(self, state):
-        self.served = state["served"]
 
 
 def train(path, version, steps, resume=None, save_at=(), **options):

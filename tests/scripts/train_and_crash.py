@@ -29,7 +29,7 @@ from tensorboard.compat.proto import event_pb2  # noqa: F401
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cases import Classifier, make_trainer, mlp, pl, toy_loader
+from cases import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
 
 import lightning_lca.board as board
 from lightning_lca import LCACallback
@@ -136,28 +136,6 @@ class FullDisk(pl.Callback):
 
     def free(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-class Resumable:
-    """A loader that goes on in mid-epoch, as Lightning asks for."""
-
-    def __init__(self):
-        self.batches, self.served = list(toy_loader(shuffle=False)), 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.served < len(self.batches):
-            self.served += 1
-            yield self.batches[self.served - 1]
-        self.served = 0
-
-    def state_dict(self):
-        return {"served": self.served}
-
-    def load_state_dict(self, state):
-        self.served = state["served"]
 
 
 def phased(owner, name, phase, pulse, sniper):
