@@ -14,7 +14,7 @@ from lightning_lca.flavours import LightningCallback
 from lightning_lca.grouping import GroupBy
 from lightning_lca.history import History
 from lightning_lca.meter import Meter
-from lightning_lca.probe import ProbeMode
+from lightning_lca.modes import ProbeMode
 from lightning_lca.quadrature import Quadrature
 from lightning_lca.results import Results
 from lightning_lca.settings import Segments, Settings

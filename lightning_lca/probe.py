@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,14 @@ from lightning_lca.allocation import Position, Sample, Segment, Weights
 from lightning_lca.arithmetic import HALF, wide
 from lightning_lca.batches import batch_sizes
 from lightning_lca.fence import fence
-from lightning_lca.fingerprint import fingerprint
 from lightning_lca.flavours import MisconfigurationException
 from lightning_lca.hooks import drop_gradient_hooks, no_gradient_hooks
+from lightning_lca.modes import ProbeMode, set_mode, surroundings
 from lightning_lca.names import named_parameters
 from lightning_lca.objective import LossFn, Objective
 from lightning_lca.ranks import Ranks
 from lightning_lca.scaling import LossScale
 from lightning_lca.shards import any_cut, local, local_gradient, parts
-
-ProbeMode = Literal["no_dropout", "eval", "train"]
 
 
 def live_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -171,19 +169,8 @@ class Probe:
         return next(iter(self._devices))
 
     def surroundings(self) -> tuple[tuple[bool, ...], Tensor]:
-        """Fingerprints what the loss reads beside the trained weights: training flags and tensors.
-
-        BatchNorm's running statistics do not count where the probe normalises by the batch.
-        """
-        modules = list(self._module.modules())
-        flags = tuple(m.training for m in modules)
-        read = [p for p in self._module.parameters() if not p.requires_grad]
-        for m in modules:
-            by_batch = isinstance(m, nn.modules.batchnorm._NormBase) and (
-                m.training and self._mode != "eval"
-            )
-            read += [b for b in m._buffers.values() if b is not None and not by_batch]
-        return flags, fingerprint(read, self.device)
+        """Fingerprints what the loss reads beside the trained weights."""
+        return surroundings(self._module, self._mode, self.device)
 
     # -- one evaluation ---------------------------------------------------------------------------
 
@@ -220,7 +207,7 @@ class Probe:
         with self._fenced(j), torch.enable_grad(), quiet(False):
             if moves:
                 at.write(held)
-            self._set_mode()
+            set_mode(self._module, self._mode)
             with self._trainer.precision_plugin.train_step_context():
                 batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
                 loss = self._objective(batch, j)
@@ -249,17 +236,6 @@ class Probe:
             gradients = [next(taken) if w.requires_grad else None for w in weights]
         self._unreached = sum(g is None for g in gradients)
         return [_plain(g, w) for g, w in zip(gradients, weights, strict=True)]
-
-    def _set_mode(self) -> None:
-        """Sets training flags for one evaluation; the fence puts them back."""
-        if self._mode == "train":
-            return
-        for module in self._module.modules():
-            if self._mode == "eval" or _is_dropout(module):
-                module.training = False
-            elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-                # Theirs is functional, and their training flag does more than that.
-                module.dropout = 0.0
 
     # -- surroundings of an evaluation ------------------------------------------------------------
 
@@ -333,10 +309,3 @@ def _uncompiled() -> Any:
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``log``, ``log_dict`` and ``print`` while the probe runs."""
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    """Recognises dropout by its base class, and stochastic depth and the like by name."""
-    name = type(module).__name__.lower()
-    random_by_name = "droppath" in name or "dropblock" in name or "stochasticdepth" in name
-    return isinstance(module, nn.modules.dropout._DropoutNd) or random_by_name

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lca.allocation import Segment
-from lightning_lca.batches import read_batches
+from lightning_lca.assembly import make_meter, make_probe
 from lightning_lca.board import Board
-from lightning_lca.detail import Detail
-from lightning_lca.distribution import Distributions
 from lightning_lca.flag import Flag
 from lightning_lca.gallery import Gallery, lay_out
 from lightning_lca.grouping import Grouping
 from lightning_lca.history import History, Reader
 from lightning_lca.meter import Meter
 from lightning_lca.names import named_modules, named_parameters
-from lightning_lca.probe import Probe
 from lightning_lca.ranks import Ranks
 from lightning_lca.rounding import Rounding
 from lightning_lca.scalars import Scalars
@@ -53,8 +50,8 @@ class Session:
         self._rehearsed: dict[str | None, Meter] = {}
         self._scalars: dict[str | None, Scalars] = {}
         for name, source in settings.sources.items():
-            probe = _probe(trainer, module, settings, source, self._ranks)
-            self.meters[name] = self._meter(probe, module)
+            probe = make_probe(trainer, module, settings, source, self._ranks)
+            self.meters[name] = make_meter(probe, module, settings, grouping, self._ranks)
             prefix = f"lca_{name}" if self._scalars else "lca"
             self._scalars[name] = Scalars(grouping.names, grouping.sizes, prefix)
         self._first = next(iter(self.meters))
@@ -144,7 +141,11 @@ class Session:
     def rehearse(self, module: Any, segment: Segment, continues: Flag | bool, step: int) -> int:
         """Measures like `measure`, but for the time that it takes: the rows wait for `settle`."""
         if not self._rehearsed:
-            self._rehearsed = {n: self._meter(m.probe, module) for n, m in self.meters.items()}
+            asked, grouping, ranks = self._asked, self._grouping, self._ranks
+            self._rehearsed = {
+                name: make_meter(meter.probe, module, asked, grouping, ranks)
+                for name, meter in self.meters.items()
+            }
         before = sum(meter.gradients for meter in self._rehearsed.values())
         for meter in self._rehearsed.values():
             meter.measure(segment, continues, step)
@@ -290,43 +291,6 @@ class Session:
             "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
             "settings": self._asked.describe(),
         }
-
-    def _meter(self, probe: Probe, module: Any) -> Meter:
-        """Makes a meter that has measured nothing."""
-        asked = self._asked
-        detail = Detail(
-            module,
-            self._grouping,
-            neurons=asked.neurons,
-            weights=asked.track_parameters,
-            seed=asked.seed,
-            process=self._ranks.process,
-        )
-        return Meter(
-            probe,
-            self._grouping,
-            detail,
-            Distributions(module),
-            asked.rule,
-            self._ranks,
-            tolerance=asked.tolerance,
-            max_splits=asked.max_splits,
-            track_parameters=asked.track_parameters,
-        )
-
-
-def _probe(trainer: Any, module: Any, settings: Settings, source: Any, ranks: Ranks) -> Probe:
-    probe = Probe(
-        trainer,
-        module,
-        read_batches(source, trainer, settings.probe_batches, settings.seed, ranks),
-        mode=settings.probe_mode,
-        loss_fn=settings.loss_fn,
-        seed=settings.seed,
-        ranks=ranks,
-    )
-    probe.check()
-    return probe
 
 
 def x_axis(trainer: Any) -> int:

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_lca.grouping import GroupBy
+from lightning_lca.modes import ProbeMode
 from lightning_lca.objective import LossFn
-from lightning_lca.probe import ProbeMode
 from lightning_lca.quadrature import SIMPSON, Quadrature, as_quadrature
 
 Segments = Literal["batch", "step"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from cases import Classifier, make_trainer, mlp, toy_loader
+from cases import Classifier, Guarded, make_trainer, mlp, toy_loader
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,30 +86,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Watched(LCACallback):
-    """Notes what the hooks of steps 12 to 18 read; flags that were sent ahead do not count."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.reads = Reads()
-
-    def _watch(self, hook, trainer, *args):
-        if 12 <= trainer.global_step <= 18:
-            with self.reads:
-                hook(trainer, *args)
-        else:
-            hook(trainer, *args)
-
-    def on_train_batch_start(self, trainer, *args):
-        self._watch(super().on_train_batch_start, trainer, *args)
-
-    def on_before_optimizer_step(self, trainer, *args):
-        self._watch(super().on_before_optimizer_step, trainer, *args)
-
-    def on_train_batch_end(self, trainer, *args):
-        self._watch(super().on_train_batch_end, trainer, *args)
-
-
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch, arguments):
     read = Flag.__bool__
@@ -119,10 +95,11 @@ def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch,
             return read(flag)
 
     monkeypatch.setattr(Flag, "__bool__", without_notes)
-    watched = Watched(log_every_n_steps=30, figures=False, **arguments)
+    reads = Reads()  # Flags that were sent ahead do not count.
+    watched = Guarded(lambda: reads, log_every_n_steps=30, figures=False, **arguments)
     lca = fit(tmp_path, watched, steps=30, net=mlp, precision="64-true")
     assert len(lca.history) == 30
-    assert watched.reads.seen == []
-    with watched.reads:
+    assert reads.seen == []
+    with reads:
         bool(torch.ones(1) > 0)
-    assert watched.reads.seen, "the watch is able to see it"
+    assert reads.seen, "the watch is able to see it"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from cases import Classifier, make_trainer, mlp, toy_loader
+from cases import Classifier, Guarded, make_trainer, mlp, toy_loader
 from torch import nn
 
 from lightning_lca import LCACallback
@@ -102,7 +102,7 @@ def test_a_gpu_gives_the_history_of_the_cpu(tmp_path, rule):
     gpu, cpu = histories
     largest = np.abs(cpu.allocated).max()
     assert np.allclose(gpu.allocated, cpu.allocated, rtol=0, atol=1e-10 * largest)
-    assert np.allclose(gpu.neurons.allocated, cpu.neurons.credit, rtol=0, atol=1e-10 * largest)
+    assert np.allclose(gpu.neurons.allocated, cpu.neurons.allocated, rtol=0, atol=1e-10 * largest)
     assert np.array_equal(gpu.helping, cpu.helping)
     assert np.array_equal(gpu.hurting, cpu.hurting)
     assert np.allclose(gpu.residual, cpu.residual, rtol=0, atol=1e-10)
@@ -124,29 +124,9 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-class NeverWaits(LCACallback):
-    """Raises if a hook synchronizes with the device in steps 12 to 18."""
-
-    def _guarded(self, hook, trainer, *args):
-        if 12 <= trainer.global_step <= 18:
-            with no_waiting():
-                hook(trainer, *args)
-        else:
-            hook(trainer, *args)
-
-    def on_train_batch_start(self, trainer, *args):
-        self._guarded(super().on_train_batch_start, trainer, *args)
-
-    def on_before_optimizer_step(self, trainer, *args):
-        self._guarded(super().on_before_optimizer_step, trainer, *args)
-
-    def on_train_batch_end(self, trainer, *args):
-        self._guarded(super().on_train_batch_end, trainer, *args)
-
-
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_nothing_waits_for_the_device_between_logs(tmp_path, arguments):
-    lca = NeverWaits(log_every_n_steps=30, figures=False, **arguments)
+    lca = Guarded(no_waiting, log_every_n_steps=30, figures=False, **arguments)
     fit(tmp_path, lca, steps=30)
     assert len(lca.history) == 30
     with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
