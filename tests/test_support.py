@@ -1,5 +1,6 @@
 """What cannot be measured is refused at the start; weights that are cut, in a world of one."""
 
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -83,8 +84,11 @@ class Whole(Cut):
 
 @pytest.fixture
 def alone():
-    """Lightning leaves the process group behind."""
+    """Lightning leaves the process group behind, and says in the environment what it launched."""
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if dist.is_initialized():
         dist.destroy_process_group()
 
