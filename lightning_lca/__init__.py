@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_lca.allocation import (
+    from lightning_lca.measure.allocation import (
         Allocation,
         Field,
         Position,
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
         allocate,
         refine,
     )
-    from lightning_lca.callback import LCACallback
-    from lightning_lca.grouping import Grouping
-    from lightning_lca.history import History
-    from lightning_lca.metrics import GroupCredit, HelpingFraction, HurtingFraction
-    from lightning_lca.quadrature import Quadrature
+    from lightning_lca.measure.groups import Grouping
+    from lightning_lca.measure.metrics import GroupCredit, HelpingFraction, HurtingFraction
+    from lightning_lca.measure.quadrature import Quadrature
+    from lightning_lca.record.history import History
+    from lightning_lca.training.callback import LCACallback
 
 __all__ = [
     "Allocation",
@@ -42,12 +42,20 @@ __all__ = [
 ]
 
 _HOME = {
-    "allocation": ("Allocation", "Field", "Position", "Sample", "Segment", "allocate", "refine"),
-    "callback": ("LCACallback",),
-    "grouping": ("Grouping",),
-    "history": ("History",),
-    "metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
-    "quadrature": ("Quadrature",),
+    "measure.allocation": (
+        "Allocation",
+        "Field",
+        "Position",
+        "Sample",
+        "Segment",
+        "allocate",
+        "refine",
+    ),
+    "training.callback": ("LCACallback",),
+    "measure.groups": ("Grouping",),
+    "record.history": ("History",),
+    "measure.metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
+    "measure.quadrature": ("Quadrature",),
 }
 
 

@@ -21,4 +21,6 @@ def _ctrl_c_is_heard():
 def _figures_only_where_they_are_looked_at(request, monkeypatch):
     """Every training ends with some seconds of drawing, which most tests do not look at."""
     if request.node.get_closest_marker("figures") is None:
-        monkeypatch.setattr("lightning_lca.gallery.Gallery.draw", lambda *args, **kwargs: None)
+        monkeypatch.setattr(
+            "lightning_lca.reporting.figures.Gallery.draw", lambda *args, **kwargs: None
+        )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lca import LCACallback
-from lightning_lca.flag import Flag
+from lightning_lca.measure.flag import Flag
 
 WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique")
 
@@ -17,7 +17,7 @@ WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select
 @pytest.fixture
 def accelerated(monkeypatch):
     """Every room takes the CPU for an accelerator."""
-    for room in ("arithmetic", "allocation", "path", "grouping"):
+    for room in ("measure.tensors", "measure.allocation", "training.snapshots", "measure.groups"):
         monkeypatch.setattr(f"lightning_lca.{room}.on_accelerator", lambda tensor: True)
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_lca.allocation import Sample, Segment, allocate, refine
-from lightning_lca.arithmetic import total
-from lightning_lca.quadrature import BOOLE, RULES, SIMPSON, Quadrature
+from lightning_lca.measure.allocation import Sample, Segment, allocate, refine
+from lightning_lca.measure.quadrature import BOOLE, RULES, SIMPSON, Quadrature
+from lightning_lca.measure.tensors import total
 
 
 class SmoothField:

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.budget import Budget
-from lightning_lca.history import Reader
+from lightning_lca.record.history import Reader
+from lightning_lca.training.budget import Budget
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -39,7 +39,7 @@ CLOCK = Clock()  # Global: what a module holds, the probe puts back as it was.
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     CLOCK.__init__()
-    monkeypatch.setattr("lightning_lca.cost.clock", CLOCK)
+    monkeypatch.setattr("lightning_lca.training.cost.clock", CLOCK)
     return CLOCK
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca import History, LCACallback
-from lightning_lca.cost import cost_line
-from lightning_lca.scalars import panels_of
+from lightning_lca.reporting.scalars import panels_of
+from lightning_lca.training.cost import cost_line
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 Logger, rank_zero_experiment = pl.loggers.logger.Logger, pl.loggers.logger.rank_zero_experiment

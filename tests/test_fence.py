@@ -18,7 +18,7 @@ import torchmetrics
 from cases import make_trainer, pl
 from torch import nn
 
-from lightning_lca.fence import fence
+from lightning_lca.probe.isolation import fence
 
 
 @contextmanager

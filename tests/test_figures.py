@@ -11,9 +11,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle, StepPatch
 
 from lightning_lca import History, figures
-from lightning_lca import synchrony as core
+from lightning_lca.analysis import synchrony as core
 from lightning_lca.figures import style, timeline
-from lightning_lca.rows import Rows, Windows
+from lightning_lca.record.tables import Rows, Windows
 
 NAMES = ("conv1", "norm1", "conv2", "fc")
 WINDOW = 10
@@ -486,7 +486,7 @@ def test_drawing_needs_neither_pyplot_nor_torch_and_importing_not_even_matplotli
 import sys
 from lightning_lca import History, figures
 assert not {"matplotlib", "torch"} & set(sys.modules)
-from lightning_lca.rows import Rows
+from lightning_lca.record.tables import Rows
 import numpy as np
 run = History(["a"], [3])
 one = np.ones(1, int)

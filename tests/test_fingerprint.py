@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_lca.fingerprint import fingerprint
+from lightning_lca.probe.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
 SHAPES = {

@@ -18,8 +18,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from lightning_lca import LCACallback, ledger
-from lightning_lca.gallery import Gallery
-from lightning_lca.rows import Rows
+from lightning_lca.record.tables import Rows
+from lightning_lca.reporting.figures import Gallery
 
 pytestmark = pytest.mark.figures
 KINDS = ("images", "tensors", "histograms")

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_lca.arithmetic import bundles
-from lightning_lca.grouping import Grouping
-from lightning_lca.rowsums import in_few_kernels, in_the_cache, pieces_of
+from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.sums import in_few_kernels, in_the_cache, pieces_of
+from lightning_lca.measure.tensors import bundles
 
 
 class Zoo(nn.Module):

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from lightning_lca import Grouping, History, LCACallback, record
-from lightning_lca.rows import Rows
+from lightning_lca.record.tables import Rows
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 
@@ -51,7 +51,7 @@ def test_the_record_reads_back_as_it_was_in_memory(tmp_path, logger, group_by):
 
 
 def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
     lca = fit(tmp_path, logger=TensorBoardLogger(tmp_path), steps=27)
     accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
     accumulator.Reload()
@@ -157,7 +157,7 @@ def test_sampled_weights_are_the_weights_they_are_named_after(detailed):
 
 
 def test_a_large_network_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.detail.SAMPLE", 40)
+    monkeypatch.setattr("lightning_lca.training.windows.SAMPLE", 40)
     names = set()
     for seed in range(3):
         weights = fit(tmp_path, track_parameters=True, seed=seed).history.weights
@@ -193,7 +193,7 @@ def damage(lca, tag, mark):
 
 @pytest.mark.parametrize("part", ["steps", "allocated", "helping", "idle", "scalars"])
 def test_a_damaged_chunk_costs_its_own_steps_alone(tmp_path, monkeypatch, part):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
     lca = fit(tmp_path, steps=24)
     damage(lca, f"lca/chunk/000000009/{part}", b"}\n")
     loaded = History.load(lca.log_dir)
@@ -210,7 +210,7 @@ def test_a_record_without_its_description_says_so(tmp_path):
 
 
 def test_a_damaged_length_ends_a_file_and_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
     lca = fit(tmp_path, steps=24)
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = bytearray(path.read_bytes())
@@ -236,7 +236,7 @@ def test_directories_without_a_record_are_named(tmp_path):
 
 
 def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 4)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 4)
     lca = fit(tmp_path, steps=24)
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = path.read_bytes()
@@ -258,7 +258,7 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
         textwrap.dedent(
             """
             import sys
-            import lightning_lca.board as board
+            import lightning_lca.reporting.loggers as board
             from cases import Classifier, make_trainer, pl, toy_loader
             from lightning_lca import LCACallback
 
@@ -302,7 +302,7 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
 
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 16)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 16)
     most = []
 
     class Look(pl.Callback):

@@ -1,4 +1,4 @@
-"""The rooms and their one-way order."""
+"""The floors of the house: a folder imports from lower ones only, and the light ones stay light."""
 
 import ast
 import subprocess
@@ -9,114 +9,57 @@ import pytest
 
 import lightning_lca
 
-ROOMS = [
-    "quadrature",
-    "arithmetic",
-    "allocation",
-    "names",
-    "shards",
-    "rowsums",
-    "grouping",
-    "synchrony",
-    "metrics",
-    "record",
-    "rows",
-    "ledger",
-    "history",
-    "detail",
-    "figures.canvas",
-    "figures.timeline",
-    "figures.style",
-    "figures.layers",
-    "figures.majority",
-    "figures.closeup",
-    "figures.moments",
-    "figures",
-    "scalars",
-    "distribution",
-    "flavours",
-    "notices",
-    "board",
-    "gallery",
-    "signals",
-    "fence",
-    "fingerprint",
-    "flag",
-    "ranks",
-    "batches",
-    "scaling",
-    "hooks",
-    "modes",
-    "objective",
-    "probe",
-    "path",
-    "reuse",
-    "meter",
-    "results",
-    "cost",
-    "settings",
-    "support",
-    "rounding",
-    "assembly",
-    "session",
-    "budget",
-    "steps",
-    "training",
-    "callback",
-    "export",
-    "demo",
-    "checkpoints",
-    "player",
-    "replay",
-    "terminal",
-    "replay_command",
-    "__main__",
-    "tensorboard.query",
-    "tensorboard.tables",
-    "tensorboard.bins",
-    "tensorboard.views",
-    "tensorboard.together",
-    "tensorboard.source",
-    "tensorboard.store",
-    "tensorboard.answers",
-    "tensorboard.plugin",
-]
-PACKAGES = ("figures", "tensorboard")
+FLOORS = {
+    **dict.fromkeys(["measure", "record"], 1),
+    **dict.fromkeys(["analysis", "runtime"], 2),
+    **dict.fromkeys(["probe", "figures", "tensorboard"], 3),
+    **dict.fromkeys(["reporting"], 4),
+    **dict.fromkeys(["training"], 5),
+    **dict.fromkeys(["replay"], 6),
+    **dict.fromkeys(["cli"], 7),
+}
+NUMPY_TOWER = {"record", "analysis", "figures", "tensorboard"}
 HOME = Path(lightning_lca.__file__).parent
+FILES = sorted(p for p in HOME.rglob("*.py") if p.parent != HOME)
 
 
-def imports_of(room):
-    path = HOME / room.replace(".", "/")
-    path = path / "__init__.py" if room in PACKAGES else path.with_suffix(".py")
+def imports_of(path):
+    """Lists (folder, file) of the package's own modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.startswith("lightning_lca")
-        ):
-            base = node.module.partition(".")[2]
-            packages = {"": "", **{package: f"{package}." for package in PACKAGES}}
-            yield from (
-                [packages[base] + alias.name for alias in node.names]
-                if base in packages
-                else [base]
-            )
-        elif isinstance(node, ast.Import):
-            yield from (a.name.partition(".")[2] for a in node.names if "lightning_lca" in a.name)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_lca"):
+            parts = node.module.split(".")[1:]
+            # `from lightning_lca.record import eventfile` and `from lightning_lca import figures`.
+            for alias in node.names if len(parts) < 2 else [None]:
+                folder, *file = [*parts, *([alias.name] if alias else [])]
+                yield folder, (file or [""])[0]
 
 
-def test_every_module_is_a_room():
-    for package in ("", *(f"{name}." for name in PACKAGES)):
-        found = (HOME / package.replace(".", "/")).glob("*.py")
-        rooms = [r for r in ROOMS if r.rpartition(".")[0] == package.rstrip(".")]
-        rooms = [r for r in rooms if r not in PACKAGES]
-        assert sorted(package + p.stem for p in found) == sorted([*rooms, f"{package}__init__"])
+def folder_of(path):
+    return path.relative_to(HOME).parts[0]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_from_the_rooms_above_it(room):
-    above = ROOMS[: ROOMS.index(room)]
-    assert set(imports_of(room)) <= set(above)
+def test_every_folder_has_its_floor():
+    assert {folder_of(path) for path in FILES} == FLOORS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(HOME).as_posix())
+def test_a_folder_imports_from_lower_floors_only(path):
+    mine = folder_of(path)
+    for folder, _ in imports_of(path):
+        assert folder == mine or FLOORS[folder] < FLOORS[mine], f"{mine} imports {folder}"
+        if mine in NUMPY_TOWER:
+            assert folder in NUMPY_TOWER, f"{mine} is free of torch, and imports {folder}"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    graph = {}
+    for path in FILES:
+        key = (folder_of(path), path.stem)
+        graph[key] = {i for i in imports_of(path) if i[0] == key[0]}
+    while leaves := [key for key, needs in graph.items() if not needs & graph.keys()]:
+        for key in leaves:
+            del graph[key]
+    assert not graph
 
 
 def loaded_after(code):
@@ -128,14 +71,8 @@ def loaded_after(code):
 HEAVY = {"torch", "pytorch_lightning", "lightning", "torchmetrics", "matplotlib", "tensorboard"}
 
 
-def test_the_dashboard_knows_the_record_and_not_the_training():
-    rooms = [room for room in ROOMS if room.startswith("tensorboard.")]
-    outside = {i for room in rooms for i in imports_of(room) if i not in rooms}
-    assert outside <= {"record", "history", "synchrony"}
-
-
 def test_importing_the_dashboard_loads_neither_torch_nor_lightning_nor_matplotlib():
-    light = "import lightning_lca.tensorboard.plugin, lightning_lca.tensorboard.answers"
+    light = "import lightning_lca.tensorboard.plugin, lightning_lca.tensorboard.routes"
     assert not loaded_after(light) & (HEAVY - {"tensorboard"})
     assert "numpy" not in loaded_after("import lightning_lca.tensorboard")
 
@@ -146,7 +83,7 @@ def test_importing_the_package_loads_neither_torch_nor_lightning():
 
 def test_the_record_is_read_without_torch():
     read = "import lightning_lca, pathlib; lightning_lca.History; "
-    read += "from lightning_lca.record import read; list(read(pathlib.Path('.')))"
+    read += "from lightning_lca.record.eventfile import read; list(read(pathlib.Path('.')))"
     assert not loaded_after(read) & (HEAVY - {"tensorboard"})
 
 

@@ -14,7 +14,7 @@ from cases import Classifier, make_trainer, toy_loader
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_lca import History, LCACallback
-from lightning_lca.__main__ import main
+from lightning_lca.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_csv_wide_and_long_hold_the_history_exactly(logs, tmp_path, capsys):
 
 
 def test_npz_and_parquet_hold_the_history_exactly(logs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lightning_lca.export.BLOCK", 7)
+    monkeypatch.setattr("lightning_lca.record.export.BLOCK", 7)
     log_dir = logs[0] / "runs" / "b"
     history = History.load(log_dir, "own")
     for name in ("t.npz", "t.parquet"):
@@ -142,7 +142,7 @@ def test_mistakes_are_named_without_a_traceback(logs, capsys, arguments, message
 def test_a_damaged_record_is_read_as_far_as_it_goes_and_the_loss_is_told(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("lightning_lca.board.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
     lca = LCACallback()
     make_trainer(tmp_path, lca, max_steps=24).fit(Classifier(), toy_loader())
     (path,) = lca.log_dir.glob("*tfevents*")

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_lca import LCACallback
-from lightning_lca.allocation import Sample
-from lightning_lca.meter import Meter
-from lightning_lca.path import Path
-from lightning_lca.quadrature import as_quadrature
-from lightning_lca.reuse import AUDIT_EVERY
+from lightning_lca.measure.allocation import Sample
+from lightning_lca.measure.quadrature import as_quadrature
+from lightning_lca.training.meter import Meter
+from lightning_lca.training.reuse import AUDIT_EVERY
+from lightning_lca.training.snapshots import Path
 
 
 def fit(tmp_path, model=None, *callbacks, steps=12, **arguments):

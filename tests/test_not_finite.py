@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import History, LCACallback, figures
-from lightning_lca.scaling import LossScale
+from lightning_lca.probe.precision import LossScale
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Range
-from lightning_lca.tensorboard.tables import Table
+from lightning_lca.tensorboard.snapshot import Table
 
 STEPS = 14
 BAD = range(5, 9)  # Optimizer steps after which the weight is where the loss breaks.
@@ -105,7 +105,9 @@ class Path(pl.Callback):
 def test_steps_that_are_not_finite_are_recorded_and_the_later_ones_are_right(
     tmp_path, monkeypatch, hazard, tolerance
 ):
-    monkeypatch.setattr("lightning_lca.reuse.AUDIT_EVERY", 1)  # Every kept gradient is checked.
+    monkeypatch.setattr(
+        "lightning_lca.training.reuse.AUDIT_EVERY", 1
+    )  # Every kept gradient is checked.
     path = Path()
     lca = LCACallback(probe=[[X, Y]], tolerance=tolerance, track_parameters=True, figures=False)
     module = train(tmp_path, hazard, lca, path)

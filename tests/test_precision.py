@@ -13,7 +13,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.scaling import LossScale
+from lightning_lca.probe.precision import LossScale
 
 STEPS = 8
 

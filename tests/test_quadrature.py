@@ -3,7 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lightning_lca.quadrature import RULES, SIMPSON, Quadrature, as_quadrature
+from lightning_lca.measure.quadrature import RULES, SIMPSON, Quadrature, as_quadrature
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

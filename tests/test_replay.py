@@ -22,9 +22,9 @@ from scripts.replayed import ByHand, Data, Net, Watched
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lca import History, LCACallback
-from lightning_lca.__main__ import main
-from lightning_lca.checkpoints import allowing
-from lightning_lca.replay import RECORD, replay
+from lightning_lca.cli.main import main
+from lightning_lca.replay.checkpoints import allowing
+from lightning_lca.replay.runs import RECORD, replay
 
 STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")

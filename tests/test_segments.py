@@ -11,7 +11,7 @@ from test_manual import Gan
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.path import Path
+from lightning_lca.training.snapshots import Path
 
 BATCHES = 6
 POINTS = []  # Of the weights, before and after every step; global, since probes put back modules.

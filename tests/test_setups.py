@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from twin import RULES, PathRecorder, Twin
 
 from lightning_lca import LCACallback
-from lightning_lca.flavours import MisconfigurationException
+from lightning_lca.runtime.lightnings import MisconfigurationException
 
 plc = pl.callbacks
 BATCH = next(iter(toy_loader(batch_size=24, shuffle=False)))

@@ -9,7 +9,7 @@ import torch
 from cases import Classifier, make_trainer, pl, toy_loader
 
 from lightning_lca import LCACallback, signals
-from lightning_lca.signals import held
+from lightning_lca.runtime.signals import held
 
 
 @pytest.fixture

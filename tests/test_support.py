@@ -23,8 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_lca import LCACallback
-from lightning_lca.flavours import MisconfigurationException
-from lightning_lca.support import check_trainer
+from lightning_lca.runtime.lightnings import MisconfigurationException
+from lightning_lca.training.support import check_trainer
 
 
 class Unheard(Strategy):

@@ -29,7 +29,7 @@ from torch import nn
 
 import lightning_lca.tensorboard
 from lightning_lca import History, LCACallback, board, record
-from lightning_lca.synchrony import rates, synchrony
+from lightning_lca.analysis.synchrony import rates, synchrony
 
 STATIC = Path(lightning_lca.tensorboard.__file__).parent / "static"
 LAUNCH = "from tensorboard.main import run_main; run_main()"

@@ -10,15 +10,15 @@ import pytest
 from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History, record
-from lightning_lca.history import Reader, Rows, Windows
+from lightning_lca.record.history import Reader, Rows, Windows
 from lightning_lca.tensorboard import store as store_module
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
+from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query, QueryError
-from lightning_lca.tensorboard.source import Source
-from lightning_lca.tensorboard.store import Store
-from lightning_lca.tensorboard.tables import Table
+from lightning_lca.tensorboard.runs import Store
+from lightning_lca.tensorboard.snapshot import Table
 
 LAYERS = ("conv", "head")
 SIZES = np.array([100, 7])

@@ -23,7 +23,7 @@ from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, tot
 from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
 from lightning_lca.figures.moments import synchrony
 from lightning_lca.figures.timeline import fold, total
-from lightning_lca.history import History
+from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

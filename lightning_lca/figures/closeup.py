@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import Timeline, check, fold, sample, total
-from lightning_lca.history import History
+from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from lightning_lca.figures.timeline import (
     finite_or_nan,
     total,
 )
-from lightning_lca.history import History
+from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import Array, Floats, Layers, Timeline, check, sample
-from lightning_lca.history import History
+from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

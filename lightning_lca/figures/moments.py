@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lca import synchrony as core
+from lightning_lca.analysis import synchrony as core
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import Timeline, credit
-from lightning_lca.history import History
+from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.history import History, Windows
+from lightning_lca.record.history import History, Windows
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]

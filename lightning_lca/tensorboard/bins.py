@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.history import Ints
+from lightning_lca.record.history import Ints
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError
-from lightning_lca.tensorboard.tables import Table
+from lightning_lca.tensorboard.snapshot import Table
 
 
 @dataclass(frozen=True)

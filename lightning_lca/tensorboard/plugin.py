@@ -41,7 +41,7 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def __init__(self, context: Any) -> None:
         """Prepares an empty store: nothing is read before the page asks."""
-        from lightning_lca.tensorboard.store import Store
+        from lightning_lca.tensorboard.runs import Store
 
         self._provider = context.data_provider
         self._store = Store()
@@ -56,7 +56,7 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> dict[str, App]:
         """Gives a handler for every route: the answers, and the page's files by name."""
-        from lightning_lca.tensorboard.answers import ANSWERS
+        from lightning_lca.tensorboard.routes import ANSWERS
 
         files = [path for path in _STATIC.glob("*") if path.is_file()]
         apps = {f"/{path.name}": _file(path) for path in files}
@@ -67,9 +67,9 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         from tensorboard.backend import http_util
         from werkzeug import Request, Response
 
-        from lightning_lca.tensorboard.answers import ANSWERS
+        from lightning_lca.tensorboard.provider import Source
         from lightning_lca.tensorboard.query import Query, QueryError
-        from lightning_lca.tensorboard.source import Source
+        from lightning_lca.tensorboard.routes import ANSWERS
 
         @Request.application
         def app(request: Request) -> Any:

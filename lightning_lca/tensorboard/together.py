@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.synchrony import rates
-from lightning_lca.synchrony import synchrony as measure
+from lightning_lca.analysis.synchrony import rates
+from lightning_lca.analysis.synchrony import synchrony as measure
 from lightning_lca.tensorboard.bins import Range, plain
-from lightning_lca.tensorboard.tables import Table
+from lightning_lca.tensorboard.snapshot import Table
 
 MOST = 1000  # Moments per layer that may be asked for.
 _WORK = (

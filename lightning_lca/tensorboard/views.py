@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.history import Floats, Ints
+from lightning_lca.record.history import Floats, Ints
 from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.query import QueryError, show
-from lightning_lca.tensorboard.tables import Table, spacing
+from lightning_lca.tensorboard.snapshot import Table, spacing
 
 _CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
 _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.board import Board
-from lightning_lca.rows import Rows, Windows
+from lightning_lca.record.tables import Rows, Windows
+from lightning_lca.reporting.loggers import Board
 
 WINDOW = 50  # Steps of a window of channels: Lightning's default interval.
 MODES = {"fast loading": [], "--load_fast=false": ["--load_fast=false"]}

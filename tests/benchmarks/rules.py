@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_lca import Allocation, Field, Position, Sample, Segment, allocate
-from lightning_lca.quadrature import RULES, SIMPSON
+from lightning_lca.measure.quadrature import RULES, SIMPSON
 
 PANELS = 64
 PROBE = 512

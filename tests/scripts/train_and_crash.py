@@ -31,11 +31,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cases import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
 
-import lightning_lca.board as board
+import lightning_lca.reporting.loggers as board
 from lightning_lca import LCACallback
-from lightning_lca.gallery import Gallery
-from lightning_lca.path import Path as WeightPath
-from lightning_lca.probe import Probe
+from lightning_lca.probe.probe import Probe
+from lightning_lca.reporting.figures import Gallery
+from lightning_lca.training.snapshots import Path as WeightPath
 
 STEPS = 24  # Of batches of 16 in 96 samples: epochs of 6 steps.
 CHUNK = 4

@@ -1,0 +1,1 @@
+"""What the tables say: numpy in, numpy out; needs no torch."""

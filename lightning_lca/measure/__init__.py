@@ -1,0 +1,1 @@
+"""Mathematics on tensors: quadrature, credit, groups and their sums; no Lightning in here."""

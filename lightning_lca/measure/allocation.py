@@ -1,0 +1,280 @@
+"""The measure itself: the loss change along a straight segment, split over single weights.
+
+    L(stop) − L(start) = Σᵢ Aᵢ,    Aᵢ = (stop − start)ᵢ · ∫₀¹ ∂ᵢL(start + s (stop − start)) ds
+
+(Lan, Liu, Zhou, Yosinski: "LCA: Loss Change Allocation for Neural Network Training", NeurIPS 2019.)
+The integral is taken by a quadrature rule; what the rule leaves unexplained is the residual, and
+every result carries it. Nothing here knows of modules, Lightning or logging: a `Field` is any
+function that gives the loss and its gradient at a position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lca.measure.quadrature import SIMPSON, Quadrature
+from lightning_lca.measure.tensors import (
+    accumulator,
+    add,
+    on_accelerator,
+    times_motion,
+    total,
+    wide,
+)
+
+Weights = Mapping[str, Tensor]  # {name: [*shape]}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The loss at one position, and its gradient there.
+
+    Attributes:
+        loss: Loss [] in float64 where the device has it, detached.
+        gradient: {name: [*shape]}, read and never written by this module; None where it was not
+            asked for.
+    """
+
+    loss: Tensor
+    gradient: Weights | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One straight stretch of the path of the weights: same names and shapes at both ends."""
+
+    start: Weights
+    stop: Weights
+
+    def at(self, s: float, *, needs_gradient: bool = True) -> Position:
+        """Names the position start + s (stop − start)."""
+        return Position(self, s, needs_gradient)
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place on a segment where a field is asked for the loss.
+
+    Attributes:
+        segment: The segment.
+        s: How far along, in [0, 1].
+        needs_gradient: False where only the loss is used; a field may then leave the gradient out.
+    """
+
+    segment: Segment
+    s: float
+    needs_gradient: bool = True
+
+    @torch.no_grad()
+    def write(self, into: Weights) -> None:
+        """Writes the weights at this position into existing tensors {name: [*shape]}."""
+        start, stop = self.segment.start, self.segment.stop
+        names = list(start)
+        # Through .data: a graph that someone keeps alive must not find a changed version.
+        live = [into[n].data for n in names]
+        if self.s in (0.0, 1.0):
+            end = start if self.s == 0.0 else stop
+            torch._foreach_copy_(live, [end[n] for n in names])
+        elif on_accelerator(live[0]):
+            torch._foreach_copy_(live, [start[n] for n in names])
+            torch._foreach_lerp_(live, [stop[n] for n in names], self.s)
+        else:
+            for name, weight in zip(names, live, strict=True):
+                torch.lerp(start[name], stop[name], self.s, out=weight)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Gives the weights here as fresh leaves that require grad: {name: [*shape]}."""
+        fresh = {name: torch.empty_like(start) for name, start in self.segment.start.items()}
+        self.write(fresh)
+        return {name: weight.requires_grad_() for name, weight in fresh.items()}
+
+
+class Field(Protocol):
+    """The loss as a function of the weights: one and the same function at every call."""
+
+    def __call__(self, at: Position, /) -> Sample:
+        """Evaluates loss and gradient at a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one segment did to the loss, weight by weight.
+
+    Attributes:
+        values: Credit per weight {name: [*shape]}, in loss units; negative = helped (its motion
+            lowered the loss), positive = hurt, zero = idle.
+        loss_before: Loss [] at the start.
+        loss_after: Loss [] at the stop.
+        splits: Number of equal panels that the rule was applied on.
+        converged: |residual| ≤ tolerance where one was asked for, else None.
+        last: The sample at the stop: pass it as ``first`` of a segment that begins there.
+    """
+
+    values: Weights
+    loss_before: Tensor
+    loss_after: Tensor
+    splits: int
+    converged: bool | None
+    last: Sample
+
+    @property
+    def residual(self) -> Tensor:
+        """The loss change that the credits leave unexplained [], ΔL − Σ A, in loss units."""
+        return self.loss_after - self.loss_before - total(self.values.values())
+
+
+def allocate(
+    field: Field,
+    segment: Segment,
+    rule: Quadrature = SIMPSON,
+    first: Sample | None = None,
+    out: Weights | None = None,
+) -> Allocation:
+    """Splits the loss change along a segment over its weights.
+
+    Args:
+        field: Gives loss and gradient at a position of the segment.
+        segment: Where the weights were and where they are now.
+        rule: The quadrature rule.
+        first: The sample at the start, if it is known already, e.g. ``last`` of the allocation
+            before; it saves one gradient. For a rule without a node at the start only its loss is
+            used.
+        out: Tensors that receive the credits, {name: [*shape]}; fresh ones by default. They may be
+            those of ``first.gradient``.
+
+    Returns:
+        The allocation. Its ``last`` has a gradient when ``rule`` starts with the start, so that a
+        chain of segments pays `Quadrature.gradients_per_step` gradients each.
+
+    Example:
+        >>> def field(at):  # L(w) = w², by hand
+        ...     w = at.weights()["w"].detach()
+        ...     return Sample((w**2).sum(), {"w": 2 * w})
+        >>> segment = Segment({"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 2.0])})
+        >>> allocation = allocate(field, segment)
+        >>> [round(a, 4) for a in allocation.values["w"].tolist()]
+        [-8.0, 3.0]
+        >>> abs(allocation.residual.item()) < 1e-6
+        True
+    """
+    names = list(segment.start)
+    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
+    sums = [out[n] for n in names]
+    if first is None or (rule.first_is_start and first.gradient is None):
+        first = field(segment.at(0.0, needs_gradient=rule.first_is_start))
+    loss_before = first.loss
+    sample: Sample | None
+    last: Sample | None = None
+    for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
+        sample = first if s == 0.0 and first is not None else field(segment.at(s))
+        add(sums, _gradients(sample, names), weight, fresh=i == 0)
+        last = sample if s == 1.0 else None
+        sample, first = None, None  # Only one gradient is alive beside the sums.
+    if last is None:
+        last = field(segment.at(1.0, needs_gradient=rule.first_is_start))
+    _times_motion(sums, segment)
+    return Allocation(out, loss_before, last.loss, splits=1, converged=None, last=last)
+
+
+def refine(
+    field: Field,
+    segment: Segment,
+    tolerance: float,
+    max_splits: int = 32,
+    first: Sample | None = None,
+    out: Weights | None = None,
+    add_up: Callable[[Tensor], Tensor] = torch.sum,
+) -> Allocation:
+    """Allocates by composite Simpson, doubling the panels until the residual is small enough.
+
+    No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says
+    in ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was
+    reached. A residual that is not finite ends it at once.
+
+    Args:
+        field: As for `allocate`.
+        segment: As for `allocate`.
+        tolerance: Largest |residual| accepted, in loss units.
+        max_splits: Panels are doubled from 1 while they stay at or below this.
+        first: As for `allocate`.
+        out: As for `allocate`.
+        add_up: Sums what the tensors explain: [weights] -> []. Where they are parts of larger ones,
+            over all who hold parts, so that all come to the same end.
+
+    Raises:
+        ValueError: A tolerance that is not positive, or max_splits below 1.
+
+    Example:
+        >>> def field(at):  # L(w) = w⁶
+        ...     w = at.weights()["w"].detach()
+        ...     return Sample((w**6).sum(), {"w": 6 * w**5})
+        >>> segment = Segment({"w": torch.zeros(1).double()}, {"w": torch.ones(1).double()})
+        >>> allocation = refine(field, segment, tolerance=1e-3)
+        >>> allocation.splits, allocation.converged
+        (4, True)
+    """
+    if not tolerance > 0:
+        raise ValueError(
+            f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}."
+        )
+    if max_splits < 1:
+        raise ValueError(f"max_splits must be at least 1, got {max_splits}.")
+    names = list(segment.start)
+    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
+    if first is None or first.gradient is None:
+        first = field(segment.at(0.0))
+    # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
+    ends = [out[n] for n in names]
+    add(ends, _gradients(first, names), 1.0, fresh=True)
+    loss_before, first = first.loss, None
+    last = field(segment.at(1.0))
+    add(ends, _gradients(last, names), 1.0)
+    middles = [accumulator(segment.start[n]) for n in names]
+    panels = 1
+    while True:
+        for panel in range(panels):
+            sample = field(segment.at((2 * panel + 1) / (2 * panels)))
+            add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
+            del sample
+        explained = add_up(_explained(ends, middles, segment)) / (6 * panels)
+        residual = abs(float(last.loss - loss_before - explained))
+        # More panels do not bring a finite number back.
+        if residual <= tolerance or 2 * panels > max_splits or not math.isfinite(residual):
+            break
+        add(ends, middles, 2.0)
+        panels *= 2
+    add(ends, middles, 4.0)
+    add(ends, ends, 1 / (6 * panels), fresh=True)
+    _times_motion(ends, segment)
+    return Allocation(out, loss_before, last.loss, panels, residual <= tolerance, last)
+
+
+def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
+    if sample.gradient is None:
+        raise ValueError(
+            "The field returned no gradient where one is needed (at.needs_gradient is True). "
+            "Return Sample(loss, {name: gradient})."
+        )
+    return [sample.gradient[n] for n in names]
+
+
+@torch.no_grad()
+def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> Tensor:
+    """Sums (ends + 4 middles) · motion of every tensor [weights], one at a time."""
+    sums = [
+        torch.add(e, m, alpha=4.0).mul_(segment.stop[name].to(e.dtype) - start).sum(dtype=wide(e))
+        for e, m, (name, start) in zip(ends, middles, segment.start.items(), strict=True)
+    ]
+    return torch.stack(sums)
+
+
+def _times_motion(sums: list[Tensor], segment: Segment) -> None:
+    names = list(segment.start)
+    times_motion(sums, [segment.start[n] for n in names], [segment.stop[n] for n in names])

@@ -1,0 +1,260 @@
+"""From weights to groups: sums and counts per parameter, per layer or per neuron, on the device.
+
+Every parameter is seen as a matrix of *rows*; a grouping says which group each row belongs to. By
+parameter and by layer a tensor is one row; by neuron it has one row per output channel, and the row
+of a bias joins the row of its unit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lca.measure.allocation import Weights
+from lightning_lca.measure.parameters import named_parameters, submodule
+from lightning_lca.measure.shards import any_cut, is_counted_here, is_cut, rows_here
+from lightning_lca.measure.sums import in_few_kernels, in_the_cache, nothing, pieces_of
+from lightning_lca.measure.tensors import bundles, on_accelerator
+
+GroupBy = Literal["parameter", "layer", "neuron"]
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """What each group did on one segment.
+
+    Attributes:
+        credit: Σ A per group [groups], float64, in loss units; negative = helped.
+        helping: Number of weights with A < 0 per group [groups], int64.
+        hurting: Number of weights with A > 0 per group [groups], int64. The rest is idle.
+        parameters: Σ A per parameter [parameters], float64.
+    """
+
+    credit: Tensor
+    helping: Tensor
+    hurting: Tensor
+    parameters: Tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How one parameter splits into rows.
+
+    A transposed convolution keeps its output channels in dimension 1, once for each of its
+    ``blocks`` (groups) along dimension 0.
+    """
+
+    groups: Tensor  # [rows] int64, the group of every row that this process holds
+    dim: int
+    blocks: int
+    size: int  # Elements of the whole parameter.
+    is_counted: bool  # Whether this process speaks for its part.
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Shows values row by row: [*shape] -> [rows, elements per row]."""
+        if self.dim == 1:
+            values = values.reshape(self.blocks, -1, *values.shape[1:]).movedim(2, 1)
+        return values.reshape(len(self.groups), -1 if values.numel() else 0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the sums of some parameters' rows go, on the device."""
+
+    groups: Tensor  # [rows]
+    parameters: Tensor  # [rows]
+    pieces: list[tuple[slice, Tensor, Tensor]]  # Per bundle of tensors: see `pieces_of`.
+
+
+class Grouping:
+    """Groups of weights in network order, and their sums.
+
+    Attributes:
+        names: Name of every group, in network order.
+        sizes: Number of weights of every group [groups].
+        by: "parameter", "layer" or "neuron".
+        parameters: Name of every parameter.
+        kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
+        is_whole: Whether no parameter is cut over processes; else `sums` are of the parts here,
+            and add up over processes to those of the whole.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> Grouping(model, "layer").names
+        ['0', '2']
+        >>> Grouping(model, "neuron").names
+        ['0/0', '0/1', '0/2', '2/0']
+        >>> grouping = Grouping(model, "layer")
+        >>> values = {n: torch.full_like(p, -1.0) for n, p in model.named_parameters()}
+        >>> grouping.sums(values).credit.tolist()
+        [-9.0, -4.0]
+    """
+
+    def __init__(self, module: nn.Module, by: GroupBy = "layer", process: int = 0) -> None:
+        """Groups all parameters, frozen ones included; tied ones count once, at their first name.
+
+        Args:
+            module: Whose parameters.
+            by: "parameter", "layer" or "neuron".
+            process: Number of this process, where parameters are cut over several.
+
+        Raises:
+            ValueError: ``by`` is none of the three, or neurons are cut in a way that cannot be
+                followed.
+        """
+        if by not in get_args(GroupBy):
+            raise ValueError(
+                f"group_by must be one of {', '.join(map(repr, get_args(GroupBy)))}; got {by!r}."
+            )
+        self.by = by
+        self.is_whole = not any_cut(module)
+        index: dict[str, int] = {}
+        sizes: dict[int, int] = {}
+        self._rows: dict[str, _Rows] = {}
+        for name, parameter in named_parameters(module).items():
+            labels, dim, blocks = _rows_of(module, name, parameter, by)
+            groups = [index.setdefault(label, len(index)) for label in labels]
+            for group in groups:
+                sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
+            by_row = is_cut(parameter) and len(groups) > 1
+            here = rows_here(parameter, dim) if by_row else slice(None)
+            self._rows[name] = _Rows(
+                torch.tensor(groups, dtype=torch.long)[here],
+                dim,
+                blocks,
+                parameter.numel(),
+                self.is_whole or is_counted_here(parameter, process),
+            )
+        self.parameters: list[str] = list(self._rows)
+        self.kinds: list[str] = [_kind(module, name) for name in self.parameters]
+        self.names: list[str] = list(index)
+        self.sizes: list[int] = [sizes[group] for group in range(len(index))]
+        self._warned = False
+        self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """The group of every parameter, {parameter: group}; of its first row, by neuron."""
+        return {n: self.names[int(r.groups[0])] for n, r in self._rows.items() if len(r.groups)}
+
+    @property
+    def stems(self) -> list[tuple[str, int]]:
+        """Of groups by neuron: the name before the slash, and how many there are in a row.
+
+        Example:
+            >>> Grouping(nn.Linear(4, 3), "neuron").stems
+            [('weight', 3), ('bias', 3)]
+        """
+        stems: list[tuple[str, int]] = []
+        for name in self.names:
+            stem = name.rpartition("/")[0]
+            if stems and stems[-1][0] == stem:
+                stems[-1] = (stem, stems[-1][1] + 1)
+            else:
+                stems.append((stem, 1))
+        return stems
+
+    def is_counted(self, name: str) -> bool:
+        """Whether this process speaks for its part of a parameter."""
+        return self._rows[name].is_counted
+
+    def count(self, names: Iterable[str]) -> int:
+        """Counts the weights of some parameters, wherever they are held."""
+        return sum(self._rows[n].size for n in names if n in self._rows)
+
+    def sums(self, values: Weights) -> GroupSums:
+        """Sums credit and counts helpers and hurters per group: {name: [*shape]} -> three [groups].
+
+        Nothing is read back to the host. Names may be any subset of the module's; groups without a
+        name in ``values`` are zero. Parameters that the module did not have at first are left out,
+        with one warning.
+        """
+        device = next(iter(values.values())).device
+        if strangers := [n for n in values if n not in self._rows]:
+            self._warn_of(strangers)
+        known = [n for n in values if n in self._rows]
+        names = tuple(n for n in known if self._rows[n].is_counted)
+        rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
+        plan = self._plan(names, rows, device)
+        if not rows:
+            per_row = nothing(device)
+        elif on_accelerator(rows[0]):
+            per_row = in_few_kernels(rows, plan.pieces)
+        else:
+            per_row = in_the_cache(rows)
+        credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
+        parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
+        return GroupSums(credit, helping, hurting, parameters)
+
+    def _warn_of(self, strangers: list[str]) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"LCA: {len(strangers)} parameters, {strangers[0]} the first, joined after the "
+                "start of training. The table of groups is fixed by then: their credit is left "
+                "out of it and shows as residual. Make them in __init__ or configure_model, "
+                "frozen if they are to train later.",
+                stacklevel=2,
+            )
+        self._warned = True
+
+    def _plan(self, names: tuple[str, ...], rows: list[Tensor], device: torch.device) -> _Plan:
+        """Says where the sums of every row go; made and copied to the device once."""
+        key = (device, names)
+        if key not in self._plans:
+            none = torch.zeros(0, dtype=torch.long)
+            groups = torch.cat([none, *(self._rows[n].groups for n in names)])
+            place = {n: i for i, n in enumerate(self.parameters)}
+            parameters = torch.cat(
+                [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in names)]
+            )
+            few = bool(rows) and on_accelerator(rows[0])
+            pieces = [(b, *pieces_of(rows[b])) for b in bundles(rows)] if few else []
+            self._plans = {
+                key: _Plan(
+                    groups.to(device),
+                    parameters.to(device),
+                    [(b, lengths.to(device), row.to(device)) for b, lengths, row in pieces],
+                )
+            }
+        return self._plans[key]
+
+
+def _add_up(per_row: Tensor, index: Tensor, length: int) -> Tensor:
+    total = torch.zeros(length, dtype=per_row.dtype, device=per_row.device)
+    return total.index_add_(0, index, per_row)
+
+
+def _rows_of(
+    module: nn.Module, name: str, parameter: Tensor, by: GroupBy
+) -> tuple[list[str], int, int]:
+    """Names the group of every row; says in which dimension the rows lie, in how many blocks."""
+    path, _, leaf = name.rpartition(".")
+    # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
+    layer, _, parametrized = path.partition("parametrizations.")
+    layer = layer.rstrip(".") if parametrized else path
+    if by == "parameter":
+        return [name], 0, 1
+    if by == "layer":
+        return [layer or leaf], 0, 1
+    owner = submodule(module, layer)
+    stem = layer or leaf
+    if isinstance(owner, nn.RNNBase):
+        stem += "." + leaf.split("_", 2)[-1]  # weight_ih_l0 and bias_hh_l0 share the rows of l0.
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and parameter.dim() > 1:
+        return [f"{stem}/{i}" for i in range(owner.out_channels)], 1, owner.groups
+    rows = parameter.shape[0] if parameter.dim() else 1
+    return [f"{stem}/{i}" for i in range(rows)], 0, 1
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    """Tells kernels from biases and from what normalizations learn."""
+    path, _, leaf = name.rpartition(".")
+    owner = submodule(module, path.partition(".parametrizations.")[0])
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    return "bias" if "bias" in leaf else "kernel"

@@ -1,0 +1,1 @@
+"""The loss surface of a LightningModule, evaluated without a side effect."""

@@ -1,0 +1,97 @@
+"""A history as tables for other tools: CSV, Parquet or NumPy's npz."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_lca.record.history import History
+from lightning_lca.record.tables import SCALARS
+
+Columns = dict[str, npt.NDArray[Any]]
+FORMATS = (".csv", ".parquet", ".npz")
+BLOCK = 10_000  # Rows that are written at once.
+_PER_STEP = ("steps", *SCALARS)
+_PER_GROUP = {"lca": "allocated", "helping": "helping", "hurting": "hurting"}
+
+
+def wide(history: History) -> Columns:
+    """Gives one row per measured step [T]: its scalars, then lca, helping, hurting of each group.
+
+    Units: LCA, losses and residuals are in loss units, negative LCA helped; helping and hurting are
+    fractions of the group's weights.
+    """
+    columns = {name: getattr(history, name) for name in _PER_STEP}
+    for prefix, name in _PER_GROUP.items():
+        values = getattr(history, name)
+        columns |= {f"{prefix}/{group}": values[:, g] for g, group in enumerate(history.groups)}
+    return columns
+
+
+def long(history: History) -> Columns:
+    """Gives one row per measured step and group [T x G]: steps, layer, lca, helping, hurting."""
+    columns: Columns = {
+        "steps": np.repeat(history.steps, len(history.groups)),
+        "layer": np.tile(np.array(history.groups, dtype=object), len(history)),
+    }
+    return columns | {p: getattr(history, n).reshape(-1) for p, n in _PER_GROUP.items()}
+
+
+def arrays(history: History) -> Columns:
+    """Gives the attributes of a history under their own names, tables of windows included.
+
+    ``neurons_allocated`` [W, N], ``neurons_steps`` [W] and ``neurons_names`` (N,), for example.
+    """
+    columns: Columns = {name: getattr(history, name) for name in _PER_STEP}
+    columns |= {name: getattr(history, name) for name in _PER_GROUP.values()}
+    columns |= {"groups": np.array(history.groups, dtype=str), "sizes": history.sizes}
+    for table in ("parameters", "neurons", "weights"):
+        windows = getattr(history, table)
+        if windows is None:
+            continue
+        columns |= {
+            f"{table}_{name}": getattr(windows, name)
+            for name in ("steps", "measured", "allocated", "helping")
+            if getattr(windows, name) is not None
+        }
+        columns[f"{table}_names"] = np.array(windows.names, dtype=str)
+    return columns
+
+
+def blocks(columns: Mapping[str, npt.NDArray[Any]]) -> Iterator[Columns]:
+    """Cuts columns into blocks of rows."""
+    rows = len(next(iter(columns.values())))
+    for start in range(0, rows, BLOCK):
+        yield {name: column[start : start + BLOCK] for name, column in columns.items()}
+
+
+def write_csv(path: Path, header: Iterable[str], parts: Iterable[Columns]) -> None:
+    """Writes blocks of rows as CSV; numbers are written so that they read back exactly."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for part in parts:
+            writer.writerows(zip(*(column.tolist() for column in part.values()), strict=True))
+
+
+def write_parquet(path: Path, parts: Iterable[Columns]) -> None:
+    """Writes blocks of rows as Parquet.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    writer = None
+    for part in parts:
+        table = arrow.table(part)
+        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()

@@ -1,0 +1,265 @@
+"""What is measured, as tables of columns: one row per step, or one per window of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_lca.record import eventfile
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+SCALARS = (
+    "loss_before",
+    "loss_after",
+    "residual",
+    "drift",
+    "splits",
+    "converged",
+    "trained",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some measured steps, one row each, for G groups.
+
+    Rows read from a record have narrower types: float32 credits and the smallest integers that hold
+    the counts.
+
+    Attributes:
+        steps: Optimizer steps done at the end of each segment [T].
+        allocated: Credit per group [T, G], in loss units; negative = helped.
+        helping: Number of weights that helped [T, G].
+        hurting: Number of weights that hurt [T, G].
+        loss_before: Probe loss at the segment's start [T].
+        loss_after: Probe loss at its end [T].
+        residual: Loss change within the segment that the credits leave unexplained [T].
+        drift: Loss change between the end of the segment before and this start [T].
+        splits: Panels that the rule was applied on [T].
+        converged: Whether |residual| ≤ tolerance, where one was asked for, and all numbers are
+            finite [T].
+        trained: Number of weights that were being trained [T].
+        seconds: What the measurement took, as the host saw it [T].
+    """
+
+    steps: Ints
+    allocated: Floats
+    helping: Ints
+    hurting: Ints
+    loss_before: Floats
+    loss_after: Floats
+    residual: Floats
+    drift: Floats
+    splits: Ints
+    converged: npt.NDArray[np.bool_]
+    trained: Ints
+    seconds: Floats
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Rows:
+        return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Whether loss and credit of each step are finite, so that sums may count it [T]."""
+        return np.isfinite(self.residual)
+
+    @property
+    def unmoved(self) -> npt.NDArray[np.bool_]:
+        """Steps in which no weight got credit [T]: a gradient scaler skips such steps."""
+        finite = np.isfinite(self.allocated).all(axis=1)
+        credited = (self.helping + self.hurting).sum(axis=1)
+        return np.asarray(finite & (credited == 0))
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Stacks tables on top of each other."""
+        return cls(
+            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        )
+
+    @classmethod
+    def none(cls, groups: int) -> Rows:
+        """Makes a table without rows."""
+        wide = {"allocated": float, "helping": np.int64, "hurting": np.int64}
+        kinds = {"steps": np.int64, "splits": np.int64, "trained": np.int64, "converged": np.bool_}
+        return cls(
+            **{
+                f.name: np.empty((0, groups), wide[f.name])
+                if f.name in wide
+                else np.empty(0, kinds.get(f.name, float))
+                for f in fields(cls)
+            }
+        )
+
+    def parts(self, sizes: Ints) -> dict[str, eventfile.Array]:
+        """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
+        narrow = eventfile.counts_dtype(sizes)
+        return {
+            "steps": self.steps,
+            "allocated": self.allocated.astype(np.float32),
+            "helping": self.helping.astype(narrow),
+            # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
+            "idle": (sizes - self.helping - self.hurting).astype(narrow),
+            "scalars": np.stack([getattr(self, name).astype(float) for name in SCALARS], 1),
+        }
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Any], sizes: Ints) -> Rows:
+        """Reads back what `parts` gave, without widening it.
+
+        Raises:
+            KeyError: A part is missing. ValueError: Parts do not fit together.
+        """
+        rows = len(parts["steps"])
+        for part, shape in (
+            ("steps", (rows,)),
+            ("allocated", (rows, len(sizes))),
+            ("helping", (rows, len(sizes))),
+            ("idle", (rows, len(sizes))),
+            ("scalars", (rows, len(SCALARS))),
+        ):
+            if parts[part].shape != shape:
+                raise ValueError(f"{part} has shape {parts[part].shape}, expected {shape}.")
+        scalars = dict(zip(SCALARS, parts["scalars"].T, strict=True))
+        exact = {"splits": np.int64, "converged": np.bool_, "trained": np.int64}
+        helping = parts["helping"]
+        return cls(
+            steps=parts["steps"],
+            allocated=parts["allocated"],
+            helping=helping,
+            hurting=(sizes - helping - parts["idle"]).astype(helping.dtype),
+            **{name: scalars[name].astype(exact.get(name, np.float64)) for name in SCALARS},
+        )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Credit of many small things, summed over windows of steps: coarse in time, fine in space.
+
+    Attributes:
+        names: What is credited (N,): "conv1.weight", "conv1/0" (its first channel) or
+            "conv1.weight[3, 0, 2, 2]" (a single weight).
+        steps: Last optimizer step of every window [W]; a window starts where the one before ends.
+        measured: Number of measured steps in every window [W].
+        allocated: Credit within every window [W, N], in loss units; negative = helped.
+        helping: Single weights only: number of measured steps in which each one helped [W, N].
+        kinds: Parameters only: "kernel", "bias" or "norm" (N,).
+        sampled_from: Single weights only: the number of weights that these are a sample of.
+    """
+
+    names: tuple[str, ...]
+    steps: Ints
+    measured: Ints
+    allocated: Floats
+    helping: Ints | None = None
+    kinds: tuple[str, ...] = ()
+    sampled_from: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Windows:
+        return replace(
+            self,
+            steps=self.steps[rows],
+            measured=self.measured[rows],
+            allocated=self.allocated[rows],
+            helping=None if self.helping is None else self.helping[rows],
+        )
+
+    @classmethod
+    def none(
+        cls,
+        names: Sequence[str],
+        *,
+        kinds: Sequence[str] = (),
+        sampled_from: int = 0,
+    ) -> Windows:
+        """Makes a table without rows."""
+        none = np.empty(0, np.int64)
+        wide = np.empty((0, len(names)))
+        helping = wide.astype(np.int64) if sampled_from else None
+        return cls(tuple(names), none, none, wide, helping, tuple(kinds), sampled_from)
+
+    @classmethod
+    def join(cls, parts: Sequence[Windows]) -> Windows:
+        """Stacks tables of the same things on top of each other."""
+        columns = ["steps", "measured", "allocated"]
+        columns += ["helping"] if parts[0].helping is not None else []
+        stacked: dict[str, Any] = {
+            c: np.concatenate([getattr(p, c) for p in parts]) for c in columns
+        }
+        return replace(parts[0], **stacked)
+
+    def parts(self) -> dict[str, eventfile.Array]:
+        """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
+        parts: dict[str, eventfile.Array] = {
+            "span": np.stack([self.steps, self.measured], 1),
+            "allocated": self.allocated.astype(np.float32),
+        }
+        if self.helping is not None:
+            narrow = eventfile.counts_dtype([int(self.measured.max(initial=0))])
+            parts["helping"] = self.helping.astype(narrow)
+        return parts
+
+    def from_parts(self, parts: Mapping[str, Any]) -> Windows:
+        """Reads windows of the same things back from what `parts` gave.
+
+        Raises:
+            KeyError: A part is missing. ValueError: Parts do not fit together.
+        """
+        span, allocated = parts["span"], parts["allocated"]
+        helping = None if self.helping is None else parts["helping"]
+        shape = (len(span), len(self.names))
+        if span.shape[1:] != (2,) or any(
+            x is not None and x.shape != shape for x in (allocated, helping)
+        ):
+            raise ValueError(f"Windows of {len(self.names)} things do not fit together.")
+        return replace(
+            self,
+            steps=span[:, 0],
+            measured=span[:, 1],
+            allocated=allocated.astype(float),
+            helping=None if helping is None else helping.astype(np.int64),
+        )
+
+
+def window_tables(
+    said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Windows]:
+    """Makes empty tables of windows from what a session's description says of them.
+
+    Args:
+        said: {"parameters": {"names", "kinds"}, "neurons": {"stems": [(layer, neurons)]},
+            "weights": {"indices": {parameter: flat indices}, "of": weights sampled from}}, each
+            where there is such a table.
+        shapes: Shape of every parameter.
+
+    Example:
+        >>> said = {"weights": {"indices": {"fc.weight": [0, 5]}, "of": 6}}
+        >>> window_tables(said, {"fc.weight": [2, 3]})["weights"].names
+        ('fc.weight[0, 0]', 'fc.weight[1, 2]')
+    """
+    tables = {}
+    if told := said.get("parameters"):
+        tables["parameters"] = Windows.none(told["names"], kinds=told["kinds"])
+    if told := said.get("neurons"):
+        names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
+        tables["neurons"] = Windows.none(names)
+    if told := said.get("weights"):
+        names = [
+            f"{name}{[int(i) for i in np.unravel_index(index, tuple(shapes[name]))]}"
+            for name, indices in told["indices"].items()
+            for index in indices
+        ]
+        tables["weights"] = Windows.none(names, sampled_from=told["of"])
+    return tables

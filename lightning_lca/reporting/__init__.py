@@ -1,0 +1,1 @@
+"""What a running training shows: scalars, figures, distributions, and its record."""

@@ -1,0 +1,1 @@
+"""What everyone needs to know of the process: which Lightning, which ranks, which signals."""

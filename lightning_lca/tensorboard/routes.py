@@ -1,0 +1,118 @@
+"""The routes: what each takes from a query, which table it reads, and which view it gives."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lca.record.history import Rows
+from lightning_lca.tensorboard import together, views
+from lightning_lca.tensorboard.bins import Range
+from lightning_lca.tensorboard.provider import Source
+from lightning_lca.tensorboard.query import Query
+from lightning_lca.tensorboard.runs import Store
+from lightning_lca.tensorboard.snapshot import Table
+
+_LEDGER = ("loss_before", "loss_after", "residual", "drift", "splits", "converged", "seconds")
+_BLOCK = 512  # Rows that are turned to text at once.
+
+
+@dataclass(frozen=True)
+class Download:
+    """A text file, made while it is sent."""
+
+    file_name: str
+    text: Iterator[str]
+
+
+Answer = Callable[[Store, Source, Query], "dict[str, Any] | Download"]
+
+
+def _runs(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    query.done()
+    return {"runs": store.describe(source)}
+
+
+def _bins(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    query.done()
+    return views.bins(store.run(source, run).table(probe), asked)
+
+
+def _helping(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    (run, probe, asked), layer = _common(query), query.optional("layer")
+    query.done()
+    return views.helping(store.run(source, run).table(probe), asked, layer)
+
+
+def _channels(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    (run, probe, asked), layer = _common(query), query.text("layer")
+    query.done()
+    return views.channels(store.run(source, run).table(probe), asked, layer)
+
+
+def _table(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    query.done()
+    return views.table(store.run(source, run).table(probe), asked)
+
+
+def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    run_b, probe_b = query.text("run_b"), query.optional("probe_b")
+    query.done()
+    a, b = store.run(source, run).table(probe), store.run(source, run_b).table(probe_b)
+    return views.compare(a, b, asked)
+
+
+def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    strongest = query.whole("strongest", 1, together.MOST, 20)
+    query.done()
+    return together.synchrony(store.run(source, run).table(probe), asked, strongest)
+
+
+def _export(store: Store, source: Source, query: Query) -> Download:
+    run, probe, asked = _common(query)
+    query.done()
+    table = store.run(source, run).table(probe)
+    name = re.sub("[^A-Za-z0-9]+", "_", f"lca {run} {probe or ''}").strip("_")[:100]
+    return Download(f"{name}.csv", _csv(table, table.rows[asked.tile(table).rows]))
+
+
+def _common(query: Query) -> tuple[str, str | None, Range]:
+    return query.text("run"), query.optional("probe"), Range(*query.steps(), query.bins())
+
+
+def _csv(table: Table, rows: Rows) -> Iterator[str]:
+    """Writes rows as text, one column per layer. "lca/" keeps a name from being a formula."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["step", *_LEDGER, *(f"lca/{layer}" for layer in table.layers)])
+    for first in range(0, len(rows), _BLOCK):
+        block = rows[first : first + _BLOCK]
+        columns = [getattr(block, name).tolist() for name in ("steps", *_LEDGER)]
+        credit = table.by_layer(block.allocated.astype(float)).tolist()
+        writer.writerows(
+            (*ledger, *layers) for *ledger, layers in zip(*columns, credit, strict=True)
+        )
+        yield text.getvalue()
+        text.seek(0)
+        text.truncate()
+    yield text.getvalue()
+
+
+ANSWERS: dict[str, Answer] = {
+    "runs": _runs,
+    "bins": _bins,
+    "helping": _helping,
+    "channels": _channels,
+    "table": _table,
+    "compare": _compare,
+    "synchrony": _synchrony,
+    "export": _export,
+}

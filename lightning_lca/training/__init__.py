@@ -1,0 +1,1 @@
+"""The callback, and one training from its start to its end."""

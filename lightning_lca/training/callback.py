@@ -1,0 +1,289 @@
+"""LCACallback: what a user adds to a Trainer, asks for, and reads from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lca.measure.allocation import Allocation
+from lightning_lca.measure.groups import GroupBy
+from lightning_lca.measure.quadrature import Quadrature
+from lightning_lca.probe.modes import ProbeMode
+from lightning_lca.record.history import History
+from lightning_lca.runtime.lightnings import LightningCallback
+from lightning_lca.runtime.signals import held
+from lightning_lca.training.meter import Meter
+from lightning_lca.training.results import Results
+from lightning_lca.training.settings import Segments, Settings
+from lightning_lca.training.support import check_trainer
+from lightning_lca.training.training import Training
+
+
+class LCACallback(LightningCallback):
+    """Measures Loss Change Allocation while a Lightning Trainer trains, and changes nothing else.
+
+    Every measured optimizer step is credited to single weights: negative where a weight's motion
+    lowered the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums
+    per layer go to the Trainer's loggers every ``log_every_n_steps`` and, for every measured step,
+    to the record in the log directory. The keys are listed in `Scalars`.
+
+    One instance may serve several trainings, one after the other; its results are those of the
+    latest. A copy or a pickle of it is small: it keeps the settings and, as plain data on the host,
+    the results so far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a
+    training that runs, and starts afresh in its own. A deep copy shares the probe's data and
+    ``loss_fn`` with the original; a pickle holds them, so that a lambda cannot be pickled.
+
+    Args:
+        probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an
+            iterable of batches, a DataLoader, or {name: any of these} for several probes.
+        probe_batches: Batches drawn for "train" and "val"; fixed for the run.
+        probe_mode: "no_dropout": as training has the model, dropout off, BatchNorm on batch
+            statistics; "eval": eval mode; "train": dropout on, with the same random numbers at
+            every evaluation.
+        loss_fn: (module, batch) -> scalar tensor, or {term: scalar}, whose sum is taken. None: the
+            module's own training_step.
+        every_n_steps: Measures the chord from every n-th optimizer step to the next: nothing is
+            missed, at 1/n of the cost, but what happens within a chord is not resolved. The
+            attribute of this name is what max_overhead chose, and None until it did.
+        max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
+            so that measuring slows training down by at most this share (0.1: a tenth). It is chosen
+            once, logged, recorded, and the callback's ``every_n_steps`` from then on: a training
+            that is told that number has the same history. What loggers take to write, and figures
+            to draw, is not in it.
+        segments: "batch": a segment goes from the begin to the end of a batch. "step": where manual
+            optimization steps several times in a batch, every step has a segment and a row of its
+            own, on the loss as it is at the batch's end; each takes one more copy of the weights.
+        quadrature: Name of a rule ("euler", "midpoint", "trapezoid", "simpson", "boole", "gauss2",
+            "gauss3") or a `Quadrature`.
+        tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
+            is met. Needs Simpson's rule. None: no refinement; the residual is reported all the
+            same.
+        max_splits: Most panels of a refinement; a step that needs more is flagged in
+            ``history.converged``.
+        group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
+        log_every_n_steps: Interval of the scalars; None: that of the Trainer.
+        seed: Draws the probe's batches and seeds its random numbers.
+        track_parameters: Keeps ``totals`` and ``last``, at two more copies of the weights, and
+            follows a sample of 10,000 single weights in the record.
+        neurons: Keeps the credit of every neuron (output channel) per logging interval in the
+            record, so that dashboards can open a layer; one more pass over the weights per step.
+        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow),
+            or as PNG files in ``log_dir``, up to ten times per run and at its end.
+        custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
+
+    Attributes:
+        log_dir: Directory of the record, while and after training.
+
+    Raises:
+        ValueError: An argument out of range. TypeError: one of the wrong type.
+
+    Example:
+        >>> lca = LCACallback(every_n_steps=10)
+        >>> # pl.Trainer(callbacks=[lca]).fit(model, loader); print(lca.summary())
+    """
+
+    def __init__(
+        self,
+        probe: Any = "train",
+        probe_batches: int = 1,
+        probe_mode: ProbeMode = "no_dropout",
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        every_n_steps: int = 1,
+        max_overhead: float | None = None,
+        segments: Segments = "batch",
+        quadrature: str | Quadrature = "simpson",
+        tolerance: float | None = None,
+        max_splits: int = 32,
+        group_by: GroupBy = "layer",
+        log_every_n_steps: int | None = None,
+        seed: int = 0,
+        track_parameters: bool = False,
+        neurons: bool = False,
+        figures: bool = True,
+        custom_scalars: bool = False,
+    ) -> None:
+        """Checks the arguments; everything that costs anything waits for the start of training."""
+        super().__init__()
+        self._settings = Settings.check(
+            probe=probe,
+            probe_batches=probe_batches,
+            probe_mode=probe_mode,
+            loss_fn=loss_fn,
+            every_n_steps=every_n_steps,
+            max_overhead=max_overhead,
+            segments=segments,
+            quadrature=quadrature,
+            tolerance=tolerance,
+            max_splits=max_splits,
+            group_by=group_by,
+            log_every_n_steps=log_every_n_steps,
+            seed=seed,
+            track_parameters=track_parameters,
+            neurons=neurons,
+            figures=figures,
+            custom_scalars=custom_scalars,
+        )
+        self.log_dir: FilePath | None = None
+        self._training: Training | None = None
+        self._results: dict[str | None, Results] = {}
+        self._kept: dict[str, Any] | None = None
+        self._every = None if max_overhead is not None else every_n_steps
+
+    # -- results ----------------------------------------------------------------------------------
+
+    @property
+    def every_n_steps(self) -> int | None:
+        """Optimizer steps of a segment: what was given, or what max_overhead chose; else None."""
+        return self._every if self._training is None else self._training.every_n_steps
+
+    @property
+    def histories(self) -> dict[str | None, History]:
+        """Every probe's table of measured steps, by name; the name of a single probe is None."""
+        return {name: measured.history for name, measured in self._measured().items()}
+
+    @property
+    def history(self) -> History:
+        """The table of measured steps (of the first probe, if there are several).
+
+        Raises:
+            RuntimeError: Training has not started.
+        """
+        return self._first("history").history
+
+    @property
+    def totals(self) -> dict[str, Tensor]:
+        """Cumulative LCA {name: [*shape]}, in loss units; needs track_parameters=True."""
+        totals = self._first("totals").totals
+        if totals is None:
+            raise RuntimeError("totals needs LCACallback(track_parameters=True).")
+        return totals
+
+    @property
+    def last(self) -> Allocation | None:
+        """The allocation of the latest measured step; needs track_parameters=True."""
+        first = self._first("last")
+        if first.totals is None:
+            raise RuntimeError("last needs LCACallback(track_parameters=True).")
+        return first.last
+
+    def summary(self) -> str:
+        """Tells per layer the share of the loss change, and how the ledger closes, as text."""
+        texts = [
+            history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
+            for name, history in self.histories.items()
+        ]
+        return "\n\n".join(texts) or "LCA: training has not started."
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        asked = self._settings
+        probes = [n or (s if isinstance(s, str) else "own") for n, s in asked.sources.items()]
+        budget = "" if asked.max_overhead is None else f"max_overhead={asked.max_overhead}, "
+        budget += 'segments="step", ' if asked.segments == "step" else ""
+        return (
+            f"LCACallback(probe={'+'.join(probes)}, probe_mode={asked.probe_mode}, "
+            f"{budget}every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
+            f"group_by={asked.group_by})"
+        )
+
+    # -- hooks ------------------------------------------------------------------------------------
+
+    @held()
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reads the probes, evaluates each once, and opens the record."""
+        check_trainer(trainer, pl_module, self._settings)
+        kept, self._kept = self._kept, None
+        self._results, self._training = {}, None
+        self._training = Training(trainer, pl_module, self._settings)
+        self.log_dir = self._training.session.log_dir
+        self._training.begin(trainer, pl_module, kept)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes which weights are trained."""
+        if self._training is not None:
+            self._training.look(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Opens a segment: only copies, since graphs may still be alive."""
+        if self._training is None:
+            return
+        if pl_module.automatic_optimization:
+            self._training.look(pl_module)
+        self._training.open()
+
+    @held()
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Closes the segment if it is due, measures it, and logs on the interval."""
+        if self._training is not None:
+            self._training.close(trainer, pl_module)
+
+    @held()
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measures what is left of the last chord, logs it and closes the record."""
+        if self._training is not None:
+            self._training.end(trainer, pl_module)
+
+    @held()
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Writes what was measured; the user's own error stays on top."""
+        if self._training is not None:
+            self._training.abort()
+
+    @held()
+    def state_dict(self) -> dict[str, Any]:
+        """Gives what a checkpoint needs: some numbers, and where the record is.
+
+        With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
+        the weights.
+        """
+        return (self._kept or {}) if self._training is None else self._training.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave, for the training that is about to start."""
+        self._kept = state_dict or None
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _measured(self) -> Mapping[str | None, Meter | Results]:
+        """Gives what was measured by every probe, up to now."""
+        if self._training is None:
+            return self._results
+        self._training.session.collect()
+        return self._training.session.meters
+
+    def _first(self, what: str) -> Meter | Results:
+        measured = self._measured()
+        if not measured:
+            raise RuntimeError(
+                f"{what} is there once training has started: call trainer.fit first. If it ran in "
+                "other processes (ddp_spawn, ddp_notebook), read the record: "
+                "lightning_lca.History.load(log_dir)."
+            )
+        return next(iter(measured.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Gives what copies and pickles keep: nothing of a training that runs."""
+        results = {
+            name: Results.of(m) if isinstance(m, Meter) else m
+            for name, m in self._measured().items()
+        }
+        of_now = {"_training": None, "_results": results, "_every": self.every_n_steps}
+        state = vars(self) | of_now
+        # The Trainer hangs bound methods of the module on every callback.
+        return {n: v for n, v in state.items() if n not in ("log", "log_dict")}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LCACallback:
+        """Copies all but the settings, which never change and may hold large data."""
+        memo[id(self._settings)] = self._settings
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
+        return twin

@@ -1,0 +1,104 @@
+"""Which trainings can be measured: what cannot be is refused at the start, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_lca.measure.shards import any_cut, is_cut, is_even
+from lightning_lca.runtime.lightnings import MisconfigurationException
+from lightning_lca.runtime.notices import warn
+from lightning_lca.training.settings import Settings
+
+_SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+_TRY = 'Train with strategy="ddp" or on one device, or remove the callback.'
+_REFUSED = {
+    "FSDPStrategy": "the first version of FSDP flattens the weights of a layer into one long "
+    "tensor and cuts that, so that no weight can be followed. Its second version does not: use "
+    "ModelParallelStrategy and call torch.distributed.fsdp.fully_shard in configure_model.",
+    "DeepSpeedStrategy": "DeepSpeed's engine keeps the weights and steps them out of sight. Use "
+    'ModelParallelStrategy with fully_shard (FSDP2), or strategy="ddp".',
+    "XLAStrategy": "it has not been tried on TPUs. " + _TRY,
+    "SingleDeviceXLAStrategy": "it has not been tried on TPUs. " + _TRY,
+}
+
+
+def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
+    """Refuses what cannot be measured, and warns of what old versions of torch disturb.
+
+    Raises:
+        MisconfigurationException: Manual optimization without loss_fn, lazy modules that have seen
+            no batch, a strategy that hides the weights, or weights that are cut in a way that
+            cannot be followed.
+    """
+    if not module.automatic_optimization and settings.loss_fn is None:
+        raise MisconfigurationException(
+            "With manual optimization (automatic_optimization=False) training_step steps the "
+            "optimizers, so it cannot be run to measure the loss. Tell which loss is meant: "
+            "LCACallback(loss_fn=lambda module, batch: ...), which returns a scalar tensor."
+        )
+    lazy = [n for n, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise MisconfigurationException(
+            f"{len(lazy)} parameters have no shape yet, {lazy[0]} the first: they belong to lazy "
+            "modules that have seen no batch. Pass one through them before training, e.g. in "
+            "setup or configure_model: with torch.no_grad(): self.net(example)."
+        )
+    compiled = [module, *module.modules()]
+    if not hasattr(torch.compiler, "set_stance") and any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiler_ctx", None) for m in compiled
+    ):
+        warn(
+            "LCA: the model is compiled, and only torch 2.6 and later can evaluate a compiled "
+            "model as if it were not: here a probe of other shapes than the training batches makes "
+            "torch.compile add graphs, and training may differ in its last bits from one without "
+            "LCACallback. Give the probe batches of the training's shape, or update torch."
+        )
+    _check_strategy(trainer.strategy)
+    if any_cut(module):
+        _check_cut(trainer, module, settings)
+
+
+def _check_strategy(strategy: Any) -> None:
+    bases = [cls.__name__ for cls in type(strategy).__mro__]
+    for base in bases:
+        if base in _REFUSED:
+            raise MisconfigurationException(
+                f"LCACallback cannot measure under {bases[0]}: {_REFUSED[base]}"
+            )
+    if not set(bases).intersection(_SUPPORTED):
+        raise MisconfigurationException(
+            f"LCACallback cannot measure under {bases[0]}: it does not know how this strategy "
+            f"keeps the weights. {_TRY}"
+        )
+
+
+def _check_cut(trainer: Any, module: Any, settings: Settings) -> None:
+    """Looks at weights that are cut over processes (DTensors)."""
+    if settings.track_parameters:
+        raise MisconfigurationException(
+            "track_parameters=True keeps a number for every weight, but the weights are cut over "
+            "processes and no process holds them all. Use track_parameters=False; neurons=True "
+            "resolves every output channel."
+        )
+    whole = [n for n, p in module.named_parameters() if p.requires_grad and not is_cut(p)]
+    shares = getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)
+    if whole and shares > 1:
+        raise MisconfigurationException(
+            f"{len(whole)} trained weights are not sharded beside others that are (the first is "
+            f"{whole[0]!r}): nothing averages their gradients over processes, so that they differ "
+            "from process to process. Call fully_shard on the module that owns them, too."
+        )
+    odd = [
+        f"{name} ({placement})"
+        for name, p in module.named_parameters()
+        for placement in getattr(p, "placements", ())
+        if not is_even(placement)
+    ]
+    if odd and (settings.neurons or settings.group_by == "neuron"):
+        raise MisconfigurationException(
+            f"Neurons cannot be followed in weights that are cut twice along one dimension: "
+            f"{odd[0]}. Use group_by='layer' and neurons=False."
+        )

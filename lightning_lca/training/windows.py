@@ -1,0 +1,151 @@
+"""What is finer than the groups, summed over windows of steps: parameters, neurons, single weights.
+
+Every step of every neuron would be gigabytes; a window per log interval is what a picture shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_lca.measure.allocation import Weights
+from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.parameters import named_parameters
+from lightning_lca.measure.tensors import wide
+from lightning_lca.record.tables import Windows, window_tables
+
+SAMPLE = 10_000  # Single weights that are followed; a random sample of larger networks.
+
+
+class Detail:
+    """Sums credit per parameter, and on demand per neuron and of a sample of single weights.
+
+    All sums stay on the device until a window is taken.
+
+    Attributes:
+        tables: {"parameters", "neurons" or "weights": a table without rows}, for what is summed.
+        said: What a reader of the record must know of them, as JSON.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        grouping: Grouping,
+        *,
+        neurons: bool = False,
+        weights: bool = False,
+        seed: int = 0,
+        process: int = 0,
+    ) -> None:
+        """Chooses what is summed.
+
+        Args:
+            module: Whose parameters.
+            grouping: The groups whose sums `update` gets.
+            neurons: Sums per neuron, at one more pass over the credits, unless the groups are.
+            weights: Follows single weights.
+            seed: Draws the sample of weights.
+            process: Number of this process, where parameters are cut over several.
+        """
+        finer = neurons and grouping.by != "neuron"
+        self._neurons = Grouping(module, "neuron", process) if finer else None
+        self._sample = _draw(module, seed) if weights else {}
+        self.said = self._describe(module, grouping)
+        shapes = {n: p.shape for n, p in named_parameters(module).items()}
+        self.tables = window_tables(self.said, shapes)
+        self._sums: dict[str, Tensor] = {}
+        self._measured = 0
+
+    def neurons(self, values: Weights) -> Tensor:
+        """Sums credits {name: [*shape]} per neuron: [neurons] float64; [0] if nobody asked."""
+        if self._neurons is None:
+            some = next(iter(values.values()))
+            return some.new_zeros(0, dtype=wide(some))
+        return self._neurons.sums(values).credit
+
+    def update(self, values: Weights, parameters: Tensor, neurons: Tensor) -> None:
+        """Adds one measured step.
+
+        Args:
+            values: Credits {name: [*shape]}.
+            parameters: Their sums per parameter [parameters].
+            neurons: What `neurons` makes of them, summed over processes.
+        """
+        self._measured += 1
+        self._add("parameters", parameters)
+        if self._neurons is not None:
+            self._add("neurons", neurons)
+        if self._sample:
+            credit = self._gather(values)
+            self._add("weights", credit)
+            self._add("helping", (credit < 0).long())
+
+    def take(self, step: int) -> dict[str, Windows]:
+        """Copies the window that ends at this step to the host, and starts the next.
+
+        Gives nothing if no step was measured in it.
+        """
+        if not self._measured:
+            return {}
+        host = {name: total.cpu().numpy()[None] for name, total in self._sums.items()}
+        ends = np.array([step]), np.array([self._measured])
+        self._sums, self._measured = {}, 0
+        return {
+            name: Windows(
+                table.names,
+                *ends,
+                host[name].astype(float),
+                None if table.helping is None else host["helping"],
+                table.kinds,
+                table.sampled_from,
+            )
+            for name, table in self.tables.items()
+        }
+
+    def _describe(self, module: nn.Module, grouping: Grouping) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "parameters": {"names": grouping.parameters, "kinds": grouping.kinds}
+        }
+        if self._neurons is not None:
+            said["neurons"] = {"stems": self._neurons.stems}
+        if self._sample:
+            indices = {n: i.tolist() for n, i in self._sample.items()}
+            weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            said["weights"] = {"indices": indices, "of": weights}
+        return said
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._sums[name] = self._sums[name] + values if name in self._sums else values
+
+    def _gather(self, values: Weights) -> Tensor:
+        """Picks the sampled weights' credits: {name: [*shape]} -> [sample] float64 if possible."""
+        device = next(iter(values.values())).device
+        picked = []
+        for name, indices in self._sample.items():
+            if indices.device != device:
+                indices = self._sample[name] = indices.to(device)
+            value = values.get(name)
+            picked.append(
+                value.reshape(-1)[indices].double()
+                if value is not None
+                else torch.zeros(len(indices), dtype=torch.float64, device=device)
+            )
+        return torch.cat(picked)
+
+
+def _draw(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Draws single weights evenly from all that train: {parameter: flat indices, ascending}."""
+    parameters = [(n, p) for n, p in named_parameters(module).items() if p.requires_grad]
+    ends = np.cumsum([p.numel() for _, p in parameters])
+    count = min(SAMPLE, int(ends[-1]))
+    drawn = np.sort(np.random.default_rng(seed).choice(int(ends[-1]), count, replace=False))
+    pieces = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    starts = ends - [p.numel() for _, p in parameters]
+    return {
+        name: torch.from_numpy(piece - start)
+        for (name, _), piece, start in zip(parameters, pieces, starts, strict=True)
+        if len(piece)
+    }
