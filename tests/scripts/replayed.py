@@ -5,7 +5,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from cases import pl, toy_data, toy_loader
+from support.models import pl, toy_data, toy_loader
 from torch import nn
 from torch.utils.data import DataLoader
 

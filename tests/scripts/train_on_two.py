@@ -28,9 +28,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cases import Classifier, make_trainer, mlp, toy_data
+from support.models import Classifier, make_trainer, mlp, toy_data
 
-from lightning_lca import LCACallback, cost
+from lightning_lca import LCACallback
+from lightning_lca.training import cost
 
 STEPS = 6
 DDP = {
