@@ -1,6 +1,7 @@
 """Moments of learning, their coincidences, and what chance gives."""
 
-import time
+import sys
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -184,11 +185,30 @@ def test_numbers_that_are_not_finite_make_no_moment():
     assert np.isnan(synchrony(np.full((9, 2), np.nan)).correlation).all()
 
 
+def work(table):
+    """How many functions are called for a table, and how many times its size is held at most."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    tracemalloc.start()
+    sys.setprofile(count)
+    try:
+        synchrony(table)
+    finally:
+        sys.setprofile(None)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return calls, most / table.nbytes
+
+
 def test_a_long_run_takes_a_moment():
-    table = independent(0, 100_000, 50)
-    start = time.perf_counter()
-    synchrony(table)
-    assert time.perf_counter() - start < 2  # 0.2 s on an idle machine.
+    short, _ = work(independent(0, 1_000, 50))
+    long, size = work(independent(0, 100_000, 50))
+    assert long < 2 * short, "no loop goes over the steps"
+    assert size < 3
 
 
 @pytest.mark.parametrize(

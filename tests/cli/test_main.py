@@ -1,7 +1,6 @@
 """The command line, as a person types it."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from support.models import Classifier, make_trainer, toy_loader
+from support.processes import environment
 
 from lightning_lca import History, LCACallback
 from lightning_lca.cli.main import main
@@ -166,7 +166,7 @@ def test_the_installed_command_makes_a_demo_to_look_at(tmp_path):
         [command, "demo", "--out", tmp_path / "a demo"],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(),
         check=True,
     )
     assert f"tensorboard --logdir '{tmp_path / 'a demo'}'" in done.stdout

@@ -13,7 +13,7 @@ import pty
 import struct
 import termios
 
-from support import TESTS
+from support.processes import environment
 
 COLUMNS = 400  # So that no line is broken.
 SCRIPT = """
@@ -53,14 +53,12 @@ def screen(path, *arguments):
     path.mkdir()
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    places = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.replace("PATH", str(path)), *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=environment | {"TERM": "xterm", "COLUMNS": str(COLUMNS)},
+        env=environment(TERM="xterm", COLUMNS=str(COLUMNS)),
         close_fds=True,
     )
     os.close(theirs)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from scripts.train_and_crash import CHUNK, PHASES, STEPS, Pulse
 from support import TESTS
+from support.processes import PATIENCE, environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lca import History
@@ -37,7 +38,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=environment(),
         )
 
     def _ask(self, line):
@@ -67,7 +68,7 @@ def server():
     server = Server()
     yield server
     server.process.stdin.close()
-    assert server.process.wait(60) == 0
+    assert server.process.wait(PATIENCE) == 0
     server.process.stdout.close()
 
 
@@ -147,10 +148,11 @@ def crash(server, directory, draw, phase, seconds, number, shots):
     pid = server.start(directory, aim=aim, logger=draw.random() < 0.5)
     pulse = directory / "pulse"
     if aim is None:
-        deadline = time.monotonic() + 60
-        while not pulse.exists() or Pulse(pulse).phase == PHASES.index("start"):
-            assert time.monotonic() < deadline, "training does not start"
-            time.sleep(0.002)
+        wait_for(
+            lambda: pulse.exists() and Pulse(pulse).phase != PHASES.index("start"),
+            "the start of training",
+            pause=0.002,
+        )
         time.sleep(draw.uniform(0, seconds))
         phase = PHASES[Pulse(pulse).phase]
         for _ in range(shots):

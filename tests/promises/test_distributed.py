@@ -1,6 +1,5 @@
 """Two real processes: the history of one with the whole probe, and training as without us."""
 
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts.train_on_two import STEPS, probe_batches
+from scripts.train_on_two import STEPS, TIMEOUT, probe_batches
 from support import TESTS
 from support.models import mlp, toy_data
+from support.processes import PATIENCE, environment
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_lca import History
 
@@ -33,13 +34,13 @@ CUT = (
 )
 
 
-def launch(directory, *cases, timeout=240):
+def launch(directory, *cases):
     return subprocess.run(
         [sys.executable, SCRIPT, directory, *cases],
         capture_output=True,
         text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        timeout=PATIENCE,
+        env=environment(TORCH_CPP_LOG_LEVEL="ERROR"),
     )
 
 
@@ -58,7 +59,7 @@ def cut(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cut")
     for in_four in (False, True):
         cases = [case for case in CUT if case.startswith("both") == in_four]
-        done = launch(directory, *cases, timeout=400)
+        done = launch(directory, *cases)
         assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
@@ -238,8 +239,9 @@ def loss_in_batches(weights, data, order):
 
 
 def test_a_rank_that_dies_does_not_hang_the_other_beyond_its_own_timeout(tmp_path):
-    # The group's timeout is 20 s there; torch's own, and a wait that nothing ends, are far longer.
-    done = launch(tmp_path, "ddp+die", timeout=600)
+    # The group's timeout is shorter than the patience here, which is shorter than torch's own.
+    assert TIMEOUT.total_seconds() < PATIENCE < default_pg_timeout.total_seconds()
+    done = launch(tmp_path, "ddp+die")
     assert done.returncode != 0
     (log_dir,) = (tmp_path / "ddp+die-measured").glob("lca_logs/*")
     assert History.load(log_dir).steps.tolist()[:2] == [1, 2], "what was measured is there"

@@ -1,6 +1,5 @@
 """The examples and the README's code, run as a reader would."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import ROOT
+from support.processes import environment
 from torch import nn
 
 from lightning_lca import History
@@ -19,7 +19,7 @@ def run(script, *arguments):
         [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
 
 

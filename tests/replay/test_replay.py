@@ -10,15 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
-from support import ROOT, TESTS
 from support.models import make_trainer, pl
+from support.processes import environment, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lca import History, LCACallback
@@ -246,20 +245,17 @@ def test_several_runs_in_one_call_get_a_record_each(trained, runs, tmp_path, cap
 
 
 def test_a_replay_that_was_killed_goes_on_as_if_unbroken(runs, monkeypatch):
-    options = (*NAMES, "--loss_fn", "scripts.replayed.slow_loss_fn", "--log_every_n_steps", "2")
+    options = (*NAMES, "--loss_fn", "scripts.replayed.loss_until_saved", "--log_every_n_steps", "2")
     command = [sys.executable, "-m", "lightning_lca", "replay", runs / "a", *options]
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    slow = {"REPLAY_SLEEP": "0.1", "OMP_NUM_THREADS": "1"}
     state = runs / "a" / RECORD / "replay.pt"
-    process = subprocess.Popen(
-        command, cwd=TESTS, env=os.environ | paths | slow, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    process.stderr.close()
+    around = environment(REPLAY_WAITS_AT=str(state))
+    with open(runs / "told", "w") as told:
+        process = subprocess.Popen(command, env=around, stderr=told)
+    try:
+        wait_for(state.exists, "the first state", process=process)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, (runs / "told").read_text()
     assert 0 < torch.load(state, weights_only=True)["callback"]["steps"] < STEPS - 2
     for name in ("a", "b"):
         assert main(["replay", str(runs / name), *options]) == 0

@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
-import time
 import urllib.parse
 import urllib.request
 
@@ -22,6 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 from support.models import Classifier, make_trainer, toy_data, toy_loader
+from support.processes import PATIENCE, environment, tensorboard, wait_for
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -31,7 +29,6 @@ from lightning_lca.reporting import loggers as board
 EVIL = "<img src=x onerror=alert(1)>"
 LAYERS = ["first", EVIL, "planted", "last"]
 STEPS = 60
-TIMEOUT = 20
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -91,32 +88,27 @@ def logs(tmp_path_factory):
 # -- TensorBoard and a browser --------------------------------------------------------------------
 
 
+def rows_at(root):
+    """How many rows TensorBoard has read so far."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"{root}data/plugin/lca/runs", timeout=PATIENCE) as reply,
+    ):
+        return sum(run["rows"] or 0 for run in json.load(reply)["runs"])
+
+
 @pytest.fixture(scope="module")
 def address(logs):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from tensorboard.main import run_main; run_main()"]
-    command += ["--logdir", str(logs), "--port", str(port), "--reload_interval", "1"]
+    command, port = tensorboard(logs)
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment(),
     )
     root = f"http://localhost:{port}/"
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with (
-                contextlib.suppress(OSError),
-                urllib.request.urlopen(f"{root}data/plugin/lca/runs", timeout=10) as reply,
-            ):
-                if sum(run["rows"] for run in json.load(reply)["runs"]) == STEPS * 3 // 2:
-                    break
-            time.sleep(0.2)
-        else:
-            pytest.fail("TensorBoard did not read the two runs within a minute.")
+        wait_for(lambda: rows_at(root) == STEPS * 3 // 2, "all rows of two runs", process=process)
         yield root
     finally:
         process.terminate()
@@ -148,12 +140,7 @@ def driver(tmp_path_factory):
 
 
 def wait(condition, what="the page"):
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.03)
-    return pytest.fail(f"Waited {TIMEOUT} s for {what}.")
+    return wait_for(condition, what, pause=0.03)
 
 
 class Page:
@@ -511,7 +498,7 @@ def test_pictures_and_tables_can_be_saved(page, history):
     page.click("layers-png")
     picture = wait(lambda: next(page.driver.downloads.glob("lca-layers*.png"), None), "the file")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    with urllib.request.urlopen(page.find("csv").get_attribute("href"), timeout=10) as reply:
+    with urllib.request.urlopen(page.find("csv").get_attribute("href"), timeout=PATIENCE) as reply:
         rows = reply.read().decode().splitlines()
     assert len(rows) == 1 + 5
 

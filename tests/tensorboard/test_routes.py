@@ -4,12 +4,9 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -23,6 +20,7 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from support.models import Classifier, make_trainer, toy_loader
+from support.processes import PATIENCE, environment, tensorboard, wait_for
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
@@ -108,17 +106,15 @@ def logs(tmp_path_factory):
 
 class Server:
     def __init__(self, log_dir, *arguments, prefix="", launch=LAUNCH):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            self.port = free.getsockname()[1]
+        command, self.port = tensorboard(
+            log_dir, "--path_prefix", prefix, *arguments, launch=launch
+        )
         self.root = f"http://localhost:{self.port}{prefix}/data/"
-        command = [sys.executable, "-c", launch, "--logdir", str(log_dir), "--port", str(self.port)]
-        command += ["--reload_interval", "1", "--path_prefix", prefix, *arguments]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=environment(),
         )
 
     def reply(self, path, method="GET", **query):
@@ -126,7 +122,7 @@ class Server:
         address = self.root + path + ("?" + urllib.parse.urlencode(query) if query else "")
         request = urllib.request.Request(address, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
                 return reply.status, reply.headers, reply.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -143,14 +139,12 @@ class Server:
     def run(self, name):
         return next((r for r in self.lca("runs")["runs"] if r["name"] == name), None)
 
-    def wait(self, condition, seconds=30):
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+    def wait(self, condition, what):
+        def asked():
             with contextlib.suppress(OSError):
-                if found := condition():
-                    return found
-            time.sleep(0.1)
-        return pytest.fail("TensorBoard did not get there in time")
+                return condition()
+
+        return wait_for(asked, what, pause=0.1, process=self.process)
 
     def close(self):
         self.process.terminate()
@@ -170,7 +164,7 @@ def server(request, logs):
     arguments = ["--load_fast=false"] if slow else ["--load_fast=auto"]
     server = Server(logs, *arguments, prefix="/some/where" if slow else "")
     try:
-        server.wait(lambda: all_read(server, logs))
+        server.wait(lambda: all_read(server, logs), "all rows")
         yield server
     finally:
         server.close()
@@ -528,7 +522,7 @@ def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
     writer = board.Board(trainer, history.sizes)
     meta = {"first_step": 0, "probes": [None], "groups": history.groups}
     writer.meta(meta | {"sizes": history.sizes.tolist()}, 0)
-    server.wait(lambda: server.run("live"))
+    server.wait(lambda: server.run("live"), "the new run")
     code, _, data = server.reply("plugin/lca/bins", run="live")
     assert code == 400
     assert "no measured step yet" in json.loads(data)["error"]
@@ -537,7 +531,7 @@ def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
         start = len(History.load(logs / "live"))
         writer.add(None, history.rows[start:stop])
         writer.write(everything=True)
-        server.wait(lambda: server.run("live")["rows"] == stop)  # noqa: B023
+        server.wait(lambda: server.run("live")["rows"] == stop, "its rows")  # noqa: B023
         stamps.append(server.run("live")["stamp"])
         credit = np.array(server.lca("bins", run="live", bins=2000)["credit"]).T
         assert np.array_equal(credit, history.allocated[:stop])
@@ -546,7 +540,7 @@ def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
     writer.meta(meta | {"first_step": 30, "sizes": history.sizes.tolist()}, 30)
     writer.add(None, history.rows[30:50])
     writer.write(everything=True)
-    server.wait(lambda: server.run("live")["last_step"] == 50)
+    server.wait(lambda: server.run("live")["last_step"] == 50, "the new session")
     assert server.run("live")["rows"] == len(History.load(logs / "live")) == 50
     trainer.loggers[0].experiment.close()
     shutil.rmtree(logs / "live")
@@ -556,7 +550,7 @@ def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
 def test_logs_are_shown_where_the_plugin_is_not_there_or_broken(logs, patch):
     server = Server(logs, launch=patch + LAUNCH)
     try:
-        tags = server.wait(lambda: server.json("plugin/scalars/tags").get("two"))
+        tags = server.wait(lambda: server.json("plugin/scalars/tags").get("two"), "the run")
         assert "train_loss" in tags
         assert server.json("plugin/scalars/scalars", run="two", tag="train_loss")
         assert "lca" not in server.json("plugins_listing")

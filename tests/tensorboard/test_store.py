@@ -246,14 +246,17 @@ def test_a_reply_that_is_too_large_is_asked_for_in_halves(provider, source):
 
 
 def test_listing_is_believed_for_a_while(provider, source, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(store_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     store = Store()
     provider.session("run")
     provider.chunk("run", make_rows(range(1, 11)))
     for _ in range(20):
         store.run(source, "run")
+        clock.now += 0.01
     assert len(provider.listed) == 1
-    time.sleep(0.35)
+    clock.now += 0.15
     store.run(source, "run")
     assert len(provider.listed) == 2
 
