@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
-from support.models import Classifier, make_trainer, toy_loader
 from support.processes import environment
+from support.training import fit
 
 from lightning_lca import History, LCACallback
 from lightning_lca.cli.main import main
@@ -26,8 +26,7 @@ def logs(tmp_path_factory):
         pl.seed_everything(0)
         lca = callbacks[name] = LCACallback(probe=probe, neurons=True) if probe else pl.Callback()
         logger = TensorBoardLogger(directory, name="runs", version=name)
-        trainer = make_trainer(directory, lca, max_steps=30, logger=logger)
-        trainer.fit(Classifier(), toy_loader())
+        fit(directory, lca, steps=30, trainer={"logger": logger})
     return directory, callbacks
 
 
@@ -144,7 +143,7 @@ def test_a_damaged_record_is_read_as_far_as_it_goes_and_the_loss_is_told(
 ):
     monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
     lca = LCACallback()
-    make_trainer(tmp_path, lca, max_steps=24).fit(Classifier(), toy_loader())
+    fit(tmp_path, lca, steps=24)
     (path,) = lca.log_dir.glob("*tfevents*")
     data = bytearray(path.read_bytes())
     at = data.index(b"lca/chunk/000000009/allocated")

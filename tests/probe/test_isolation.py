@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from support.models import make_trainer, pl
+from support.models import pl
+from support.training import make_trainer
 from torch import nn
 
 from lightning_lca.probe.isolation import fence

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
+from support.training import fit, make_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,20 +29,13 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
-def fit(tmp_path, net, **arguments):
-    pl.seed_everything(6)
-    net = net()
-    lca = LCACallback(**arguments)
-    model = Classifier(net)
-    make_trainer(tmp_path, lca).fit(model, toy_loader())
-    return lca, model
-
-
 @pytest.mark.parametrize("mode", ["no_dropout", "train"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_credit(tmp_path, reentrant, mode):
-    plain, model = fit(tmp_path, lambda: Checkpointed(None), probe_mode=mode)
-    same, other = fit(tmp_path, lambda: Checkpointed(reentrant), probe_mode=mode)
+    plain, model, _ = fit(tmp_path, model=lambda: Classifier(Checkpointed(None)), probe_mode=mode)
+    same, other, _ = fit(
+        tmp_path, model=lambda: Classifier(Checkpointed(reentrant)), probe_mode=mode
+    )
     assert np.array_equal(plain.history.allocated, same.history.allocated)
     assert np.array_equal(plain.history.helping, same.history.helping)
     for a, b in zip(model.parameters(), other.parameters()):
@@ -62,7 +56,7 @@ class HiddenInReentrant(nn.Module):
 
 
 def test_weights_that_autograd_grad_cannot_see_are_found_by_backward(tmp_path):
-    lca, _ = fit(tmp_path, HiddenInReentrant)
+    lca = fit(tmp_path, model=lambda: Classifier(HiddenInReentrant())).lca
     moved = dict(zip(lca.history.groups, abs(lca.history.allocated).sum(0)))
     assert moved["net.body"] > 0
     residual = abs(lca.history.residual).sum()
@@ -91,7 +85,7 @@ def test_a_compiled_model_is_warned_of_where_torch_cannot_let_it_rest(tmp_path, 
     monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     compiled = torch.compile(nn.Linear(12, 4), backend="eager")
     with pytest.warns(UserWarning, match=r"only torch 2\.6 and later can evaluate a compiled"):
-        fit(tmp_path, lambda: compiled)
+        fit(tmp_path, model=Classifier(compiled))
     torch._dynamo.reset()
 
 
@@ -110,7 +104,7 @@ def test_compiled_modules_keep_their_graphs(tmp_path):
         return torch.compile(layers, backend=backend)
 
     probe = [next(iter(toy_loader(batch_size=24)))]
-    lca, _ = fit(tmp_path, net, probe=probe)
+    lca = fit(tmp_path, model=lambda: Classifier(net()), probe=probe).lca
     torch._dynamo.reset()
     assert len(lca.history) == 12
     assert len(shapes) == 1, "the training batch, and no other"

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from support.models import Classifier, Guarded, make_trainer, mlp, toy_loader
+from support.models import Classifier, mlp, toy_loader
+from support.training import Guarded, fit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,13 +33,12 @@ def convnet():
     )
 
 
-def fit(tmp_path, lca, *callbacks, net=convnet, steps=8, **trainer):
-    pl.seed_everything(2, verbose=False)
-    model = Classifier(net(), lambda p: torch.optim.Adam(p, lr=1e-3))
-    make_trainer(tmp_path, lca, *callbacks, max_steps=steps, **trainer).fit(
-        model, toy_loader(dtype=torch.float64)
-    )
-    return lca
+def train(path, lca, net=convnet, steps=8):
+    def model():
+        return Classifier(net(), lambda p: torch.optim.Adam(p, lr=1e-3))
+
+    data, double = toy_loader(dtype=torch.float64), {"precision": "64-true"}
+    return fit(path, lca, model=model, data=data, steps=steps, run_seed=2, trainer=double).lca
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def fit(tmp_path, lca, *callbacks, net=convnet, steps=8, **trainer):
 def test_both_ways_give_the_same_history(tmp_path, request, arguments):
     def run(name):
         lca = LCACallback(figures=False, **arguments)
-        return fit(tmp_path / name, lca, precision="64-true").history
+        return train(tmp_path / name, lca).history
 
     cpu = run("cpu")
     request.getfixturevalue("accelerated")
@@ -97,7 +96,7 @@ def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch,
     monkeypatch.setattr(Flag, "__bool__", without_notes)
     reads = Reads()  # Flags that were sent ahead do not count.
     watched = Guarded(lambda: reads, log_every_n_steps=30, figures=False, **arguments)
-    lca = fit(tmp_path, watched, steps=30, net=mlp, precision="64-true")
+    lca = train(tmp_path, watched, net=mlp, steps=30)
     assert len(lca.history) == 30
     assert reads.seen == []
     with reads:

@@ -19,7 +19,8 @@ COLUMNS = 400  # So that no line is broken.
 SCRIPT = """
 import sys
 import warnings
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
+from support.training import make_trainer
 from lightning_lca import LCACallback
 
 class Wanders(Classifier):

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.harmless import differences
-from support.models import Model, make_trainer, toy_loader
+from support.models import Model, toy_loader
+from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin
 from torch import nn
 from torch._dynamo.utils import counters

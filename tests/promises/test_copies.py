@@ -7,20 +7,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import pl, toy_loader
+from support.training import fit
 from torch.utils.data import DataLoader
 
 from lightning_lca import History, LCACallback
 
 COLUMNS = ("steps", "allocated", "helping", "hurting", "residual", "drift", "splits", "seconds")
 WAYS = {"pickle": lambda lca: pickle.loads(pickle.dumps(lca)), "deepcopy": copy.deepcopy}
-
-
-def fit(path, lca, *callbacks, steps=6):
-    pl.seed_everything(8)
-    trainer = make_trainer(path, lca, *callbacks, max_steps=steps)
-    trainer.fit(Classifier(), toy_loader())
-    return trainer
 
 
 def assert_same(a, b):
@@ -67,7 +61,7 @@ def test_a_copy_made_before_training_trains_as_the_original(tmp_path, way):
     twin = WAYS[way](lca)
     assert twin.summary() == "LCA: training has not started."
     for path, callback in (("original", lca), ("copy", twin)):
-        fit(tmp_path / path, callback)
+        fit(tmp_path / path, callback, steps=6)
     assert len(lca.history) == 3
     assert_same(lca.histories, twin.histories)
 
@@ -75,7 +69,7 @@ def test_a_copy_made_before_training_trains_as_the_original(tmp_path, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_made_after_training_keeps_the_results_and_nothing_else(tmp_path, way):
     lca = LCACallback(track_parameters=True, neurons=True, probe={"a": "train", "b": "train"})
-    trainer = fit(tmp_path, lca)
+    trainer = fit(tmp_path, lca, steps=6).trainer
     twin = WAYS[way](lca)
     assert_same(lca.histories, twin.histories)
     assert twin.history.windows.keys() == {"parameters", "neurons", "weights"}
@@ -94,10 +88,10 @@ def test_a_copy_made_after_training_keeps_the_results_and_nothing_else(tmp_path,
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_made_in_the_middle_has_the_steps_so_far_and_disturbs_nothing(tmp_path, way):
     alone = LCACallback(every_n_steps=2)
-    fit(tmp_path / "alone", alone)
+    fit(tmp_path / "alone", alone, steps=6)
     lca = LCACallback(every_n_steps=2)
     watcher = InTheMiddle(lca, WAYS[way])
-    trainer = fit(tmp_path / "watched", lca, watcher)
+    trainer = fit(tmp_path / "watched", lca, watcher, steps=6).trainer
     assert_same(alone.histories, lca.histories)
     recorded = [History.load(c.log_dir) for c in (alone, lca)]
     assert_same({None: recorded[0]}, {None: recorded[1]})
@@ -110,7 +104,7 @@ def test_a_copy_made_in_the_middle_has_the_steps_so_far_and_disturbs_nothing(tmp
         del twin.had
         held = held_by(vars(twin))
         assert not [v for v in held if v is trainer or isinstance(v, torch.nn.Module)]
-        fit(tmp_path / when, twin)
+        fit(tmp_path / when, twin, steps=6)
         assert_same(alone.histories, twin.histories)
 
 

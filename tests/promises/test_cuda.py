@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.models import Classifier, Guarded, make_trainer, mlp, toy_loader
+from support.models import Classifier, mlp, toy_loader
+from support.training import Guarded, make_trainer
 from torch import nn
 
 from lightning_lca import LCACallback

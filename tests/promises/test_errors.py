@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Classifier, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, mlp, pl, toy_loader
+from support.training import fit, make_trainer
 from torch import nn
 
 from lightning_lca import History, LCACallback
@@ -89,12 +90,9 @@ class Witness(pl.Callback):
         self.left, self.error = state_of(trainer, module), error
 
 
-def train(tmp_path, module, *callbacks, **options):
-    pl.seed_everything(3)
+def train(path, module, *callbacks, **options):
     options = {"max_steps": STEPS, "log_every_n_steps": 2} | options
-    trainer = make_trainer(tmp_path, *callbacks, **options)
-    trainer.fit(module, toy_loader())
-    return trainer
+    return fit(path, *callbacks, model=module, measured=False, trainer=options).trainer
 
 
 def assert_record_ends(lca, last):

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.harmless import differences
-from support.models import Model, make_trainer, pl
+from support.models import Model, pl
+from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin, groups_of, simpson, sum_of_groups
 from torch import nn
 from torch.nn.utils import parametrizations

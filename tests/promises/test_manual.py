@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Classifier, Gan, make_trainer, pl, toy_loader
+from support.models import Classifier, Gan, pl, toy_loader
+from support.training import fit
 
-from lightning_lca import History, LCACallback
+from lightning_lca import History
 
 
 def cross_entropy(module, batch):
@@ -37,23 +38,18 @@ class ByHand(Classifier):
             optimizer.step()
 
 
-def fit(tmp_path, model, *others, steps=12, resume=None, **arguments):
-    pl.seed_everything(2)
-    lca = LCACallback(**arguments) if arguments else None
-    callbacks = [*([lca] if lca else []), *others]
-    trainer = make_trainer(tmp_path, *callbacks, max_epochs=2, max_steps=-1)
-    pl.seed_everything(2)
-    module = model()
-    trainer.fit(module, toy_loader(samples=16 * steps // 2, shuffle=False), ckpt_path=resume)
-    return lca, module
+def train(path, model, *others, **options):
+    """Trains for two epochs of six batches."""
+    data, epochs = toy_loader(samples=96, shuffle=False), {"max_epochs": 2, "max_steps": -1}
+    return fit(path, *others, model=model, data=data, trainer=epochs, run_seed=2, **options)
 
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("how", ["lightning", "closure", "bare"])
 def test_by_hand_gives_the_history_of_automatic_optimization(tmp_path, how, every):
     options = {"loss_fn": cross_entropy, "every_n_steps": every}
-    automatic, trained = fit(tmp_path, Classifier, **options)
-    by_hand, module = fit(tmp_path, lambda: ByHand(how), **options)
+    automatic, trained, _ = train(tmp_path, Classifier, **options)
+    by_hand, module, _ = train(tmp_path, lambda: ByHand(how), **options)
     for mine, theirs in zip(module.parameters(), trained.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     for column in ("steps", "allocated", "helping", "hurting", "loss_after", "residual", "drift"):
@@ -68,8 +64,8 @@ def test_a_gan_is_measured_batch_by_batch_and_trains_as_it_would(tmp_path, part,
     def loss(module, batch):
         return getattr(module, f"{part}_loss")(batch[0])
 
-    _, plain = fit(tmp_path, lambda: Gan(bare_critic))
-    lca, module = fit(tmp_path, lambda: Gan(bare_critic), loss_fn=loss, probe_batches=2)
+    plain = train(tmp_path, lambda: Gan(bare_critic), measured=False).module
+    lca, module, _ = train(tmp_path, lambda: Gan(bare_critic), loss_fn=loss, probe_batches=2)
     for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     history = lca.history
@@ -89,8 +85,8 @@ def test_bare_steps_resume_at_their_own_count(tmp_path):
             trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
 
     options = {"loss_fn": cross_entropy}
-    whole, _ = fit(tmp_path, lambda: ByHand("bare"), Save(), **options)
-    resumed, _ = fit(tmp_path, lambda: ByHand("bare"), resume=tmp_path / "0.ckpt", **options)
+    whole, *_ = train(tmp_path, lambda: ByHand("bare"), Save(), **options)
+    resumed, *_ = train(tmp_path, lambda: ByHand("bare"), resume=tmp_path / "0.ckpt", **options)
     assert resumed.history.steps.tolist() == whole.history.steps.tolist() == list(range(1, 13))
     assert np.array_equal(
         History.load(resumed.log_dir).loss_after, History.load(whole.log_dir).loss_after
@@ -106,5 +102,5 @@ def test_an_error_lets_go_of_the_optimizers(tmp_path):
 
     stop = Stop()
     with pytest.raises(KeyError, match="mine"):
-        fit(tmp_path, lambda: ByHand("bare"), stop, loss_fn=cross_entropy)
+        train(tmp_path, lambda: ByHand("bare"), stop, loss_fn=cross_entropy)
     assert all(not o._optimizer_step_pre_hooks for o in stop.optimizers)

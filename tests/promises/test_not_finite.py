@@ -1,11 +1,13 @@
 """Losses, gradients and weights that are NaN or infinite are recorded, and training goes on."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl
+from support.training import fit
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -70,12 +72,11 @@ class Planned(torch.optim.SGD):
         return loss
 
 
-def train(tmp_path, hazard, *callbacks, **options):
-    pl.seed_everything(3)
-    module = Hazardous(hazard)
-    trainer = make_trainer(tmp_path, *callbacks, max_steps=STEPS, **options)
-    trainer.fit(module, DataLoader(TensorDataset(X, Y), batch_size=8))
-    return module
+def train(path, hazard, *callbacks, **options):
+    data = DataLoader(TensorDataset(X, Y), batch_size=8)
+    model = functools.partial(Hazardous, hazard)
+    run = {"model": model, "data": data, "steps": STEPS, "trainer": options}
+    return fit(path, *callbacks, measured=False, **run).module
 
 
 def expected_loss(fit, w, hazard):
@@ -160,7 +161,7 @@ def test_every_view_of_a_run_with_numbers_that_are_not_finite_can_be_made(
         net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
         net = Classifier(net, lambda p: torch.optim.SGD(p, lr=1e30))
         lca = LCACallback(neurons=True, track_parameters=True)
-        make_trainer(tmp_path, lca, logger=logger).fit(net, toy_loader())
+        fit(tmp_path, lca, model=net, trainer={"logger": logger})
         assert np.isnan(lca.history.loss_after[-1])
     else:
         train(tmp_path, hazard, lca, logger=logger)

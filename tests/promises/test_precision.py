@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.plugins import MixedPrecision
-from support.models import Classifier, make_trainer, mlp, toy_loader
+from support.models import Classifier, mlp, toy_loader
+from support.training import make_trainer
 from torch import nn
 
 from lightning_lca import LCACallback

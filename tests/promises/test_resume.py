@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, Resumable, mlp, pl, toy_loader
+from support.training import make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 

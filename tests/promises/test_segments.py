@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Classifier, Gan, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, Gan, mlp, pl, toy_loader
+from support.training import fit, make_trainer
 from torch import nn
 
 from lightning_lca import LCACallback
@@ -65,18 +66,20 @@ def cross_entropy(module, batch):
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
 
-def fit(path, model, *others, batches=BATCHES, dtype=torch.float64, **arguments):
+def train(path, model, *others, batches=BATCHES, dtype=torch.float64, **arguments):
+    """Trains for an epoch of so many batches; without arguments nothing measures."""
     POINTS.clear()
-    pl.seed_everything(2)
-    lca = LCACallback(**({"figures": False} | arguments)) if arguments else None
     precision = "64-true" if dtype == torch.float64 else "32-true"
-    callbacks = [*([lca] if lca else []), *others]
-    options = {"max_epochs": 1, "max_steps": -1, "precision": precision}
-    trainer = make_trainer(path, *callbacks, **options)
-    pl.seed_everything(2)
-    module = model()
-    trainer.fit(module, toy_loader(samples=16 * batches, shuffle=False, dtype=dtype))
-    return lca, module
+    return fit(
+        path,
+        *others,
+        model=model,
+        data=toy_loader(samples=16 * batches, shuffle=False, dtype=dtype),
+        run_seed=2,
+        measured=bool(arguments),
+        trainer={"max_epochs": 1, "max_steps": -1, "precision": precision},
+        **arguments,
+    )
 
 
 def loss_and_gradient(weights, x, y):
@@ -97,7 +100,7 @@ def loss_and_gradient(weights, x, y):
 def test_every_step_has_the_credit_that_numpy_gives_it(tmp_path, how, rule, nodes):
     probe = list(toy_loader(samples=32, batch_size=32, shuffle=False, dtype=torch.float64))
     options = {"loss_fn": cross_entropy, "probe": probe, "quadrature": rule}
-    lca, _ = fit(tmp_path, lambda: Turns(how), segments="step", **options)
+    lca, *_ = train(tmp_path, lambda: Turns(how), segments="step", **options)
     x, y = (part.numpy() for part in probe[0])
     points = [[p.numpy() for p in point] for point in POINTS]
     history = lca.history
@@ -145,8 +148,8 @@ def test_the_steps_of_a_batch_add_up_to_the_batch_to_the_bit(tmp_path, how, mode
     runs = {}
     for segments in ("batch", "step"):
         model = lambda: Turns(how, normed())  # noqa: E731
-        runs[segments], module = fit(tmp_path / segments, model, segments=segments, **options)
-    _, plain = fit(tmp_path / "plain", model)
+        runs[segments], module, _ = train(tmp_path / segments, model, segments=segments, **options)
+    _, plain, _ = train(tmp_path / "plain", model)
     for mine, theirs in zip(module.state_dict().values(), plain.state_dict().values()):
         assert torch.equal(mine, theirs)
     whole, pieces = runs["batch"].history, runs["step"].history
@@ -169,9 +172,9 @@ def test_a_gan_shows_who_moved(tmp_path, bare_critic):
         return module.critic_loss(batch[0])
 
     single = {"dtype": torch.float32}
-    _, plain = fit(tmp_path / "plain", lambda: Gan(bare_critic), **single)
+    _, plain, _ = train(tmp_path / "plain", lambda: Gan(bare_critic), **single)
     options = {"loss_fn": loss, "segments": "step", "probe_batches": 2}
-    lca, module = fit(tmp_path / "lca", lambda: Gan(bare_critic), **single, **options)
+    lca, module, _ = train(tmp_path / "lca", lambda: Gan(bare_critic), **single, **options)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), plain.parameters()))
     history = lca.history
     assert history.steps.tolist() == list(range(1, 2 * BATCHES + 1))
@@ -222,7 +225,7 @@ def test_an_error_between_the_steps_leaves_the_live_weights_and_where_it_stopped
 def test_automatic_optimization_has_one_step_in_a_batch_as_ever(tmp_path, optimizer):
     runs = []
     for segments in ("batch", "step"):
-        lca, module = fit(
+        lca, module, _ = train(
             tmp_path / segments, lambda: Classifier(mlp(), optimizer), segments=segments
         )
         runs.append((lca.history.rows, list(module.parameters())))

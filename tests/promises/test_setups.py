@@ -20,7 +20,8 @@ from support.harmless import (
     twins,
     validating,
 )
-from support.models import Classifier, Model, make_trainer, pl, toy_loader
+from support.models import Classifier, Model, pl, toy_loader
+from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from support.models import Classifier, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, mlp, pl, toy_loader
+from support.training import fit, make_trainer
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
@@ -67,7 +68,7 @@ def test_every_weights_credit_is_that_of_an_independent_implementation(tmp_path,
     data = digits()
     probe = [data[:300]]
 
-    def train(*callbacks):
+    def run(*callbacks):
         pl.seed_everything(5)
         net = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
         model = Classifier(net, optimizer).double()
@@ -78,12 +79,12 @@ def test_every_weights_credit_is_that_of_an_independent_implementation(tmp_path,
 
     # The path comes from a run without the callback; the credits from a second run with it.
     path = Recorder(lambda m: [p.detach().numpy().copy() for p in m.parameters()])
-    weights = [train(path), *path.notes]
+    weights = [run(path), *path.notes]
     lca = LCACallback(probe=probe, track_parameters=True)
     credits = Recorder(
         lambda m: [lca.last.values[n].numpy().copy() for n, _ in m.named_parameters()]
     )
-    train(lca, credits)
+    run(lca, credits)
 
     assert len(credits.notes) == 50
     x, y = (t.numpy() for t in probe[0])
@@ -193,16 +194,21 @@ RUNS = {
 }
 
 
-def fit(tmp_path, net, *, dtype=torch.float32, steps=14, callbacks=(), loader=None, **arguments):
-    pl.seed_everything(2)
-    lca = LCACallback(**arguments)
-    model = Classifier(
-        net(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.0 if net is Sparse else 0.9)
-    ).to(dtype)
-    precision = "64-true" if dtype == torch.float64 else "32-true"
-    trainer = make_trainer(tmp_path, lca, *callbacks, max_steps=steps, precision=precision)
-    trainer.fit(model, loader or toy_loader(dtype=dtype))
-    return lca, model
+def train(path, net, *callbacks, dtype=torch.float32, steps=14, loader=None, **arguments):
+    def model():
+        momentum = 0.0 if net is Sparse else 0.9
+        return Classifier(net(), lambda p: torch.optim.SGD(p, lr=0.1, momentum=momentum)).to(dtype)
+
+    return fit(
+        path,
+        *callbacks,
+        model=model,
+        data=toy_loader(dtype=dtype) if loader is None else loader,
+        steps=steps,
+        run_seed=2,
+        trainer={"precision": "64-true" if dtype == torch.float64 else "32-true"},
+        **arguments,
+    )
 
 
 def assert_ledger_closes(history, relative):
@@ -221,7 +227,7 @@ def assert_ledger_closes(history, relative):
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, relative):
-    lca, _ = fit(tmp_path, net, dtype=dtype, **run)
+    lca, *_ = train(tmp_path, net, dtype=dtype, **run)
     history = lca.history
     assert_ledger_closes(history, relative)
     assert len(history) == (3 if "every_n_steps" in run else 14)
@@ -236,7 +242,7 @@ def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, 
 
 @pytest.mark.parametrize("net", [frozen, Tied], ids=["frozen", "tied"])
 def test_credits_of_frozen_weights_are_zero_and_tied_ones_count_once(tmp_path, net):
-    lca, model = fit(tmp_path, net)
+    lca, model, _ = train(tmp_path, net)
     sizes = dict(zip(lca.history.groups, lca.history.sizes))
     assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
     if net is frozen:
@@ -254,7 +260,7 @@ def test_weights_unfrozen_in_mid_training_join_and_the_ledger_closes(tmp_path):
                     {"params": list(pl_module.net[0].parameters())}
                 )
 
-    lca, _ = fit(tmp_path, frozen, callbacks=[Unfreeze()], dtype=torch.float64)
+    lca, *_ = train(tmp_path, frozen, Unfreeze(), dtype=torch.float64)
     history = lca.history
     assert_ledger_closes(history, 1e-9)
     assert (history.allocated[:6, 0] == 0).all()
@@ -266,7 +272,7 @@ def test_without_dropout_the_probe_is_the_deterministic_loss(tmp_path):
     """In mode no_dropout L is the train-mode loss with every kind of dropout off."""
     for net in (normed, Recurrent, Attentive):
         batch = next(iter(toy_loader(shuffle=False)))
-        lca, model = fit(tmp_path, net, probe=[batch])
+        lca, model, _ = train(tmp_path, net, probe=[batch])
         model.train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -280,15 +286,15 @@ def test_without_dropout_the_probe_is_the_deterministic_loss(tmp_path):
 
 def test_the_probe_loss_is_the_mean_over_samples_also_with_a_ragged_last_batch(tmp_path):
     loader = toy_loader(batch_size=36, shuffle=False)  # 36 + 36 + 24 samples.
-    lca, model = fit(tmp_path, mlp, probe=loader, dtype=torch.float32)
+    lca, model, _ = train(tmp_path, mlp, probe=loader, dtype=torch.float32)
     x, y = loader.dataset.tensors
     expected = F.cross_entropy(model.net(x), y).item()
     assert lca.history.loss_after[-1] == pytest.approx(expected, rel=1e-6)
 
 
 def test_chords_measure_a_fifth_as_often_and_sum_to_the_same(tmp_path):
-    every, _ = fit(tmp_path, mlp, dtype=torch.float64, steps=23)
-    chords, _ = fit(tmp_path, mlp, dtype=torch.float64, steps=23, every_n_steps=5)
+    every, *_ = train(tmp_path, mlp, dtype=torch.float64, steps=23)
+    chords, *_ = train(tmp_path, mlp, dtype=torch.float64, steps=23, every_n_steps=5)
     a, b = every.history, chords.history
     assert b.steps.tolist() == [5, 10, 15, 20, 23]
     assert b.loss_before[0] == a.loss_before[0]

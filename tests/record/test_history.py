@@ -9,8 +9,9 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
 from support.processes import environment
+from support.training import fit, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -22,14 +23,6 @@ CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogge
 
 EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift")
 COLUMNS = (*EXACT, "splits", "converged", "trained", "seconds")
-
-
-def fit(tmp_path, *callbacks, steps=12, logger=False, seed=1, **arguments):
-    pl.seed_everything(seed)
-    lca = LCACallback(**arguments)
-    trainer = make_trainer(tmp_path, lca, *callbacks, max_steps=steps, logger=logger)
-    trainer.fit(Classifier(), toy_loader())
-    return lca
 
 
 def assert_same(loaded, history):
@@ -45,14 +38,15 @@ def assert_same(loaded, history):
 @pytest.mark.parametrize("logger", [TensorBoardLogger, CSVLogger, None])
 @pytest.mark.parametrize("group_by", ["layer", "neuron"])
 def test_the_record_reads_back_as_it_was_in_memory(tmp_path, logger, group_by):
-    lca = fit(tmp_path, logger=logger(tmp_path) if logger else False, group_by=group_by, steps=20)
+    logger = {"logger": logger(tmp_path) if logger else False}
+    lca = fit(tmp_path, trainer=logger, group_by=group_by, steps=20).lca
     assert len(lca.history) == 20
     assert_same(History.load(lca.log_dir), lca.history)
 
 
 def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
-    lca = fit(tmp_path, logger=TensorBoardLogger(tmp_path), steps=27)
+    lca = fit(tmp_path, trainer={"logger": TensorBoardLogger(tmp_path)}, steps=27).lca
     accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
     accumulator.Reload()
     ours = {t for t in accumulator.Tags()["tensors"] if t.startswith("lca/") and "text" not in t}
@@ -75,7 +69,8 @@ def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
 
 
 def test_named_probes_are_recorded_side_by_side(tmp_path):
-    lca = fit(tmp_path, probe={"fit": "train", "own": [next(iter(toy_loader(shuffle=False)))]})
+    own = [next(iter(toy_loader(shuffle=False)))]
+    lca = fit(tmp_path, probe={"fit": "train", "own": own}).lca
     for name in ("fit", "own"):
         assert_same(History.load(lca.log_dir, name), lca.histories[name])
     assert_same(History.load(lca.log_dir), lca.histories["fit"])
@@ -85,8 +80,9 @@ def test_named_probes_are_recorded_side_by_side(tmp_path):
 
 def test_a_second_session_takes_over_from_the_step_it_starts_at(tmp_path):
     logger = TensorBoardLogger(tmp_path, version="same")
-    first = fit(tmp_path, logger=logger, steps=9, seed=1)
-    second = fit(tmp_path, logger=TensorBoardLogger(tmp_path, version="same"), steps=5, seed=2)
+    first = fit(tmp_path, trainer={"logger": logger}, steps=9, run_seed=1).lca
+    again = TensorBoardLogger(tmp_path, version="same")
+    second = fit(tmp_path, trainer={"logger": again}, steps=5, run_seed=2).lca
     assert first.log_dir == second.log_dir
     assert_same(History.load(second.log_dir), second.history)
 
@@ -135,7 +131,7 @@ def test_windows_add_up_to_the_steps_they_cover(detailed, table):
 
 def test_neuron_windows_are_those_of_a_run_grouped_by_neuron(detailed, tmp_path):
     lca, _ = detailed
-    twin = fit(tmp_path, group_by="neuron", steps=24).history
+    twin = fit(tmp_path, group_by="neuron", steps=24, run_seed=1).lca.history
     neurons = lca.history.neurons
     assert neurons.names == twin.groups == twin.neurons.names
     assert np.allclose(neurons.allocated[1], twin.allocated[7:14].sum(0), rtol=0, atol=1e-15)
@@ -160,7 +156,7 @@ def test_a_large_network_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_lca.training.windows.SAMPLE", 40)
     names = set()
     for seed in range(3):
-        weights = fit(tmp_path, track_parameters=True, seed=seed).history.weights
+        weights = fit(tmp_path, track_parameters=True, run_seed=seed).lca.history.weights
         names.add(weights.names)
         assert len(set(weights.names)) == 40
     assert len(names) == 1, "the draw depends on LCACallback's own seed alone"
@@ -194,7 +190,7 @@ def damage(lca, tag, mark):
 @pytest.mark.parametrize("part", ["steps", "allocated", "helping", "idle", "scalars"])
 def test_a_damaged_chunk_costs_its_own_steps_alone(tmp_path, monkeypatch, part):
     monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
-    lca = fit(tmp_path, steps=24)
+    lca = fit(tmp_path, steps=24).lca
     damage(lca, f"lca/chunk/000000009/{part}", b"}\n")
     loaded = History.load(lca.log_dir)
     assert loaded.steps.tolist() == [*range(1, 9), *range(17, 25)]
@@ -203,7 +199,7 @@ def test_a_damaged_chunk_costs_its_own_steps_alone(tmp_path, monkeypatch, part):
 
 
 def test_a_record_without_its_description_says_so(tmp_path):
-    lca = fit(tmp_path)
+    lca = fit(tmp_path).lca
     damage(lca, "lca/meta", b"groups")
     with pytest.raises(FileNotFoundError, match="damaged at its beginning"):
         History.load(lca.log_dir)
@@ -211,7 +207,7 @@ def test_a_record_without_its_description_says_so(tmp_path):
 
 def test_a_damaged_length_ends_a_file_and_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
-    lca = fit(tmp_path, steps=24)
+    lca = fit(tmp_path, steps=24).lca
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = bytearray(path.read_bytes())
     position = 0
@@ -237,7 +233,7 @@ def test_directories_without_a_record_are_named(tmp_path):
 
 def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 4)
-    lca = fit(tmp_path, steps=24)
+    lca = fit(tmp_path, steps=24).lca
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = path.read_bytes()
     rows = []
@@ -259,7 +255,8 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
             """
             import sys
             import lightning_lca.reporting.loggers as board
-            from support.models import Classifier, make_trainer, pl, toy_loader
+            from support.models import Classifier, pl, toy_loader
+            from support.training import make_trainer
             from lightning_lca import LCACallback
 
             board.CHUNK_STEPS = 16

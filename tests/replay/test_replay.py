@@ -16,8 +16,9 @@ import pytest
 import torch
 from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
-from support.models import make_trainer, pl
+from support.models import pl
 from support.processes import environment, wait_for
+from support.training import make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lca import History, LCACallback

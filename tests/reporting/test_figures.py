@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from support.models import Classifier, make_trainer, toy_loader
+from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -38,15 +38,6 @@ class Credits(pl.Callback):
         self.values[trainer.global_step] = {n: v.numpy().copy() for n, v in last.items()}
 
 
-def fit(tmp_path, logger, steps=20, callbacks=(), **arguments):
-    pl.seed_everything(3)
-    lca = LCACallback(**arguments)
-    others = [make(lca) for make in callbacks]
-    trainer = make_trainer(tmp_path, lca, *others, max_steps=steps, logger=logger)
-    trainer.fit(Classifier(), toy_loader())
-    return lca, others
-
-
 def read(log_dir):
     events = EventAccumulator(str(log_dir), size_guidance=dict.fromkeys(KINDS, 0))
     events.Reload()
@@ -58,9 +49,9 @@ def shown(tmp_path_factory):
     """A run as TensorBoard has it."""
     directory = tmp_path_factory.mktemp("shown")
     logger = TensorBoardLogger(directory, version="v")
-    lca, (credits,) = fit(
-        directory, logger, callbacks=[Credits], track_parameters=True, figures=True
-    )
+    lca = LCACallback(track_parameters=True, figures=True)
+    credits = Credits(lca)
+    fit(directory, lca, credits, steps=20, trainer={"logger": logger})
     return lca, credits, read(lca.log_dir)
 
 
@@ -128,8 +119,8 @@ def test_names_cannot_become_markdown_or_html():
 
 
 def test_without_a_logger_for_figures_they_are_files(tmp_path):
-    lca, _ = fit(
-        tmp_path, CSVLogger(tmp_path), figures=True, probe={"a": "train", "b/../x": "train"}
+    lca, *_ = fit(
+        tmp_path, trainer={"logger": CSVLogger(tmp_path)}, probe={"a": "train", "b/../x": "train"}
     )
     files = {p.name for p in lca.log_dir.rglob("*.png")}
     assert files >= {f"{name}.png" for name in CORE}
@@ -138,7 +129,7 @@ def test_without_a_logger_for_figures_they_are_files(tmp_path):
 
 
 def test_figures_can_be_declined(tmp_path):
-    lca, _ = fit(tmp_path, TensorBoardLogger(tmp_path), figures=False)
+    lca, *_ = fit(tmp_path, trainer={"logger": TensorBoardLogger(tmp_path)}, figures=False)
     events = read(lca.log_dir)
     assert not events.Tags()["images"]
     assert "lca/summary/text_summary" in events.Tags()["tensors"]
@@ -153,7 +144,7 @@ def test_a_tracking_server_that_is_down_does_not_end_training(tmp_path):
             raise ConnectionError("no route to host")
 
     with pytest.warns(UserWarning, match="ConnectionError while a figure was logged: no route"):
-        lca, _ = fit(tmp_path, WandbLogger(tmp_path), figures=True)
+        lca = fit(tmp_path, trainer={"logger": WandbLogger(tmp_path)}, steps=20, figures=True).lca
     assert len(lca.history) == 20
     assert WandbLogger.calls == 1
 
@@ -231,7 +222,7 @@ def test_drawing_takes_a_twentieth_of_training_at_most(tmp_path, monkeypatch):
 def test_the_layout_is_beside_the_users_own(tmp_path):
     logger = TensorBoardLogger(tmp_path, version="v")
     logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["train_loss"]]}})
-    lca, _ = fit(tmp_path, logger, custom_scalars=True)
+    lca, *_ = fit(tmp_path, trainer={"logger": logger}, custom_scalars=True)
     runs = EventMultiplexer().AddRunsFromDirectory(str(lca.log_dir)).Reload()
     titles, charts = [], {}
     for run in runs.Runs():

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
+from support.training import make_trainer
 
 from lightning_lca import LCACallback
 from lightning_lca.runtime import signals

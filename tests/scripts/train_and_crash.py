@@ -29,7 +29,8 @@ from tensorboard.compat.proto import event_pb2  # noqa: F401
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.models import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, Resumable, mlp, pl, toy_loader
+from support.training import make_trainer
 
 import lightning_lca.reporting.loggers as board
 from lightning_lca import LCACallback

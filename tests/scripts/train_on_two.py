@@ -28,7 +28,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from support.models import Classifier, make_trainer, mlp, toy_data
+from support.models import Classifier, mlp, toy_data
+from support.training import make_trainer
 
 from lightning_lca import LCACallback
 from lightning_lca.training import cost

@@ -30,7 +30,8 @@ from torch.utils.data import Dataset
 
 from lightning_lca import LCACallback
 from support import TESTS
-from support.models import Classifier, make_trainer, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
+from support.training import make_trainer
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 Logger = pl.loggers.logger.Logger

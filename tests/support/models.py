@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_lca import LCACallback
 
 # The Lightning that the tests train with, where it may be either; .ci/matrix.py sets the variable.
 LIGHTNING = os.environ.get("LCA_LIGHTNING") or (
@@ -154,39 +150,3 @@ def mlp(features: int = 12, hidden: int = 16, classes: int = 4) -> nn.Sequential
         nn.Tanh(),
         nn.Linear(hidden, classes),
     )
-
-
-def make_trainer(tmp_path: Any, *callbacks: Any, **kwargs: Any) -> pl.Trainer:
-    """A quiet Trainer on the CPU that writes below ``tmp_path``."""
-    defaults: dict[str, Any] = {
-        "max_steps": 12,
-        "max_epochs": -1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 4,
-        "accelerator": "cpu",
-    }
-    return pl.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | kwargs))
-
-
-class Guarded(LCACallback):
-    """Enters a context around its own hooks, in steps 12 to 18."""
-
-    def __init__(self, guard: Callable[[], Any], **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.guard = guard
-
-    def _guarded(self, hook: Any, trainer: Any, *args: Any) -> None:
-        with self.guard() if 12 <= trainer.global_step <= 18 else nullcontext():
-            hook(trainer, *args)
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self._guarded(super().on_train_batch_start, trainer, *args)
-
-    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
-        self._guarded(super().on_before_optimizer_step, trainer, *args)
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self._guarded(super().on_train_batch_end, trainer, *args)

@@ -10,7 +10,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from selenium import webdriver
@@ -18,12 +17,13 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from support.models import Classifier, make_trainer, toy_data, toy_loader
+from support.models import Classifier, toy_data, toy_loader
 from support.processes import PATIENCE, environment, tensorboard, wait_for
+from support.training import fit
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_lca import History, LCACallback
+from lightning_lca import History
 from lightning_lca.reporting import loggers as board
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -62,16 +62,11 @@ class Planted(Classifier):
         return torch.optim.SGD(groups, lr=0.3)
 
 
-def fit(root, name, **arguments):
-    pl.seed_everything(3)
-    trainer = make_trainer(
-        root,
-        LCACallback(figures=False, **arguments),
-        max_steps=STEPS,
-        logger=TensorBoardLogger(root, name=None, version=name),
-    )
+def train(root, name, **arguments):
+    logger = {"logger": TensorBoardLogger(root, name=None, version=name)}
     later = DataLoader(Subset(toy_data(), range(48, 96)), batch_size=16)
-    trainer.fit(Planted(Net()), toy_loader(), later)
+    data = toy_loader(), later
+    fit(root, model=lambda: Planted(Net()), data=data, steps=STEPS, trainer=logger, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +75,8 @@ def logs(tmp_path_factory):
     root = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(board, "CHUNK_STEPS", 16)
-        fit(root, "run_1", probe={"train": "train", "val": "val"}, neurons=True)
-        fit(root, "run_2", every_n_steps=2)
+        train(root, "run_1", probe={"train": "train", "val": "val"}, neurons=True)
+        train(root, "run_2", every_n_steps=2)
     return root
 
 

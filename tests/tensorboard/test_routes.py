@@ -17,16 +17,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
-from support.models import Classifier, make_trainer, toy_loader
+from support.models import Classifier, toy_loader
 from support.processes import PATIENCE, environment, tensorboard, wait_for
+from support.training import fit
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
 
 import lightning_lca.tensorboard
-from lightning_lca import History, LCACallback
+from lightning_lca import History
 from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
 from lightning_lca.reporting import loggers as board
@@ -41,12 +41,10 @@ HOSTILE = {"<script>alert(1)</script>": nn.Linear(12, 8), "=1+1": nn.Linear(8, 4
 # -- runs -----------------------------------------------------------------------------------------
 
 
-def fit(root, name, steps, *, net=None, seed=1, loader=toy_loader, **arguments):
-    pl.seed_everything(seed)
+def train(root, name, steps, net=None, **arguments):
     logger = TensorBoardLogger(root, name=None, version=name)
-    lca = LCACallback(**arguments)
-    trainer = make_trainer(root, lca, max_steps=steps, logger=logger)
-    trainer.fit(Classifier(net), loader())
+    model = Classifier if net is None else lambda: Classifier(net())
+    fit(root, model=model, steps=steps, trainer={"logger": logger}, **arguments)
 
 
 def hostile():
@@ -88,15 +86,15 @@ def logs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(board, "CHUNK_STEPS", 32)
         own = [next(iter(toy_loader(shuffle=False)))]
-        fit(root, "two", 150, probe={"fit": "train", "own": own}, neurons=True)
-        fit(root, "sparse", 120, every_n_steps=5)
-        fit(root, "sub/neuron", 40, group_by="neuron")
-        fit(root, "again", 90, seed=1)
-        fit(root, "again", 50, seed=2)
-        fit(root, "hostile", 20, net=hostile())
-        fit(root, "damaged", 64)
+        train(root, "two", 150, probe={"fit": "train", "own": own}, neurons=True)
+        train(root, "sparse", 120, every_n_steps=5)
+        train(root, "sub/neuron", 40, group_by="neuron")
+        train(root, "again", 90, run_seed=1)
+        train(root, "again", 50, run_seed=2)
+        train(root, "hostile", 20, net=hostile)
+        train(root, "damaged", 64)
         damage(root / "damaged")
-        fit(root, "other net", 20, net=nn.Sequential(nn.Linear(12, 4)))
+        train(root, "other net", 20, net=lambda: nn.Sequential(nn.Linear(12, 4)))
         behead(root / "sparse", root / "headless")
     return root
 

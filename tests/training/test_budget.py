@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Classifier, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, mlp, pl, toy_loader
+from support.training import make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, Validated, make_trainer, mlp, pl, toy_data, toy_loader
+from support.models import Classifier, Validated, mlp, pl, toy_data, toy_loader
+from support.training import fit, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,14 +18,6 @@ from lightning_lca.training.cost import cost_line
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 Logger, rank_zero_experiment = pl.loggers.logger.Logger, pl.loggers.logger.rank_zero_experiment
 MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
-
-
-def fit(tmp_path, model=None, loader=None, *, callbacks=(), val=None, trainer=None, **arguments):
-    pl.seed_everything(4)
-    lca = LCACallback(**arguments)
-    made = make_trainer(tmp_path, lca, *callbacks, **(trainer or {}))
-    made.fit(model or Classifier(), toy_loader() if loader is None else loader, val)
-    return lca
 
 
 # -- bad arguments --------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ def test_a_setup_that_cannot_be_measured_is_refused_before_the_first_step(
     tmp_path, model, arguments, message
 ):
     with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, model(), **arguments)
+        fit(tmp_path, model=model, **arguments)
 
 
 def test_data_that_cannot_be_read_twice_needs_an_own_probe(tmp_path):
@@ -154,15 +147,15 @@ def test_data_that_cannot_be_read_twice_needs_an_own_probe(tmp_path):
     with pytest.raises(
         MisconfigurationException, match=r"a Stream a second time .* Pass the batches"
     ):
-        fit(tmp_path, loader=loader)
-    lca = fit(tmp_path, loader=loader, probe=[next(iter(toy_loader()))])
+        fit(tmp_path, data=loader)
+    lca = fit(tmp_path, data=loader, probe=[next(iter(toy_loader()))]).lca
     assert len(lca.history) == 12
 
 
 def test_half_precision_weights_are_warned_of(tmp_path):
     loader = toy_loader(dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match="548 weights are bfloat16"):
-        lca = fit(tmp_path, loader=loader, trainer={"precision": "bf16-true"})
+        lca = fit(tmp_path, data=loader, trainer={"precision": "bf16-true"}).lca
     assert np.isfinite(lca.history.allocated).all()
 
 
@@ -174,7 +167,7 @@ def test_results_before_training_and_untracked_ones_say_what_to_do():
 
 
 def test_totals_and_last_need_tracking(tmp_path):
-    lca = fit(tmp_path)
+    lca = fit(tmp_path).lca
     for name in ("totals", "last"):
         with pytest.raises(
             RuntimeError, match=rf"{name} needs LCACallback\(track_parameters=True\)"
@@ -184,7 +177,7 @@ def test_totals_and_last_need_tracking(tmp_path):
 
 def test_two_callbacks_measure_side_by_side(tmp_path):
     other = LCACallback(probe_mode="eval", every_n_steps=3)
-    lca = fit(tmp_path, callbacks=[other])
+    lca = fit(tmp_path, LCACallback(), other).lca
     assert (len(lca.history), len(other.history)) == (12, 4)
     assert lca.log_dir != other.log_dir
 
@@ -195,7 +188,7 @@ def test_two_callbacks_measure_side_by_side(tmp_path):
 def test_probe_batches_are_seeded_distinct_samples_of_the_loaders_dataset(tmp_path):
     seen = {}
     for seed in (0, 0, 1):
-        probe = fit(tmp_path, probe_batches=3, seed=seed)._training.session.meters[None].probe
+        probe = fit(tmp_path, probe_batches=3, seed=seed).lca._training.session.meters[None].probe
         xs = torch.cat([x for x, _ in probe._batches.values()])
         assert xs.shape == (48, 12)
         assert len(xs.unique(dim=0)) == 48
@@ -206,7 +199,8 @@ def test_probe_batches_are_seeded_distinct_samples_of_the_loaders_dataset(tmp_pa
 
 def test_val_is_drawn_from_validation_data_also_when_not_loaded_yet(tmp_path):
     val = toy_loader(samples=40, batch_size=40, shuffle=False)
-    lca = fit(tmp_path, Validated(), val=val, probe="val", trainer={"num_sanity_val_steps": 0})
+    data, late = (toy_loader(), val), {"num_sanity_val_steps": 0}
+    lca = fit(tmp_path, model=Validated, data=data, probe="val", trainer=late).lca
     ((x, _),) = lca._training.session.meters[None].probe._batches.values()
     assert torch.equal(x.sort(0).values, val.dataset.tensors[0].sort(0).values)
 
@@ -218,7 +212,8 @@ def test_several_training_loaders_give_structured_probe_batches(tmp_path):
                 batch["b"], 0
             )
 
-    lca = fit(tmp_path, Two(), {"a": toy_loader(16), "b": toy_loader(8)}, probe_batches=2)
+    data = {"a": toy_loader(16), "b": toy_loader(8)}
+    lca = fit(tmp_path, model=Two, data=data, probe_batches=2).lca
     batches = list(lca._training.session.meters[None].probe._batches.values())
     assert [(len(b["a"][0]), len(b["b"][0])) for b in batches] == [(16, 8), (16, 8)]
 
@@ -230,10 +225,10 @@ def test_loss_fn_replaces_training_step_and_terms_are_summed(tmp_path):
     def terms(module, batch):
         return {"a": 0.25 * loss(module, batch), "b": 0.75 * loss(module, batch)}
 
-    one, two = (fit(tmp_path, loss_fn=f).history for f in (loss, terms))
+    one, two = (fit(tmp_path, loss_fn=f).lca.history for f in (loss, terms))
     assert one.allocated == pytest.approx(two.allocated, rel=1e-4, abs=1e-7)
     assert one.loss_before[0] == pytest.approx(two.loss_before[0], rel=1e-6)
-    assert one.loss_before[0] != pytest.approx(fit(tmp_path).history.loss_before[0], rel=1e-2)
+    assert one.loss_before[0] != pytest.approx(fit(tmp_path).lca.history.loss_before[0], rel=1e-2)
 
 
 def test_an_iterator_of_batches_serves_two_fits(tmp_path):
@@ -274,10 +269,8 @@ class Memory(Logger):
 
 def test_scalars_have_one_key_set_and_the_x_axis_of_the_training_loss(tmp_path):
     memory = Memory()
-    lca = fit(
-        tmp_path,
-        trainer={"logger": memory, "max_steps": 14, "accumulate_grad_batches": 2, "max_epochs": 6},
-    )
+    options = {"logger": memory, "max_steps": 14, "accumulate_grad_batches": 2, "max_epochs": 6}
+    lca = fit(tmp_path, trainer=options).lca
     ours = [(step, row) for step, row in memory.rows if "lca/total" in row]
     theirs = [step for step, row in memory.rows if "train_loss" in row]
     assert [step for step, _ in ours] == [*theirs, 13], "the same x; the rest at the end"
@@ -310,7 +303,7 @@ def test_tensorboard_and_csv_get_the_same_numbers(tmp_path):
         TensorBoardLogger(tmp_path),
         CSVLogger(tmp_path),
     ]
-    lca = fit(tmp_path, trainer={"logger": loggers})
+    lca = fit(tmp_path, trainer={"logger": loggers}).lca
     prefixed, plain = (EventAccumulator(x.log_dir).Reload() for x in loggers[:2])
     table = np.genfromtxt(
         f"{loggers[2].log_dir}/metrics.csv", delimiter=",", names=True, deletechars=""
@@ -332,8 +325,8 @@ def test_a_second_probe_has_its_own_section(tmp_path):
     memory = Memory()
     fit(
         tmp_path,
-        Validated(),
-        val=toy_loader(shuffle=False),
+        model=Validated,
+        data=(toy_loader(), toy_loader(shuffle=False)),
         probe={"train": "train", "val": "val"},
         trainer={"logger": memory},
     )
@@ -345,7 +338,7 @@ def test_network_fractions_are_of_the_weights_that_are_trained(tmp_path):
     net = mlp()
     net[2].requires_grad_(False)
     memory = Memory()
-    fit(tmp_path, Classifier(net), trainer={"logger": memory, "log_every_n_steps": 1})
+    fit(tmp_path, model=Classifier(net), trainer={"logger": memory, "log_every_n_steps": 1})
     rows = [row for _, row in memory.rows if "lca/help" in row]
     assert all(row["lca/help"] + row["lca/hurt"] == pytest.approx(1, abs=0.01) for row in rows)
 
@@ -365,7 +358,7 @@ def test_many_layers_are_drawn_as_coarser_modules():
 
 
 def test_fast_dev_run_writes_nothing(tmp_path):
-    lca = fit(tmp_path, trainer={"fast_dev_run": True})
+    lca = fit(tmp_path, trainer={"fast_dev_run": True}).lca
     assert len(lca.history) == 1
     assert not list(tmp_path.rglob("*tfevents*"))
 
@@ -374,7 +367,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
 
 
 def test_the_cost_is_told_once_with_measured_numbers(tmp_path, caplog):
-    lca = fit(tmp_path, trainer={"max_steps": 40})
+    lca = fit(tmp_path, steps=40).lca
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("LCA:")]
     pattern = (
         r"LCA: 3 probe gradients first, then 2 per measured step; "
@@ -412,13 +405,13 @@ def test_the_cost_line_suggests_a_chord_only_where_that_is_good_advice(
 
 def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
     advice = "The residual is large. Set a tolerance"
-    rough = fit(tmp_path, quadrature="euler", trainer={"max_steps": 40})
+    rough = fit(tmp_path, quadrature="euler", steps=40).lca
     assert advice in rough.summary()
-    assert advice not in fit(tmp_path, trainer={"max_steps": 40}).summary()
+    assert advice not in fit(tmp_path, steps=40).lca.summary()
 
 
 def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):
-    lca = fit(tmp_path)
+    lca = fit(tmp_path).lca
     history = lca.history
     text = lca.summary()
     change = history.loss_after[-1] - history.loss_before[0]
@@ -443,7 +436,7 @@ def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):
 
 
 def test_steps_beyond_the_tolerance_are_flagged(tmp_path):
-    lca = fit(tmp_path, tolerance=1e-12, max_splits=2)
+    lca = fit(tmp_path, tolerance=1e-12, max_splits=2).lca
     history = lca.history
     assert not history.converged.any()
     assert (history.splits == 2).all()

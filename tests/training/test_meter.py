@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Classifier, make_trainer, mlp, pl, toy_loader
+from support.models import Classifier, mlp, pl, toy_loader
+from support.training import fit, make_trainer
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -14,14 +15,6 @@ from lightning_lca.measure.quadrature import as_quadrature
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.reuse import AUDIT_EVERY
 from lightning_lca.training.snapshots import Path
-
-
-def fit(tmp_path, model=None, *callbacks, steps=12, **arguments):
-    pl.seed_everything(3)
-    lca = LCACallback(**arguments)
-    model = Classifier() if model is None else model() if isinstance(model, type) else model
-    make_trainer(tmp_path, lca, *callbacks, max_steps=steps).fit(model, toy_loader())
-    return lca
 
 
 def gradients_of(lca):
@@ -50,7 +43,7 @@ def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, monkeypatch, 
     calls = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
-    lca = fit(tmp_path, quadrature=rule, steps=120)
+    lca = fit(tmp_path, quadrature=rule, steps=120).lca
     assert gradients_of(lca) == first + 119 * then
     (meter,) = lca._training.session.meters.values()
     assert meter.audits == 1 + 118 // AUDIT_EVERY
@@ -63,8 +56,8 @@ def test_batchnorm_costs_no_more_on_batch_statistics_and_one_more_on_running_one
     def model():
         return Classifier(nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)))
 
-    assert gradients_of(fit(tmp_path, model())) == 3 + 11 * 2
-    lca = fit(tmp_path, model(), probe_mode="eval")
+    assert gradients_of(fit(tmp_path, model=model).lca) == 3 + 11 * 2
+    lca = fit(tmp_path, model=model, probe_mode="eval").lca
     assert gradients_of(lca) == 12 * 3
     assert (lca.history.drift[1:] != 0).all(), "running statistics move the loss between segments"
     assert_closed(lca.history)
@@ -120,7 +113,7 @@ class Replace(pl.Callback):
 def test_weights_changed_by_other_code_are_seen_and_booked_as_drift(
     tmp_path, model, callbacks, drifting
 ):
-    lca = fit(tmp_path, model, *callbacks)
+    lca = fit(tmp_path, *callbacks, model=model).lca
     history = lca.history
     assert_closed(history)
     if drifting is not None:
@@ -128,7 +121,7 @@ def test_weights_changed_by_other_code_are_seen_and_booked_as_drift(
         assert gradients_of(lca) == 3 + 11 * 2 + len(drifting)
     else:
         assert np.count_nonzero(history.drift) >= 8
-    plain = fit(tmp_path).history
+    plain = fit(tmp_path).lca.history
     assert np.abs(history.residual).max() < 3 * np.abs(plain.residual).max(), "residuals stay small"
 
 
@@ -189,7 +182,7 @@ class Gated(Classifier):
 
 @pytest.mark.parametrize("model", [Codebook, Teacher, Spectral, Gated])
 def test_whatever_else_the_loss_reads_is_watched(tmp_path, model):
-    lca = fit(tmp_path, model)
+    lca = fit(tmp_path, model=model).lca
     history = lca.history
     assert_closed(history)
     (meter,) = lca._training.session.meters.values()
@@ -221,7 +214,7 @@ def test_a_loss_that_depends_on_the_step_number_is_caught_by_the_audit(tmp_path,
     with pytest.warns(
         UserWarning, match="depends on something else, such as the step number"
     ) as seen:
-        lca = fit(tmp_path, model, steps=20)
+        lca = fit(tmp_path, model=model, steps=20).lca
     assert sum("step number" in str(w.message) for w in seen) == 1
     (meter,) = lca._training.session.meters.values()
     assert not meter._reuse.on
@@ -253,7 +246,7 @@ class Noisy(Classifier):
 
 @pytest.mark.parametrize("mode", ["train", "no_dropout"])
 def test_the_probe_loss_at_unchanged_weights_is_one_number_for_the_whole_run(tmp_path, mode):
-    lca = fit(tmp_path, Noisy, probe_mode=mode, probe_batches=3, steps=60)
+    lca = fit(tmp_path, model=Noisy, probe_mode=mode, probe_batches=3, steps=60).lca
     history = lca.history
     assert len(set(history.loss_before) | set(history.loss_after)) == 1
     assert (history.allocated == 0).all()
@@ -288,12 +281,10 @@ def test_three_copies_of_the_weights_are_kept_between_steps(tmp_path):
 
 
 def test_several_probes_share_the_path_and_keep_their_own_books(tmp_path):
-    lca = fit(
-        tmp_path, Classifier, probe={"a": "train", "b": [next(iter(toy_loader(shuffle=False)))]}
-    )
+    lca = fit(tmp_path, probe={"a": "train", "b": [next(iter(toy_loader(shuffle=False)))]}).lca
     a, b = lca.histories["a"], lca.histories["b"]
     assert lca.history is a
-    alone = fit(tmp_path, Classifier).history
+    alone = fit(tmp_path).lca.history
     assert np.array_equal(a.allocated, alone.allocated)
     assert not np.array_equal(a.allocated, b.allocated)
     for history in (a, b):

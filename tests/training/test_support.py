@@ -18,7 +18,8 @@ from pytorch_lightning.strategies import (
     Strategy,
     XLAStrategy,
 )
-from support.models import Classifier, make_trainer, mlp, toy_loader
+from support.models import Classifier, mlp, toy_loader
+from support.training import make_trainer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
