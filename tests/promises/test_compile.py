@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from support.harmless import differences
+from support.assertions import differences
 from support.models import Model, toy_loader
 from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin

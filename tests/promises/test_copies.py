@@ -4,24 +4,22 @@ import copy
 import gc
 import pickle
 
-import numpy as np
 import pytest
 import torch
+from support.assertions import assert_same_history
 from support.models import pl, toy_loader
 from support.training import fit
 from torch.utils.data import DataLoader
 
 from lightning_lca import History, LCACallback
 
-COLUMNS = ("steps", "allocated", "helping", "hurting", "residual", "drift", "splits", "seconds")
 WAYS = {"pickle": lambda lca: pickle.loads(pickle.dumps(lca)), "deepcopy": copy.deepcopy}
 
 
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name, history in a.items():
-        for column in COLUMNS[:-1] if b[name] is not history else COLUMNS:
-            assert np.array_equal(getattr(history, column), getattr(b[name], column)), column
+        assert_same_history(history, b[name])
 
 
 def held_by(value):

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support.models import Classifier, mlp, toy_loader
-from support.training import Guarded, make_trainer
+from support.training import Guarded, Trail, fit
 from torch import nn
 
 from lightning_lca import LCACallback
@@ -40,16 +40,6 @@ class Steady(Classifier):
         return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-3)
 
 
-class Trail(pl.Callback):
-    """Keeps the weights after every step, on the host."""
-
-    def __init__(self):
-        self.points = []
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self.points.append([p.detach().cpu().clone() for p in module.parameters()])
-
-
 @pytest.fixture(autouse=True)
 def _deterministic(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -58,14 +48,12 @@ def _deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def fit(tmp_path, *callbacks, net=convnet, steps=12, dtype=torch.float32, **trainer):
-    pl.seed_everything(11, verbose=False)
-    model = Steady(net())
-    options = {"accelerator": "gpu", "devices": 1, "max_steps": steps} | trainer
+def train(path, *callbacks, net=convnet, steps=12, dtype=torch.float32, **trainer):
+    data, on_gpu = toy_loader(dtype=dtype), {"accelerator": "gpu", "devices": 1} | trainer
+    run = {"data": data, "steps": steps, "run_seed": 11, "measured": False, "trainer": on_gpu}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_trainer(tmp_path, *callbacks, **options).fit(model, toy_loader(dtype=dtype))
-    return model
+        return fit(path, *callbacks, model=lambda: Steady(net()), **run).module
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -75,11 +63,11 @@ def test_training_on_a_gpu_is_bitwise_the_same(tmp_path, precision):
     lca = LCACallback(figures=False, neurons=True, track_parameters=True)
     for callbacks in ([], [lca]):
         path = Trail()
-        models.append(fit(tmp_path, *callbacks, path, precision=precision, dtype=dtype))
+        models.append(train(tmp_path, *callbacks, path, precision=precision, dtype=dtype))
         paths.append(path.points)
         randoms.append((torch.cuda.get_rng_state(), torch.get_rng_state()))
     for a, b in zip(*paths, strict=True):
-        assert all(map(torch.equal, a, b))
+        assert all(map(torch.equal, a.values(), b.values()))
     for a, b in zip(*(list(m.parameters()) + list(m.buffers()) for m in models), strict=True):
         assert torch.equal(a, b)
         assert a.grad is None or torch.equal(a.grad, b.grad)
@@ -98,7 +86,7 @@ def test_a_gpu_gives_the_history_of_the_cpu(tmp_path, rule):
     for device in ("gpu", "cpu"):
         lca = LCACallback(probe=batch, quadrature=rule, figures=False, neurons=True)
         trainer = {"precision": "64-true", "accelerator": device, "dtype": torch.float64}
-        fit(tmp_path / device, lca, net=mlp, **trainer)
+        train(tmp_path / device, lca, net=mlp, **trainer)
         histories.append(lca.history)
     gpu, cpu = histories
     largest = np.abs(cpu.allocated).max()
@@ -111,7 +99,7 @@ def test_a_gpu_gives_the_history_of_the_cpu(tmp_path, rule):
 
 def test_refinement_converges_on_a_gpu(tmp_path):
     lca = LCACallback(tolerance=1e-7, figures=False, every_n_steps=4)
-    fit(tmp_path, lca, net=mlp, precision="64-true", dtype=torch.float64)
+    train(tmp_path, lca, net=mlp, precision="64-true", dtype=torch.float64)
     assert lca.history.converged.all()
     assert np.abs(lca.history.residual).max() <= 1e-7
 
@@ -128,7 +116,7 @@ def no_waiting():
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_nothing_waits_for_the_device_between_logs(tmp_path, arguments):
     lca = Guarded(no_waiting, log_every_n_steps=30, figures=False, **arguments)
-    fit(tmp_path, lca, steps=30)
+    train(tmp_path, lca, steps=30)
     assert len(lca.history) == 30
     with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
         torch.ones(1, device="cuda").item()  # The mode is able to see it.
@@ -141,7 +129,7 @@ def test_weights_changed_between_steps_are_seen_on_a_gpu(tmp_path):
                 module.net[0].weight.data.mul_(0.5)
 
     lca = LCACallback(figures=False)
-    fit(tmp_path, lca, Clamp(), net=mlp)
+    train(tmp_path, lca, Clamp(), net=mlp)
     assert np.flatnonzero(lca.history.drift).tolist() == [5]
 
 
@@ -158,7 +146,7 @@ def test_memory_beyond_three_copies_is_a_gradient_and_small_change(tmp_path):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model = fit(tmp_path, *callbacks, net=wide, steps=4)
+        model = train(tmp_path, *callbacks, net=wide, steps=4)
         peaks.append((torch.cuda.max_memory_allocated() - before) / weights)
         del model
     added = peaks[1] - peaks[0]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scripts.train_on_two import STEPS, TIMEOUT, probe_batches
 from support import TESTS
+from support.assertions import assert_same
 from support.models import mlp, toy_data
 from support.processes import PATIENCE, environment
 from torch.distributed.constants import default_pg_timeout
@@ -78,27 +79,12 @@ def load(directory, case, kind, rank):
     return torch.load(directory / f"{case}-{kind}-{rank}.pt", weights_only=False)
 
 
-def assert_same(a, b, where=""):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}.{i}")
-    else:
-        assert a == b, where
-
-
 def assert_unchanged(directory, case):
     ranks = []
     for rank in range(len(list(directory.glob(f"{case}-plain-*.pt")))):
         plain, measured = (load(directory, case, k, rank) for k in ("plain", "measured"))
         for part in ("weights", "optimizer", "gradients", "metrics", "random", "points"):
-            assert_same(plain[part], measured[part], f"rank {rank} {part}")
+            assert_same(plain[part], measured[part])
         ranks.append(measured["rows"])
     assert not torch.equal(
         measured["points"][0]["net.0.weight"], measured["points"][-1]["net.0.weight"]

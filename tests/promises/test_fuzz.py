@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.harmless import differences
+from support.assertions import differences
 from support.models import Model, pl
 from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin, groups_of, simpson, sum_of_groups

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assertions import assert_same, differences
 from support.harmless import (
     Awkward,
     BoomError,
@@ -28,9 +29,7 @@ from support.harmless import (
     OwnGenerators,
     Remembers,
     Validated,
-    assert_same,
     both,
-    differences,
     fit,
     rich_net,
     twins,

@@ -10,26 +10,13 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.plugins import MixedPrecision
 from support.models import Classifier, mlp, toy_loader
-from support.training import make_trainer
+from support.training import Trail, fit, make_trainer
 from torch import nn
 
 from lightning_lca import LCACallback
 from lightning_lca.probe.precision import LossScale
 
 STEPS = 8
-
-
-class Trail(pl.Callback):
-    """Keeps the weights before and after every step."""
-
-    def __init__(self):
-        self.points = []
-
-    def on_train_start(self, trainer, module):
-        self.points.append({n: p.detach().clone() for n, p in module.net.named_parameters()})
-
-    def on_train_batch_end(self, trainer, module, *args):
-        self.on_train_start(trainer, module)
 
 
 class Adamant(Classifier):
@@ -43,19 +30,19 @@ def probe(dtype):
     return [next(iter(toy_loader(64, shuffle=False, dtype=dtype)))]
 
 
-def fit(tmp_path, dtype, model=None, measured=True, **trainer):
-    batches = probe(dtype)
-    pl.seed_everything(5, verbose=False)
-    model = Adamant() if model is None else model()
-    lca = LCACallback(probe=batches, figures=False) if measured else None
-    path = Trail()
-    callbacks = [path] if lca is None else [lca, path]
+def of_the_net(module):
+    return dict(module.net.named_parameters())
+
+
+def train(path, dtype, model=Adamant, measured=True, **trainer):
+    trail, data = Trail(of_the_net), toy_loader(dtype=dtype)
+    run = {"model": model, "data": data, "steps": STEPS, "run_seed": 5, "trainer": trainer}
+    if measured:
+        run |= {"probe": probe(dtype), "figures": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_trainer(tmp_path, *callbacks, max_steps=STEPS, **trainer).fit(
-            model, toy_loader(dtype=dtype)
-        )
-    return lca, path.points, model
+        lca, module, _ = fit(path, trail, measured=measured, **run)
+    return lca, trail.points, module
 
 
 def low(dtype):
@@ -104,7 +91,7 @@ def simpson(points, batch, evaluate, scale=1.0):
 def test_credits_are_those_of_a_twin_that_adds_up_in_float64(
     tmp_path, precision, dtype, evaluate, scale
 ):
-    lca, points, _ = fit(tmp_path, dtype, precision=precision)
+    lca, points, _ = train(tmp_path, dtype, precision=precision)
     exact = 1e-13 if dtype == torch.float64 else 1e-6
     for t, (losses, credit) in enumerate(simpson(points, probe(dtype)[0], evaluate, scale)):
         layers = [torch.cat([c.reshape(-1) for c in credit[i : i + 2]]) for i in (0, 2, 4)]
@@ -127,8 +114,8 @@ def test_training_is_bitwise_the_same_in_every_precision(tmp_path, precision):
             return {"plugins": MixedPrecision(precision, "cpu")}
         return {"precision": precision}
 
-    _, plain_path, plain_model = fit(tmp_path / "plain", dtype, measured=False, **trainer())
-    lca, path, model = fit(tmp_path / "measured", dtype, **trainer())
+    _, plain_path, plain_model = train(tmp_path / "plain", dtype, measured=False, **trainer())
+    lca, path, model = train(tmp_path / "measured", dtype, **trainer())
     for a, b in zip(plain_path, path, strict=True):
         assert all(torch.equal(a[n], b[n]) for n in a)
     for a, b in zip(plain_model.parameters(), model.parameters(), strict=True):
@@ -148,8 +135,8 @@ class Faint(Classifier):
 
 
 def test_gradients_that_float16_cannot_hold_are_scaled_into_its_range(tmp_path):
-    lca, _, _ = fit(tmp_path, torch.float32, Faint, plugins=MixedPrecision("16-mixed", "cpu"))
-    exact, _, _ = fit(tmp_path / "exact", torch.float32, Faint)
+    lca, _, _ = train(tmp_path, torch.float32, Faint, plugins=MixedPrecision("16-mixed", "cpu"))
+    exact, _, _ = train(tmp_path / "exact", torch.float32, Faint)
     history = lca.history
     assert (
         np.abs(history.residual).max()
@@ -173,7 +160,8 @@ def test_a_scale_that_is_too_large_is_lowered_and_grows_again():
 
 def test_steps_that_the_scaler_skips_are_measured_as_no_motion_and_flagged(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-    lca, points, _ = fit(tmp_path, torch.float32, plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    mixed = MixedPrecision("16-mixed", "cpu", scaler)
+    lca, points, _ = train(tmp_path, torch.float32, plugins=mixed)
     still = [all(torch.equal(a[n], b[n]) for n in a) for a, b in pairwise(points)]
     assert any(still)
     assert not all(still)
@@ -194,7 +182,7 @@ class Half(Classifier):
 
 def test_the_share_of_updates_that_round_away_is_told_once(tmp_path):
     pl.seed_everything(5, verbose=False)
-    model, path = Half(), Trail()
+    model, path = Half(), Trail(of_the_net)
     trainer = make_trainer(
         tmp_path, LCACallback(figures=False), path, max_steps=4, precision="bf16-true"
     )
@@ -215,6 +203,4 @@ def test_the_share_of_updates_that_round_away_is_told_once(tmp_path):
 def test_weights_in_float32_are_not_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LCA")
-        pl.seed_everything(5, verbose=False)
-        model = Classifier(nn.Linear(12, 4))
-        make_trainer(tmp_path, LCACallback(figures=False), max_steps=2).fit(model, toy_loader())
+        fit(tmp_path, model=lambda: Classifier(nn.Linear(12, 4)), steps=2, figures=False)

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assertions import assert_same
 from support.harmless import (
     Awkward,
     Case,
     Validated,
-    assert_same,
     both,
     rich_net,
     twins,
     validating,
 )
 from support.models import Classifier, Model, pl, toy_loader
-from support.training import make_trainer
+from support.training import fit, make_trainer
 from support.twin import RULES, PathRecorder, Twin
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -57,19 +57,16 @@ def assert_credits_are_the_twins(
     """Trains ``model()``; compares its credits with those of ``bare()`` on the same path."""
     options = {"max_steps": steps} | (trainer or {})
 
-    def fit(*others):
-        torch.manual_seed(3)
-        made = model()
-        make_trainer(tmp_path, *others, *callbacks(), **options).fit(made, toy_loader())
-        return made
+    def train(*others):
+        fit(tmp_path, *others, *callbacks(), model=model, measured=False, trainer=options)
 
     recorder = PathRecorder(weights or (lambda m: dict(zip(names, m.parameters()))))
     torch.manual_seed(3)
     twin = Twin(bare(), [BATCH])
     names = [n for n, _ in twin.module.named_parameters()]
-    fit(recorder)
+    train(recorder)
     lca = LCACallback(probe=[BATCH], track_parameters=True, group_by="parameter")
-    fit(lca)
+    train(lca)
     history = lca.history
     chords = list(recorder.chords())
     assert len(history) == len(chords)
@@ -169,7 +166,7 @@ def test_nor_hooks_on_the_gradients_of_all_modules(tmp_path):
     handle = nn.modules.module.register_module_full_backward_hook(scale)
     try:
         lca = LCACallback(probe=[BATCH])
-        make_trainer(tmp_path, lca).fit(small(), toy_loader())
+        fit(tmp_path, lca, model=small)
     finally:
         handle.remove()
     assert np.abs(lca.history.residual).sum() < 1e-3 * np.abs(lca.history.allocated).sum()
@@ -428,13 +425,10 @@ def wrapped(implementation):
 @pytest.mark.parametrize("by", ["layer", "neuron", "parameter"])
 @pytest.mark.parametrize("how", list(CheckpointImpl), ids=lambda how: how.name.lower())
 def test_checkpoint_wrappers_change_neither_names_nor_credits(tmp_path, how, by):
-    def fit(net):
-        torch.manual_seed(3)
-        lca = LCACallback(group_by=by, track_parameters=True)
-        make_trainer(tmp_path, lca).fit(small(net()), toy_loader())
-        return lca
+    def train(net):
+        return fit(tmp_path, model=lambda: small(net()), group_by=by, track_parameters=True).lca
 
-    plain, same = fit(small_net), fit(lambda: wrapped(how))
+    plain, same = train(small_net), train(lambda: wrapped(how))
     assert plain.history.groups == same.history.groups
     assert np.array_equal(plain.history.allocated, same.history.allocated)
     assert np.array_equal(plain.history.helping, same.history.helping)
@@ -483,8 +477,7 @@ class Averaging(Model):
 
 def test_an_average_held_in_the_module_is_idle(tmp_path, capsys):
     lca = LCACallback(probe=[BATCH], track_parameters=True)
-    torch.manual_seed(3)
-    make_trainer(tmp_path, lca).fit(Averaging(), toy_loader())
+    fit(tmp_path, lca, model=Averaging)
     history = lca.history
     held = [name.startswith("average") for name in history.groups]
     assert sum(held) == 2
@@ -507,7 +500,7 @@ class Grows(pl.Callback):
 def test_a_layer_that_joins_late_is_residual_and_training_goes_on(tmp_path, by):
     lca = LCACallback(probe=[BATCH], group_by=by, track_parameters=True)
     with pytest.warns(UserWarning, match=r"2 parameters, net\.3\.weight the first, joined after"):
-        make_trainer(tmp_path, Grows(), lca).fit(small(), toy_loader())
+        fit(tmp_path, Grows(), lca, model=small)
     history = lca.history
     assert len(history) == 12
     left_out = sum(lca.totals[f"net.3.{leaf}"].double().sum() for leaf in ("weight", "bias"))
@@ -519,7 +512,7 @@ def test_a_masked_weight_is_idle_and_keeps_its_name(tmp_path):
     prune.l1_unstructured(net[0], "weight", 0.5)
     mask = net[0].weight_mask.bool()
     lca = LCACallback(probe=[BATCH], track_parameters=True, group_by="neuron")
-    make_trainer(tmp_path, lca).fit(small(net), toy_loader())
+    fit(tmp_path, lca, model=small(net))
     credit = lca.totals["net.0.weight"]
     assert not credit[~mask].any()
     assert credit[mask].all()

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from support.assertions import assert_ledger_closes
 from support.models import Classifier, mlp, pl, toy_loader
 from support.training import fit, make_trainer
 from torch import nn
@@ -208,18 +209,6 @@ def train(path, net, *callbacks, dtype=torch.float32, steps=14, loader=None, **a
         run_seed=2,
         trainer={"precision": "64-true" if dtype == torch.float64 else "32-true"},
         **arguments,
-    )
-
-
-def assert_ledger_closes(history, relative):
-    change = history.loss_after[-1] - history.loss_before[0]
-    booked = history.allocated.sum() + history.residual.sum() + history.drift.sum()
-    assert booked == pytest.approx(change, rel=relative)
-    assert np.isfinite(history.allocated).all()
-    within = history.loss_before + history.allocated.sum(1) + history.residual
-    assert within == pytest.approx(history.loss_after, rel=relative)
-    assert history.loss_before[1:] - history.loss_after[:-1] == pytest.approx(
-        history.drift[1:], abs=relative * history.loss_before[0]
     )
 
 

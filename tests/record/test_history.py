@@ -9,9 +9,9 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from support.models import Classifier, pl, toy_loader
+from support.models import pl, toy_loader
 from support.processes import environment
-from support.training import fit, make_trainer
+from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -110,8 +110,7 @@ def detailed(tmp_path_factory):
     pl.seed_everything(1)
     lca = LCACallback(neurons=True, track_parameters=True)
     follow = Follow(lca)
-    trainer = make_trainer(log_dir, lca, follow, max_steps=24, log_every_n_steps=7)
-    trainer.fit(Classifier(), toy_loader())
+    fit(log_dir, lca, follow, steps=24, trainer={"log_every_n_steps": 7})
     return lca, follow
 
 
@@ -307,8 +306,7 @@ def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every)
 
     pl.seed_everything(0)
     lca = LCACallback()
-    trainer = make_trainer(tmp_path, lca, Look(), max_steps=150, log_every_n_steps=log_every)
-    trainer.fit(Classifier(), toy_loader())
+    fit(tmp_path, lca, Look(), steps=150, trainer={"log_every_n_steps": log_every})
     assert max(most) <= 16
     assert len(lca.history) == 150
 

@@ -18,10 +18,10 @@ from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
 from support.models import pl
 from support.processes import environment, wait_for
-from support.training import make_trainer
+from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_lca import History, LCACallback
+from lightning_lca import History
 from lightning_lca.cli.main import main
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
@@ -44,21 +44,20 @@ class SavesStart(pl.Callback):
 
 def train(path, model, data=None, every=1, save=1, slim=False, **lca):
     """Trains with the callback, and saves every so many steps as people do; gives the callback."""
-    pl.seed_everything(3)
     saved = path / "checkpoints"
     where = {name: lca.pop(name) for name in ("precision", "accelerator") if name in lca}
-    callback = LCACallback(every_n_steps=every, **lca)
     often = {"every_n_train_steps": save, "save_top_k": -1, "save_weights_only": slim}
-    trainer = make_trainer(
+    callback, _, trainer = fit(
         path,
-        callback,
         SavesStart(saved),
         pl.callbacks.ModelCheckpoint(saved, **often),
-        max_steps=STEPS,
-        enable_checkpointing=True,
-        **where,
+        model=model,
+        data=data,
+        steps=STEPS,
+        trainer={"enable_checkpointing": True} | where,
+        every_n_steps=every,
+        **lca,
     )
-    trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(saved / "last.ckpt")  # Of the same step as another one.
     return callback
 

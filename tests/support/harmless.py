@@ -1,21 +1,16 @@
 """Training twice, with and without the callback: what a user could see of it, and what differs.
 
-`fit` collects it, `differences` names what is not the same to the bit; `Awkward` and what follows
-are models that do what users do beside their forward.
+`fit` collects it; `Awkward` and what follows are models that do what users do beside their forward.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
-import itertools
 import random
-import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,82 +18,16 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import Dataset
 
 from lightning_lca import LCACallback
-from support import TESTS
 from support.models import Classifier, pl, toy_loader
 from support.training import make_trainer
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 Logger = pl.loggers.logger.Logger
-
-# -- what is compared -----------------------------------------------------------------------------
-
-TABLES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
-NOT_STATE = TABLES | {"_trainer", "_fabric", "_metric_attributes"}  # The last is keyed by id.
-
-
-def differences(a, b, where="", seen=None):
-    """Names the places at which two values are not the same, to the bit."""
-    seen = set() if seen is None else seen
-    if id(a) in seen:
-        return
-    if type(a).__name__ != type(b).__name__:  # A parametrized module's class is its own.
-        yield f"{where}: {type(a).__name__} became {type(b).__name__}"
-    elif isinstance(a, Tensor):
-        if bits(a) != bits(b) or a.requires_grad != b.requires_grad:
-            yield where
-    elif isinstance(a, torch.Generator):
-        yield from differences(a.get_state(), b.get_state(), where)
-    elif isinstance(a, random.Random):
-        yield from differences(a.getstate(), b.getstate(), where)
-    elif isinstance(a, np.random.Generator):
-        yield from differences(a.bit_generator.state, b.bit_generator.state, where)
-    elif isinstance(a, nn.Module):
-        seen.add(id(a))
-        a, b = ({k: v for k, v in vars(m).items() if k not in NOT_STATE} for m in (a, b))
-        yield from differences(a, b, where, seen)
-    elif isinstance(a, dict):
-        if list(a) != list(b):
-            yield f"{where}: keys {list(a)} became {list(b)}"
-        for key in filter(b.__contains__, a):
-            yield from differences(a[key], b[key], f"{where}.{key}", seen)
-    elif isinstance(a, list | tuple | deque):
-        if len(a) != len(b):
-            yield f"{where}: {len(a)} items became {len(b)}"
-        for i, (x, y) in enumerate(zip(a, b, strict=False)):
-            yield from differences(x, y, f"{where}.{i}", seen)
-    elif isinstance(a, np.ndarray):
-        if (a.dtype, a.shape, a.tobytes()) != (b.dtype, b.shape, b.tobytes()):
-            yield where
-    elif isinstance(a, SimpleNamespace | Dataset) or is_of_tests(type(a)):
-        a, b = ({n: getattr(o, n) for n in attributes_of(o)} for o in (a, b))
-        yield from differences(a, b, where, seen)
-    elif isinstance(a, int | float | str | bytes | set | type(None)) and a != b and a == a:
-        yield f"{where}: {a!r} became {b!r}"
-
-
-def is_of_tests(kind):
-    """Says whether a class was written here, as a user writes one."""
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return file is not None and Path(file).is_relative_to(TESTS)
-
-
-def attributes_of(value):
-    return vars(value) if hasattr(value, "__dict__") else value.__slots__
-
-
-def bits(tensor):
-    """Gives dtype, shape and every bit of a tensor, so that NaN equals NaN and 0.0 is not -0.0."""
-    tensor = tensor.detach()
-    if tensor.is_sparse:
-        return "sparse", tensor.shape, bits(tensor._indices()), bits(tensor._values())
-    flat = tensor.contiguous().flatten()
-    return tensor.dtype, tensor.shape, flat.view(torch.uint8).numpy().tobytes()
 
 
 def random_state():
@@ -248,11 +177,6 @@ def twins(case, tmp_path, capsys):
         runs.append(run | {"printed": capsys.readouterr().out})
         directory.rename(tmp_path / name)
     return *runs, lca[0]
-
-
-def assert_same(plain, measured):
-    different = list(itertools.islice(differences(plain, measured), 12))
-    assert not different, "\n".join(["measuring changed", *different])
 
 
 # -- awkward models -------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def fit(
         trainer: Keywords of the Trainer.
         arguments: Of LCACallback.
     """
-    pl.seed_everything(run_seed, verbose=False)
+    pl.seed_everything(run_seed)
     lca = next((c for c in callbacks if isinstance(c, LCACallback)), None)
     if lca is None and measured:
         lca = LCACallback(**arguments)

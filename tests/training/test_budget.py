@@ -3,13 +3,15 @@
 Time is made up: training and the probe move the clock by what they are told to take.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assertions import assert_same_history, scalars
 from support.models import Classifier, mlp, pl, toy_loader
-from support.training import make_trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.training import fit
 from torch import nn
 
 from lightning_lca import LCACallback
@@ -99,39 +101,18 @@ class Clamp(pl.Callback):
                 p.clamp_(-0.1, 0.1)
 
 
-def fit(path, *others, model=Slow, plain=10, gradient=5, steps=60, resume=None, **options):
+def train(path, *others, model=Slow, plain=10, gradient=5, steps=60, trainer=None, **options):
     """Trains with steps of 10 s, and probe gradients of 5 s, two of which make a measured step."""
 
     def loss(module, batch):
         CLOCK.now += gradient(module) if callable(gradient) else gradient
         return F.cross_entropy(module.net(batch[0]), batch[1])
 
-    trainer_options = options.pop("trainer", {})
-    pl.seed_everything(5)
-    lca = LCACallback(**({"loss_fn": loss, "figures": False} | options))
     logger = pl.loggers.TensorBoardLogger(path.parent, name="logs", version=path.name)
-    own = {"max_steps": steps, "logger": logger, "log_every_n_steps": 8} | trainer_options
-    module = model(plain)
-    make_trainer(path, lca, *others, **own).fit(module, toy_loader(), ckpt_path=resume)
-    return lca, module
-
-
-def scalars(log_dir):
-    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("lca")]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-
-
-def assert_same_rows(a, b):
-    assert a.steps.tolist() == b.steps.tolist()
-    for column in set(vars(a.rows)) - {"seconds"}:
-        assert np.array_equal(getattr(a.rows, column), getattr(b.rows, column)), column
-    assert a.windows.keys() == b.windows.keys()
-    for name, mine in a.windows.items():
-        for column in ("steps", "measured", "allocated", "helping"):
-            x, y = getattr(mine, column), getattr(b.windows[name], column)
-            assert np.array_equal(x, y), (name, column)
+    trainer = {"logger": logger, "log_every_n_steps": 8} | (trainer or {})
+    own = {"steps": steps, "loss_fn": loss, "figures": False} | options
+    made = functools.partial(model, plain)
+    return fit(path, *others, model=made, run_seed=5, trainer=trainer, **own)
 
 
 # -- the choice -----------------------------------------------------------------------------------
@@ -182,15 +163,15 @@ CASES = {
 def test_the_number_chosen_repeats_the_run_exactly(tmp_path, expected, options):
     others = [c for c in [options.get("callback")] if c]
     options = {k: v for k, v in options.items() if k != "callback"}
-    chosen, module = fit(tmp_path / "chosen", *others, **options)
+    chosen, module, _ = train(tmp_path / "chosen", *others, **options)
     assert chosen.every_n_steps == expected
     told = options | {"max_overhead": None, "every_n_steps": expected}
-    repeated, twin = fit(tmp_path / "told", *others, **told)
+    repeated, twin, _ = train(tmp_path / "told", *others, **told)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters()))
     records = [Reader.of(lca.log_dir) for lca in (chosen, repeated)]
     for name, history in chosen.histories.items():
-        assert_same_rows(history, repeated.histories[name])
-        assert_same_rows(*(record.histories[name or ""] for record in records))
+        assert_same_history(history, repeated.histories[name])
+        assert_same_history(*(record.histories[name or ""] for record in records))
     if options.get("track_parameters"):
         assert all(torch.equal(t, repeated.totals[n]) for n, t in chosen.totals.items())
     said = [record.meta["settings"] for record in records]
@@ -202,10 +183,10 @@ def test_the_number_chosen_repeats_the_run_exactly(tmp_path, expected, options):
 @pytest.mark.parametrize(("tolerance", "most"), [(1e-3, 0.1), (1e-5, 0.2)])
 def test_with_a_tolerance_the_chord_itself_is_paid_for(tmp_path, tolerance, most):
     options = {"tolerance": tolerance, "steps": 100}
-    chosen, _ = fit(tmp_path / "chosen", max_overhead=most, **options)
+    chosen, *_ = train(tmp_path / "chosen", max_overhead=most, **options)
     every = chosen.every_n_steps
-    repeated, _ = fit(tmp_path / "told", every_n_steps=every, **options)
-    assert_same_rows(chosen.history, repeated.history)
+    repeated, *_ = train(tmp_path / "told", every_n_steps=every, **options)
+    assert_same_history(chosen.history, repeated.history)
     gradients = 2 * chosen.history.splits[0] + 1
     assert gradients > 5, "It takes more than the single steps that it is guessed from."
     assert gradients * 5 <= most * every * 10
@@ -214,12 +195,12 @@ def test_with_a_tolerance_the_chord_itself_is_paid_for(tmp_path, tolerance, most
 
 def test_a_training_that_ends_before_the_choice_is_measured_all_the_same(tmp_path, caplog):
     for steps, every, rows in ((3, 1, [1, 2, 3]), (8, 8, [8])):
-        lca, _ = fit(tmp_path / str(steps), steps=steps, max_overhead=0.1)
+        lca, *_ = train(tmp_path / str(steps), steps=steps, max_overhead=0.1)
         assert lca.every_n_steps == every
-        told, _ = fit(tmp_path / f"{steps} told", steps=steps, every_n_steps=every)
+        told, *_ = train(tmp_path / f"{steps} told", steps=steps, every_n_steps=every)
         assert lca.history.steps.tolist() == rows
         assert lca.state_dict()["every_n_steps"] is None, "Who goes on from here chooses anew."
-        assert_same_rows(lca.history, told.history)
+        assert_same_history(lca.history, told.history)
         assert "training ended before max_overhead=0.1 could choose more" in caplog.text
 
 
@@ -227,7 +208,7 @@ def test_the_line_tells_number_times_and_limits_once(tmp_path, caplog):
     lines = {}
     for most, steps in ((0.1, 40), (0.5, 200), (0.05, 40)):
         caplog.clear()
-        fit(tmp_path / str(most), max_overhead=most, plain=0.01, gradient=0.005, steps=steps)
+        train(tmp_path / str(most), max_overhead=most, plain=0.01, gradient=0.005, steps=steps)
         (lines[most],) = [m for r in caplog.records if (m := r.getMessage()).startswith("LCA:")]
     assert lines[0.1] == (
         "LCA: every_n_steps=10 repeats this run exactly; chosen for max_overhead=0.1: measuring a "
@@ -248,7 +229,7 @@ def test_a_budget_overdrawn_by_far_is_warned_of_once_and_nothing_is_timed_any_mo
 
     seen = []
     with pytest.warns(UserWarning, match="beyond max_overhead=0.5: since every_n_steps=5") as said:
-        lca, _ = fit(tmp_path / "x", Reads(), max_overhead=0.5, gradient=gradient, steps=90)
+        lca, *_ = train(tmp_path / "x", Reads(), max_overhead=0.5, gradient=gradient, steps=90)
     (line,) = [str(w.message) for w in said if "max_overhead" in str(w.message)]
     assert "LCA: measuring takes 200% of training's own time" in line
     assert "every_n_steps=20 would keep to it" in line
@@ -273,7 +254,7 @@ def test_a_resumed_training_keeps_the_choice_or_makes_it(
     trainer = {"enable_checkpointing": True}
     options = {"track_parameters": True, "probe": list(toy_loader(shuffle=False))[:2]}
     options |= {"max_overhead": 0.1, "gradient": 2.5}
-    fit(tmp_path / "same", save, steps=saved_at + 2, trainer=trainer, **options)
+    train(tmp_path / "same", save, steps=saved_at + 2, trainer=trainer, **options)
     state = torch.load(tmp_path / "saved" / "x.ckpt", weights_only=True)["callbacks"]
     (mine,) = [v for name, v in state.items() if "LCACallback" in name]
     assert mine["every_n_steps"] == (10 if saved_at >= 10 else None)
@@ -281,7 +262,7 @@ def test_a_resumed_training_keeps_the_choice_or_makes_it(
     begin = Budget.begin
     monkeypatch.setattr(Budget, "begin", lambda *a: resumes.append(a) or begin(*a))
     dear = 50 if saved_at >= 10 else 2.5  # What was chosen is not timed again.
-    lca, _ = fit(
+    lca, *_ = train(
         tmp_path / into,
         resume=tmp_path / "saved" / "x.ckpt",
         **(options | {"gradient": dear}),

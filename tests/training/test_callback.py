@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import Classifier, Validated, mlp, pl, toy_data, toy_loader
-from support.training import fit, make_trainer
+from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -234,7 +234,7 @@ def test_loss_fn_replaces_training_step_and_terms_are_summed(tmp_path):
 def test_an_iterator_of_batches_serves_two_fits(tmp_path):
     lca = LCACallback(probe=iter([next(iter(toy_loader()))]))
     for _ in range(2):
-        make_trainer(tmp_path, lca).fit(Classifier(), toy_loader())
+        fit(tmp_path, lca)
         assert len(lca.history) == 12
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.assertions import assert_ledger_closes
 from support.models import Classifier, mlp, pl, toy_loader
-from support.training import fit, make_trainer
+from support.training import fit
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -21,11 +22,6 @@ def gradients_of(lca):
     """Calls of autograd for measuring: without the check before training and the audits."""
     (meter,) = lca._training.session.meters.values()
     return meter.gradients
-
-
-def assert_closed(history):
-    booked = history.allocated.sum() + history.residual.sum() + history.drift.sum()
-    assert booked == pytest.approx(history.loss_after[-1] - history.loss_before[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +56,7 @@ def test_batchnorm_costs_no_more_on_batch_statistics_and_one_more_on_running_one
     lca = fit(tmp_path, model=model, probe_mode="eval").lca
     assert gradients_of(lca) == 12 * 3
     assert (lca.history.drift[1:] != 0).all(), "running statistics move the loss between segments"
-    assert_closed(lca.history)
+    assert_ledger_closes(lca.history, 1e-5)
 
 
 class Clamped(Classifier):
@@ -115,7 +111,7 @@ def test_weights_changed_by_other_code_are_seen_and_booked_as_drift(
 ):
     lca = fit(tmp_path, *callbacks, model=model).lca
     history = lca.history
-    assert_closed(history)
+    assert_ledger_closes(history, 1e-5)
     if drifting is not None:
         assert np.flatnonzero(history.drift).tolist() == drifting
         assert gradients_of(lca) == 3 + 11 * 2 + len(drifting)
@@ -184,7 +180,7 @@ class Gated(Classifier):
 def test_whatever_else_the_loss_reads_is_watched(tmp_path, model):
     lca = fit(tmp_path, model=model).lca
     history = lca.history
-    assert_closed(history)
+    assert_ledger_closes(history, 1e-5)
     (meter,) = lca._training.session.meters.values()
     assert meter._reuse.on, "seen by looking, not by the audit"
     changes = 1 if model is Gated else 11
@@ -218,7 +214,7 @@ def test_a_loss_that_depends_on_the_step_number_is_caught_by_the_audit(tmp_path,
     assert sum("step number" in str(w.message) for w in seen) == 1
     (meter,) = lca._training.session.meters.values()
     assert not meter._reuse.on
-    assert_closed(lca.history)
+    assert_ledger_closes(lca.history, 1e-5)
     if model is Annealed:
         assert (lca.history.drift[1:] != 0).all()
         assert np.abs(lca.history.residual).sum() < 0.01 * np.abs(lca.history.allocated).sum()
@@ -276,7 +272,7 @@ def test_three_copies_of_the_weights_are_kept_between_steps(tmp_path):
     pl.seed_everything(0)
     lca = LCACallback()
     model = Classifier(mlp(hidden=256))
-    make_trainer(tmp_path, lca, Weigh(), max_steps=5).fit(model, toy_loader())
+    fit(tmp_path, lca, Weigh(), model=model, steps=5)
     assert held[-1] == pytest.approx(3, abs=0.05)
 
 
@@ -288,4 +284,4 @@ def test_several_probes_share_the_path_and_keep_their_own_books(tmp_path):
     assert np.array_equal(a.allocated, alone.allocated)
     assert not np.array_equal(a.allocated, b.allocated)
     for history in (a, b):
-        assert_closed(history)
+        assert_ledger_closes(history, 1e-5)

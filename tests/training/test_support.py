@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -19,7 +18,7 @@ from pytorch_lightning.strategies import (
     XLAStrategy,
 )
 from support.models import Classifier, mlp, toy_loader
-from support.training import make_trainer
+from support.training import fit
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -94,15 +93,14 @@ def alone():
         dist.destroy_process_group()
 
 
-def fit(tmp_path, model, lca, *callbacks, ckpt_path=None, **trainer):
-    pl.seed_everything(6, verbose=False)
-    if not isinstance(model, Whole):
+def train(path, model, lca, *callbacks, resume=None, steps=10, **trainer):
+    if model is not Whole:
         trainer["strategy"] = ModelParallelStrategy(1, 1, process_group_backend="gloo")
-    options = {"max_steps": 10, "devices": 1, "use_distributed_sampler": False} | trainer
+    trainer |= {"devices": 1, "use_distributed_sampler": False}
+    run = {"model": model, "data": toy_loader(shuffle=False), "steps": steps, "resume": resume}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?!LCA)")
-        trainer = make_trainer(tmp_path, lca, *callbacks, **options)
-        trainer.fit(model, toy_loader(shuffle=False), ckpt_path=ckpt_path)
+        fit(path, lca, *callbacks, run_seed=6, trainer=trainer, **run)
     return lca.history
 
 
@@ -111,8 +109,8 @@ def fit(tmp_path, model, lca, *callbacks, ckpt_path=None, **trainer):
 )
 def test_cut_weights_give_the_history_of_whole_ones(tmp_path, alone, arguments):
     histories = [
-        fit(tmp_path / type(model).__name__, model, LCACallback(figures=False, **arguments))
-        for model in (Cut(), Whole())
+        train(tmp_path / model.__name__, model, LCACallback(figures=False, **arguments))
+        for model in (Cut, Whole)
     ]
     cut, whole = histories
     for column in ("allocated", "helping", "hurting", "loss_before", "loss_after", "drift"):
@@ -123,7 +121,7 @@ def test_cut_weights_give_the_history_of_whole_ones(tmp_path, alone, arguments):
 
 def test_every_single_weight_of_cut_ones_cannot_be_followed(tmp_path, alone):
     with pytest.raises(MisconfigurationException, match="no process holds them all"):
-        fit(tmp_path, Cut(), LCACallback(track_parameters=True))
+        train(tmp_path, Cut, LCACallback(track_parameters=True))
 
 
 def test_a_layer_that_was_left_out_of_sharding_is_pointed_out(alone):
@@ -140,15 +138,15 @@ def test_a_layer_that_was_left_out_of_sharding_is_pointed_out(alone):
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_sharded_training_resumes_and_books_an_open_chord_as_drift(tmp_path, alone, every):
-    unbroken = fit(tmp_path / "whole", Cut(), LCACallback(every_n_steps=every, figures=False))
+    unbroken = train(tmp_path / "whole", Cut, LCACallback(every_n_steps=every, figures=False))
     saves = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=6, save_top_k=-1)
-    options = {"enable_checkpointing": True, "max_steps": 6}
-    fit(
-        tmp_path / "first", Cut(), LCACallback(every_n_steps=every, figures=False), saves, **options
+    options = {"enable_checkpointing": True, "steps": 6}
+    train(
+        tmp_path / "first", Cut, LCACallback(every_n_steps=every, figures=False), saves, **options
     )
     (saved,) = (tmp_path / "saved").iterdir()
     lca = LCACallback(every_n_steps=every, figures=False)
-    history = fit(tmp_path / "second", Cut(), lca, ckpt_path=saved)
+    history = train(tmp_path / "second", Cut, lca, resume=saved)
     change = history.loss_after[-1] - history.loss_before[0]
     booked = history.allocated.sum() + history.residual.sum() + history.drift.sum()
     assert booked == pytest.approx(change, rel=1e-6)
