@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.record.history import Reader
+from lightning_lca.record.reader import Reader
 from lightning_lca.training.budget import Budget
 
 pytestmark = [

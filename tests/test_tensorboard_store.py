@@ -10,7 +10,8 @@ import pytest
 from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History, record
-from lightning_lca.record.history import Reader, Rows, Windows
+from lightning_lca.record.reader import Reader
+from lightning_lca.record.tables import Rows, Windows
 from lightning_lca.tensorboard import store as store_module
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Bins, Range, plain

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record.history import History, Windows
+from lightning_lca.record.history import History
+from lightning_lca.record.tables import Windows
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.record.history import Reader
+from lightning_lca.record.reader import Reader
 from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, read, told
 from lightning_lca.training.callback import LCACallback
 from lightning_lca.training.session import x_axis

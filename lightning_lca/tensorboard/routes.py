@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lca.record.history import Rows
+from lightning_lca.record.tables import Rows
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Range
 from lightning_lca.tensorboard.provider import Source

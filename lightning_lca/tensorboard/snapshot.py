@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.record.history import History, Ints, Rows, Windows
+from lightning_lca.record.history import History
+from lightning_lca.record.tables import Ints, Rows, Windows
 from lightning_lca.tensorboard.query import QueryError, show
 
 

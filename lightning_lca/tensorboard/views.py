@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.record.history import Floats, Ints
+from lightning_lca.record.tables import Floats, Ints
 from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Table, spacing

@@ -12,7 +12,8 @@ from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import named_modules, named_parameters
 from lightning_lca.measure.shards import any_cut
 from lightning_lca.probe.rounding import Rounding
-from lightning_lca.record.history import History, Reader
+from lightning_lca.record.history import History
+from lightning_lca.record.reader import Reader
 from lightning_lca.reporting.figures import Gallery, lay_out
 from lightning_lca.reporting.loggers import Board
 from lightning_lca.reporting.scalars import Scalars
