@@ -39,7 +39,7 @@ CLOCK = Clock()  # Global: what a module holds, the probe puts back as it was.
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     CLOCK.__init__()
-    monkeypatch.setattr("lightning_lca.training.cost.clock", CLOCK)
+    monkeypatch.setattr("lightning_lca.training.budget.clock", CLOCK)
     return CLOCK
 
 

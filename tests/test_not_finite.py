@@ -129,7 +129,7 @@ def test_steps_that_are_not_finite_are_recorded_and_the_later_ones_are_right(
     assert (history.splits[broken] == 1).all(), "no gradients are spent on what cannot converge"
     # Three weights in a square: Simpson's rule is exact.
     assert np.abs(history.residual[~broken]).max() < 1e-5
-    assert lca._training.session.meters[None].audits >= STEPS - broken.sum() - 2
+    assert lca._training.meters[None].audits >= STEPS - broken.sum() - 2
     for total in lca.totals.values():
         assert torch.isfinite(total).all()
     assert lca.totals["fit.weight"].sum() == pytest.approx(

@@ -11,7 +11,7 @@ from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History, record
 from lightning_lca.record.reader import Reader
-from lightning_lca.record.tables import Rows, Windows
+from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import store as store_module
 from lightning_lca.tensorboard import together, views
 from lightning_lca.tensorboard.bins import Bins, Range, plain
@@ -29,7 +29,7 @@ def make_rows(steps, seed=0, groups=2, sizes=SIZES):
     generator = np.random.default_rng(seed)
     steps = np.asarray(steps)
     helping = generator.integers(0, 5, (len(steps), groups)).astype(np.uint8)
-    return Rows(
+    return StepTable(
         steps=steps,
         allocated=generator.normal(size=(len(steps), groups)).astype(np.float32),
         helping=helping,
@@ -264,7 +264,9 @@ def test_memory_goes_to_the_runs_in_use(provider, source, monkeypatch):
         provider.chunk(name, make_rows(range(1, 101)))
     store = Store()
     one = store.run(source, "a").table(None).bytes
-    assert one == sum(getattr(make_rows(range(100)), f).nbytes for f in Rows.__dataclass_fields__)
+    assert one == sum(
+        getattr(make_rows(range(100)), f).nbytes for f in StepTable.__dataclass_fields__
+    )
     monkeypatch.setattr(store_module, "MEMORY", int(2.5 * one))
 
     def held():
@@ -448,7 +450,7 @@ def test_the_channels_of_a_parameter_are_those_of_its_layer():
     history.append(make_rows(range(1, 21), groups=3, sizes=np.array([8, 2, 1])))
     credit = np.arange(8.0).reshape(4, 2)
     steps, measured = np.array([5, 10, 15, 20]), np.full(4, 5)
-    history.append_windows("neurons", Windows(("conv/0", "conv/1"), steps, measured, credit))
+    history.append_windows("neurons", WindowTable(("conv/0", "conv/1"), steps, measured, credit))
     table = Table.of(history)
     for layer in (original, "conv.bias"):
         answer = views.channels(table, Range(bins=2000), layer)
@@ -463,7 +465,7 @@ def test_the_channels_of_a_recurrent_layer_are_those_of_all_its_levels():
     names = ("rnn.l0/0", "rnn.l0/1", "rnn.l1/0", "block/0", "block.conv/0")
     steps, measured = np.array([10, 20]), np.array([10, 10])
     credit = np.arange(10.0).reshape(2, 5)
-    history.append_windows("neurons", Windows(names, steps, measured, credit))
+    history.append_windows("neurons", WindowTable(names, steps, measured, credit))
     table = Table.of(history)
     shown = [views.channels(table, Range(), layer)["channels"] for layer in table.layers]
     assert shown == [["rnn.l0/0", "rnn.l0/1", "rnn.l1/0"], ["block/0"], ["block.conv/0"]]

@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import summary
-from lightning_lca.record.tables import Floats, Ints, Rows, Windows
+from lightning_lca.record.tables import Floats, Ints, StepTable, WindowTable
 
 
 class History:
     """All measured steps of a run: T rows, G groups, in network order.
 
-    Every column of `Rows` is an attribute; ``helping`` and ``hurting`` are fractions of ``sizes``
-    here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
-    ``allocated.sum() + residual.sum() + drift.sum()``.
+    Every column of `StepTable` is an attribute; ``helping`` and ``hurting`` are fractions of
+    ``sizes`` here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] -
+    loss_before[0]`` equals ``allocated.sum() + residual.sum() + drift.sum()``.
 
     Attributes:
         groups: Name of every group (G,).
@@ -34,14 +34,14 @@ class History:
         self.sizes: Ints = np.array(sizes, np.int64)
         self.group_by = group_by
         self.lost = 0
-        self._parts: list[Rows] = [Rows.none(len(groups))]
-        self._windows: dict[str, list[Windows]] = {}
+        self._parts: list[StepTable] = [StepTable.none(len(groups))]
+        self._windows: dict[str, list[WindowTable]] = {}
 
-    def append(self, rows: Rows) -> None:
+    def append(self, rows: StepTable) -> None:
         """Adds measured steps at the end."""
         self._parts.append(rows)
 
-    def append_windows(self, table: str, windows: Windows) -> None:
+    def append_windows(self, table: str, windows: WindowTable) -> None:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
 
@@ -59,19 +59,19 @@ class History:
                 self._windows[table] = [windows[windows.steps <= last_step]]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> StepTable:
         """The whole table, with counts in place of fractions."""
         if len(self._parts) > 1:
-            self._parts = [Rows.join([p for p in self._parts if len(p)] or self._parts[:1])]
+            self._parts = [StepTable.join([p for p in self._parts if len(p)] or self._parts[:1])]
         return self._parts[0]
 
     @property
-    def parameters(self) -> Windows | None:
+    def parameters(self) -> WindowTable | None:
         """Credit of every parameter over windows of steps; None in records without it."""
         return self._table("parameters")
 
     @property
-    def neurons(self) -> Windows | None:
+    def neurons(self) -> WindowTable | None:
         """Credit of every neuron (output channel) over windows of steps.
 
         None unless training had ``neurons=True``; with ``group_by="neuron"`` every measured step is
@@ -79,12 +79,12 @@ class History:
         """
         if self.group_by != "neuron":
             return self._table("neurons")
-        return Windows(
+        return WindowTable(
             self.groups, self.steps, np.ones(len(self), np.int64), np.asarray(self.allocated)
         )
 
     @property
-    def weights(self) -> Windows | None:
+    def weights(self) -> WindowTable | None:
         """Credit of a random sample of single weights over windows of steps.
 
         None unless training had ``track_parameters=True``.
@@ -92,7 +92,7 @@ class History:
         return self._table("weights")
 
     @property
-    def windows(self) -> dict[str, Windows]:
+    def windows(self) -> dict[str, WindowTable]:
         """All tables of windows that the record has, by name."""
         tables = {name: self._table(name) for name in self._windows}
         return {name: table for name, table in tables.items() if table is not None}
@@ -103,12 +103,12 @@ class History:
             n: w.names for n, w in other.windows.items()
         }
 
-    def _table(self, name: str) -> Windows | None:
+    def _table(self, name: str) -> WindowTable | None:
         parts = self._windows.get(name)
         if parts is None:
             return None
         if len(parts) > 1:
-            self._windows[name] = parts = [Windows.join(parts)]
+            self._windows[name] = parts = [WindowTable.join(parts)]
         return parts[0]
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_lca.record import eventfile
 from lightning_lca.record.history import History
-from lightning_lca.record.tables import Rows, window_tables
+from lightning_lca.record.tables import StepTable, window_tables
 
 
 class Reader:
@@ -98,7 +98,7 @@ class Reader:
     def _close(self, tag: eventfile.Tag, parts: dict[str, eventfile.Array]) -> None:
         history = self.histories[tag.probe]
         if tag.table == "chunk":
-            rows = Rows.from_parts(parts, history.sizes)
+            rows = StepTable.from_parts(parts, history.sizes)
             # A session that did not say where it starts still wins over the one before.
             if len(history) and len(rows) and rows.steps[0] <= history.last_step:
                 history.cut(int(rows.steps[0]) - 1)

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
+from pathlib import Snapshots
 
 import numpy as np
 import tensorboard.summary.writer.event_file_writer  # noqa: F401 - before there are children.
@@ -28,14 +28,14 @@ import torch.utils.tensorboard
 from tensorboard.compat.proto import event_pb2  # noqa: F401
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Snapshots(__file__).parent.parent))
 from cases import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
 
-import lightning_lca.reporting.loggers as board
+import lightning_lca.record.writer as board
 from lightning_lca import LCACallback
 from lightning_lca.probe.probe import Probe
 from lightning_lca.reporting.figures import Gallery
-from lightning_lca.training.snapshots import Path as WeightPath
+from lightning_lca.training.snapshots import Snapshots as WeightPath
 
 STEPS = 24  # Of batches of 16 in 96 samples: epochs of 6 steps.
 CHUNK = 4
@@ -169,7 +169,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
         measured: Whether there is an LCACallback.
     """
     torch.set_num_threads(1)
-    directory = Path(directory)
+    directory = Snapshots(directory)
     pulse = Pulse(directory / "pulse", create=True)
     sniper = None if aim is None else Sniper(pulse, **aim)
     for owner, name, phase in (
@@ -226,7 +226,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
 
 
 def child(run):
-    with open(Path(run["directory"]) / "output", "a") as output:
+    with open(Snapshots(run["directory"]) / "output", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     status = 0

@@ -131,7 +131,7 @@ class Save(pl.Callback):
                 "points": self.path.points,
                 "rows": vars(history.rows) if history else None,
                 "groups": history.groups if history else None,
-                "held": sum(w.numel() for w in self.lca._training.path.start.values())
+                "held": sum(w.numel() for w in self.lca._training.snapshots.start.values())
                 if history
                 else None,
                 "log_dir": str(self.lca.log_dir) if self.lca else None,
