@@ -14,7 +14,8 @@ import numpy as np
 from lightning_lca.cli import replay as replay_command
 from lightning_lca.cli.terminal import InputError, progress, say
 from lightning_lca.record import export, summary
-from lightning_lca.record.history import History, Reader
+from lightning_lca.record.history import History
+from lightning_lca.record.reader import Reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

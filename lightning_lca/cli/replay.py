@@ -114,7 +114,8 @@ def _run(asked: argparse.Namespace) -> None:
     options = {name: getattr(asked, name) for name in _PASSED_ON}
     options["loss_fn"] = asked.loss_fn and resolve(asked.loss_fn, "--loss_fn")
     options["probe"] = _probe(asked.probe or ["train"])
-    from lightning_lca.replay.runs import ReplayError, replay
+    from lightning_lca.replay.checkpoints import ReplayError
+    from lightning_lca.replay.runs import replay
     from lightning_lca.training.callback import LCACallback
 
     try:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record.history import History, Windows
+from lightning_lca.record.history import History
+from lightning_lca.record.tables import WindowTable
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ class Timeline:
         return cls(rows, np.concatenate([[first], steps])[rows])
 
     @classmethod
-    def of_windows(cls, history: History, windows: Windows, most: int) -> Timeline:
+    def of_windows(cls, history: History, windows: WindowTable, most: int) -> Timeline:
         """Cuts the windows of a history, the first of which starts where the history does."""
         return cls.of(windows.steps, most, int(cls.of(history.steps, 1).steps[0]))
 
@@ -149,7 +150,7 @@ def check(history: History) -> None:
         )
 
 
-def sample(history: History) -> Windows:
+def sample(history: History) -> WindowTable:
     """Reads the sampled single weights of a history.
 
     Raises:

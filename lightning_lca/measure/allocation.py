@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_lca.measure.quadrature import SIMPSON, Quadrature
 from lightning_lca.measure.tensors import (
+    DeferredBool,
     accumulator,
     add,
     on_accelerator,
@@ -47,10 +48,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Segment:
-    """One straight stretch of the path of the weights: same names and shapes at both ends."""
+    """One straight stretch of the path of the weights: same names and shapes at both ends.
+
+    Attributes:
+        start: The weights where it begins {name: [*shape]}.
+        stop: Where it ends.
+        continues: Whether it begins exactly where the segment before it in a chain ended.
+    """
 
     start: Weights
     stop: Weights
+    continues: DeferredBool | bool = False
 
     def at(self, s: float, *, needs_gradient: bool = True) -> Position:
         """Names the position start + s (stop − start)."""
@@ -130,6 +138,143 @@ class Allocation:
         return self.loss_after - self.loss_before - total(self.values.values())
 
 
+@dataclass
+class Buffer:
+    """What a chain of segments hands on from one to the next, so that nothing is made twice.
+
+    Attributes:
+        sums: Tensors that receive the mean gradient {name: [*shape]}.
+        first: The sample at the start, where it is known; taken out when it is used. Its gradient
+            may lie in ``sums``.
+        add_up: Sums what single tensors explain: [weights] -> []. Where they are parts of larger
+            ones, over all who hold parts, so that all come to the same end.
+    """
+
+    sums: Weights
+    first: Sample | None = None
+    add_up: Callable[[Tensor], Tensor] = torch.sum
+
+    @classmethod
+    def of(cls, segment: Segment) -> Buffer:
+        """Makes tensors for a segment: float32 at least."""
+        return cls({n: accumulator(w) for n, w in segment.start.items()})
+
+    def take_first(self) -> Sample | None:
+        """Gives the sample at the start away, so that its memory can be freed."""
+        first, self.first = self.first, None
+        return first
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What was found at both ends of a segment on the way to its mean gradient.
+
+    Attributes:
+        loss_before: Loss [] at the start.
+        last: The sample at the stop; with a gradient where the next segment can use it.
+        splits: Number of equal panels that the rule was applied on.
+        converged: Whether a tolerance was reached; None where none was asked for.
+    """
+
+    loss_before: Tensor
+    last: Sample
+    splits: int = 1
+    converged: bool | None = None
+
+
+def mean_gradient(
+    field: Field, segment: Segment, rule: Quadrature = SIMPSON, buffer: Buffer | None = None
+) -> tuple[Weights, Ends]:
+    """Integrates the gradient along a segment: ∫₀¹ ∇L(start + s (stop − start)) ds.
+
+    Args:
+        field: Gives loss and gradient at a position of the segment.
+        segment: Where the weights were and where they are now.
+        rule: The quadrature rule.
+        buffer: What a chain of segments hands on; fresh tensors by default.
+
+    Returns:
+        {name: [*shape]}, the buffer's tensors; and the ends. The stop has a gradient when ``rule``
+        starts with the start, so that a chain pays `Quadrature.gradients_per_step` for each.
+    """
+    buffer = Buffer.of(segment) if buffer is None else buffer
+    names = list(segment.start)
+    sums = [buffer.sums[n] for n in names]
+    first = buffer.take_first()
+    if first is None or (rule.first_is_start and first.gradient is None):
+        first = field(segment.at(0.0, needs_gradient=rule.first_is_start))
+    loss_before = first.loss
+    sample: Sample | None
+    last: Sample | None = None
+    for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
+        sample = first if s == 0.0 and first is not None else field(segment.at(s))
+        add(sums, _gradients(sample, names), weight, fresh=i == 0)
+        last = sample if s == 1.0 else None
+        sample, first = None, None  # Only one gradient is alive beside the sums.
+    if last is None:
+        last = field(segment.at(1.0, needs_gradient=rule.first_is_start))
+    return buffer.sums, Ends(loss_before, last)
+
+
+def refined_gradient(
+    field: Field,
+    segment: Segment,
+    tolerance: float,
+    max_splits: int = 32,
+    buffer: Buffer | None = None,
+) -> tuple[Weights, Ends]:
+    """Integrates the gradient by composite Simpson, doubling the panels until it explains enough.
+
+    No node is evaluated twice: the nodes of n panels are every second node of 2n.
+
+    Args:
+        field: As for `mean_gradient`.
+        segment: As for `mean_gradient`.
+        tolerance: Largest |residual| accepted, in loss units.
+        max_splits: Panels are doubled from 1 while they stay at or below this.
+        buffer: As for `mean_gradient`.
+    """
+    buffer = Buffer.of(segment) if buffer is None else buffer
+    names = list(segment.start)
+    first = buffer.take_first()
+    if first is None or first.gradient is None:
+        first = field(segment.at(0.0))
+    # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
+    ends = [buffer.sums[n] for n in names]
+    add(ends, _gradients(first, names), 1.0, fresh=True)
+    loss_before, first = first.loss, None
+    last = field(segment.at(1.0))
+    add(ends, _gradients(last, names), 1.0)
+    middles = [accumulator(segment.start[n]) for n in names]
+    panels = 1
+    while True:
+        for panel in range(panels):
+            sample = field(segment.at((2 * panel + 1) / (2 * panels)))
+            add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
+            del sample
+        explained = buffer.add_up(_explained(ends, middles, segment)) / (6 * panels)
+        residual = abs(float(last.loss - loss_before - explained))
+        # More panels do not bring a finite number back.
+        if residual <= tolerance or 2 * panels > max_splits or not math.isfinite(residual):
+            break
+        add(ends, middles, 2.0)
+        panels *= 2
+    add(ends, middles, 4.0)
+    add(ends, ends, 1 / (6 * panels), fresh=True)
+    return buffer.sums, Ends(loss_before, last, panels, residual <= tolerance)
+
+
+def credit(gradient: Weights, segment: Segment) -> Weights:
+    """Multiplies a mean gradient by the motion, in place: {name: [*shape]} in loss units."""
+    names = list(segment.start)
+    times_motion(
+        [gradient[n] for n in names],
+        [segment.start[n] for n in names],
+        [segment.stop[n] for n in names],
+    )
+    return gradient
+
+
 def allocate(
     field: Field,
     segment: Segment,
@@ -164,23 +309,10 @@ def allocate(
         >>> abs(allocation.residual.item()) < 1e-6
         True
     """
-    names = list(segment.start)
-    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
-    sums = [out[n] for n in names]
-    if first is None or (rule.first_is_start and first.gradient is None):
-        first = field(segment.at(0.0, needs_gradient=rule.first_is_start))
-    loss_before = first.loss
-    sample: Sample | None
-    last: Sample | None = None
-    for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
-        sample = first if s == 0.0 and first is not None else field(segment.at(s))
-        add(sums, _gradients(sample, names), weight, fresh=i == 0)
-        last = sample if s == 1.0 else None
-        sample, first = None, None  # Only one gradient is alive beside the sums.
-    if last is None:
-        last = field(segment.at(1.0, needs_gradient=rule.first_is_start))
-    _times_motion(sums, segment)
-    return Allocation(out, loss_before, last.loss, splits=1, converged=None, last=last)
+    buffer = Buffer.of(segment) if out is None else Buffer(out)
+    buffer.first = first
+    gradient, ends = mean_gradient(field, segment, rule, buffer)
+    return _allocation(credit(gradient, segment), ends)
 
 
 def refine(
@@ -226,34 +358,15 @@ def refine(
         )
     if max_splits < 1:
         raise ValueError(f"max_splits must be at least 1, got {max_splits}.")
-    names = list(segment.start)
-    out = {n: accumulator(w) for n, w in segment.start.items()} if out is None else out
-    if first is None or first.gradient is None:
-        first = field(segment.at(0.0))
-    # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
-    ends = [out[n] for n in names]
-    add(ends, _gradients(first, names), 1.0, fresh=True)
-    loss_before, first = first.loss, None
-    last = field(segment.at(1.0))
-    add(ends, _gradients(last, names), 1.0)
-    middles = [accumulator(segment.start[n]) for n in names]
-    panels = 1
-    while True:
-        for panel in range(panels):
-            sample = field(segment.at((2 * panel + 1) / (2 * panels)))
-            add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
-            del sample
-        explained = add_up(_explained(ends, middles, segment)) / (6 * panels)
-        residual = abs(float(last.loss - loss_before - explained))
-        # More panels do not bring a finite number back.
-        if residual <= tolerance or 2 * panels > max_splits or not math.isfinite(residual):
-            break
-        add(ends, middles, 2.0)
-        panels *= 2
-    add(ends, middles, 4.0)
-    add(ends, ends, 1 / (6 * panels), fresh=True)
-    _times_motion(ends, segment)
-    return Allocation(out, loss_before, last.loss, panels, residual <= tolerance, last)
+    buffer = Buffer.of(segment) if out is None else Buffer(out)
+    buffer.first, buffer.add_up = first, add_up
+    gradient, ends = refined_gradient(field, segment, tolerance, max_splits, buffer)
+    return _allocation(credit(gradient, segment), ends)
+
+
+def _allocation(values: Weights, ends: Ends) -> Allocation:
+    last = ends.last
+    return Allocation(values, ends.loss_before, last.loss, ends.splits, ends.converged, last)
 
 
 def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
@@ -273,8 +386,3 @@ def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> T
         for e, m, (name, start) in zip(ends, middles, segment.start.items(), strict=True)
     ]
     return torch.stack(sums)
-
-
-def _times_motion(sums: list[Tensor], segment: Segment) -> None:
-    names = list(segment.start)
-    times_motion(sums, [segment.start[n] for n in names], [segment.stop[n] for n in names])

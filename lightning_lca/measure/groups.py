@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
-from lightning_lca.measure.parameters import named_parameters, submodule
-from lightning_lca.measure.shards import any_cut, is_counted_here, is_cut, rows_here
+from lightning_lca.measure.parameters import (
+    any_cut,
+    is_counted_here,
+    is_cut,
+    named_parameters,
+    rows_here,
+    submodule,
+)
 from lightning_lca.measure.sums import in_few_kernels, in_the_cache, nothing, pieces_of
 from lightning_lca.measure.tensors import bundles, on_accelerator
 

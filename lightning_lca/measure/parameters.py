@@ -1,12 +1,21 @@
-"""Names of parameters as the user wrote them, whatever wraps a module or its weight since.
+"""Parameters by the names that the user wrote, and the part of each that this process holds.
 
 torch.compile and activation checkpointing put modules into wrappers, and pruning renames the
 weights that it masks, also in mid-training. Credits keep one name through all of that.
+
+Weights may be cut over processes (DTensors, as FSDP2 and tensor parallelism make them). Everything
+here then works on the part that this process holds, an ordinary tensor; only sums over groups, a
+few numbers, ever travel. A whole weight is its own only part.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lca.measure.allocation import Weights
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -22,6 +31,11 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         ['0.bias', '0.weight']
     """
     return {_plain(module, name): p for name, p in module.named_parameters()}
+
+
+def live_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Names the parameters that are being trained now: {name: [*shape]}, tied ones once."""
+    return {n: p for n, p in named_parameters(module).items() if p.requires_grad}
 
 
 def named_modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -47,3 +61,81 @@ def _plain(module: nn.Module, name: str) -> str:
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    return hasattr(type(tensor), "to_local")
+
+
+def any_cut(module: nn.Module) -> bool:
+    """Whether a module has such parameters."""
+    return any(is_cut(p) for p in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Gives the part that this process holds, in the same memory; a whole tensor is its own."""
+    if not is_cut(tensor):
+        return tensor
+    cut: Any = tensor
+    with torch.no_grad():
+        part: Tensor = cut.to_local().detach()
+    return part
+
+
+def parts(weights: Weights) -> dict[str, Tensor]:
+    """Gives the parts of weights {name: [*shape]} that this process holds."""
+    return {name: local(weight) for name, weight in weights.items()}
+
+
+@torch.no_grad()
+def local_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Gives the part of a gradient that belongs to this process's part of the weight."""
+    here: Any = gradient
+    there: Any = weight
+    # The gradient may be a sum that is not added up yet.
+    if is_cut(gradient) and here.placements != there.placements:
+        here = here.redistribute(there.device_mesh, there.placements)
+    return local(here)
+
+
+def is_counted_here(parameter: Tensor, rank: int) -> bool:
+    """Whether this process speaks for its part in sums over processes: one of its copies must.
+
+    Args:
+        parameter: A DTensor, or a whole tensor, of which every process holds a copy.
+        rank: This process, of all.
+    """
+    if not is_cut(parameter):
+        return rank == 0
+    cut: Any = parameter
+    where = cut.device_mesh.get_coordinate()
+    return all(i == 0 or not p.is_replicate() for p, i in zip(cut.placements, where, strict=True))
+
+
+def is_even(placement: Any) -> bool:
+    """Whether one piece after the other goes to one process after the other, or all to all."""
+    return placement.is_replicate() or type(placement).__name__ == "Shard"
+
+
+def rows_here(parameter: Tensor, dim: int) -> slice:
+    """Says which indices of a dimension this process holds: an even cut, the last parts shorter.
+
+    Raises:
+        ValueError: The dimension is cut in another way, as by tensor parallelism within FSDP.
+    """
+    first, length = 0, parameter.shape[dim]
+    cut: Any = parameter
+    if is_cut(parameter):
+        mesh = cut.device_mesh
+        for axis, (placement, i) in enumerate(
+            zip(cut.placements, mesh.get_coordinate(), strict=True)
+        ):
+            if placement.is_replicate() or placement.dim != dim:
+                continue
+            if not is_even(placement):
+                raise ValueError(f"{placement} is not an even cut.")
+            size = -(-length // mesh.size(axis))
+            begin = min(length, i * size)
+            first, length = first + begin, min(size, length - begin)
+    return slice(first, first + length)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.shards import local
+from lightning_lca.measure.parameters import local
 
 _WIDTH = 1024
 _SMALL = 2**16  # Bytes; smaller tensors are hashed as one.

@@ -14,26 +14,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lca.measure.allocation import Position, Sample, Segment, Weights
-from lightning_lca.measure.parameters import named_parameters
-from lightning_lca.measure.shards import any_cut, local, local_gradient, parts
+from lightning_lca.measure.parameters import any_cut, live_weights, local, local_gradient, parts
 from lightning_lca.measure.tensors import HALF, wide
 from lightning_lca.probe.batches import batch_sizes
-from lightning_lca.probe.hooks import drop_gradient_hooks, no_gradient_hooks
-from lightning_lca.probe.isolation import fence
-from lightning_lca.probe.loss import LossFn, Objective
-from lightning_lca.probe.modes import ProbeMode, set_mode, surroundings
+from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
+from lightning_lca.probe.loss import LossFn, Objective, ProbeMode, set_mode, surroundings
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.runtime import lightnings
 from lightning_lca.runtime.lightnings import MisconfigurationException
 from lightning_lca.runtime.processes import Ranks
-
-
-def live_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Names the parameters that are being trained now: {name: [*shape]}, tied ones once."""
-    return {n: p for n, p in named_parameters(module).items() if p.requires_grad}
 
 
 class Probe:
@@ -59,6 +51,7 @@ class Probe:
         loss_fn: LossFn | None = None,
         seed: int = 0,
         ranks: Ranks | None = None,
+        whole: bool = False,
     ) -> None:
         """Moves the batches to the device, through the module's own transfer hooks, once.
 
@@ -72,6 +65,8 @@ class Probe:
             seed: Batch j is evaluated on random streams seeded with seed + j.
             ranks: The processes that share the probe; each gets its part of loss and gradient,
                 which add up to the whole.
+            whole: Adds them up at each evaluation, so that all ranks know loss and gradient of the
+                whole probe.
         """
         self._trainer = trainer
         self._module = module
@@ -81,7 +76,8 @@ class Probe:
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
         sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
         total = sizes.sum().float().to(self.device)
-        ranks = ranks or Ranks()
+        self._ranks = ranks = ranks or Ranks()
+        self._whole = whole and ranks.processes > 1
         ranks.sum([total])
         shares = sizes / (total.cpu().double() / ranks.copies)
         self._shares = dict(zip(batches, shares.tolist(), strict=True))
@@ -105,16 +101,46 @@ class Probe:
         """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
         live = live_weights(self._module)
         held = parts(live)
-        parameters = list(self._module.parameters())
-        gradients = [p.grad for p in parameters]
-        try:
-            for parameter in parameters:
-                parameter.grad = None  # The step may run a backward pass of its own.
-            return self._evaluate(at, live, held)
-        finally:
-            at.segment.at(1.0).write(held)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+        total: Tensor | None = None
+        sums: list[Tensor] | None = None
+        with self._put_back(at, held):
+            for j, share in self._shares.items():
+                # A forward may write to trained weights, too.
+                moves = at.s != 1.0 or total is not None
+                while True:
+                    gradients: list[Tensor] = []
+                    with self._fenced(j):
+                        if moves:
+                            at.write(held)
+                        set_mode(self._module, self._mode)
+                        with self._trainer.precision_plugin.train_step_context():
+                            # The step may write into its batch.
+                            loss = self._objective(copy.deepcopy(self._batches[j]), j)
+                        # Layers gathered on the way forward are let go of on the way back.
+                        if at.needs_gradient or self._is_cut:
+                            gradients = self._differentiate(loss, share, list(live.values()))
+                    loss = loss.detach().to(wide(loss)) * share
+                    if self._scale is None or not gradients or not loss.isfinite():
+                        break
+                    if self._scale.fits(gradients):
+                        break
+                    moves = True
+                total = loss if total is None else total + loss
+                if not at.needs_gradient:
+                    continue
+                if self._scale is not None:
+                    gradients = self._scale.unscaled(gradients)
+                # Autograd may hand out one tensor twice, or expanded: never add in place.
+                sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
+        assert total is not None
+        if self._whole:
+            total = total / self._ranks.copies
+            self._ranks.sum([total])
+            if sums is not None and not self._is_cut:
+                sums = [g.contiguous() for g in sums]
+                self._ranks.sum(sums)
+        self.gradients += at.needs_gradient or self._is_cut
+        return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
 
     def check(self) -> Sample:
         """Evaluates once at the live weights, and settles how gradients are taken.
@@ -174,55 +200,11 @@ class Probe:
 
     # -- one evaluation ---------------------------------------------------------------------------
 
-    def _evaluate(self, at: Position, live: Weights, held: Weights) -> Sample:
-        total: Tensor | None = None
-        sums: list[Tensor] | None = None
-        for j, share in self._shares.items():
-            moves = at.s != 1.0 or total is not None  # A forward may write to trained weights, too.
-            while True:
-                loss, gradients = self._of_batch(j, share, at, live, held, moves=moves)
-                if self._scale is None or not gradients or not loss.isfinite():
-                    break
-                if self._scale.fits(gradients):
-                    break
-                moves = True
-            total = loss if total is None else total + loss
-            if not at.needs_gradient:
-                continue
-            if self._scale is not None:
-                gradients = self._scale.unscaled(gradients)
-            # Autograd may hand out one tensor twice, or expanded: never add in place.
-            sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
-        assert total is not None
-        self.gradients += at.needs_gradient or self._is_cut
-        return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
-
-    def _of_batch(
-        self, j: int, share: float, at: Position, live: Weights, held: Weights, *, moves: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Evaluates one batch, times its share: its loss [], and the scaled gradients, if any."""
-        gradients: list[Tensor] = []
-        # A NaN is recorded, also where training looks for the origin of its own.
-        quiet = torch.autograd.set_detect_anomaly
-        with self._fenced(j), torch.enable_grad(), quiet(False):
-            if moves:
-                at.write(held)
-            set_mode(self._module, self._mode)
-            with self._trainer.precision_plugin.train_step_context():
-                batch = copy.deepcopy(self._batches[j])  # The step may write into its batch.
-                loss = self._objective(batch, j)
-            # Whole layers that were gathered on the way forward are let go of on the way back.
-            if at.needs_gradient or self._is_cut:
-                scale = 1.0 if self._scale is None else self._scale.value
-                wider = loss.float() if loss.dtype in HALF else loss
-                gradients = self._differentiate(
-                    wider * (share * self._factor * scale), list(live.values())
-                )
-        return loss.detach().to(wide(loss)) * share, gradients
-
-    def _differentiate(self, loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        """Takes the gradient [*shape] of every weight; zeros where the loss does not need it."""
+    def _differentiate(self, loss: Tensor, share: float, weights: list[Tensor]) -> list[Tensor]:
+        """Takes the scaled gradient [*shape] of every weight; zeros where the loss has none."""
         gradients: list[Tensor | None]
+        scale = 1.0 if self._scale is None else self._scale.value
+        loss = (loss.float() if loss.dtype in HALF else loss) * (share * self._factor * scale)
         drop_gradient_hooks(weights)  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
@@ -238,6 +220,20 @@ class Probe:
         return [_plain(g, w) for g, w in zip(gradients, weights, strict=True)]
 
     # -- surroundings of an evaluation ------------------------------------------------------------
+
+    @contextmanager
+    def _put_back(self, at: Position, held: Weights) -> Iterator[None]:
+        """Puts back the weights, to where the segment stops, and ``p.grad``."""
+        parameters = list(self._module.parameters())
+        gradients = [p.grad for p in parameters]
+        try:
+            for parameter in parameters:
+                parameter.grad = None  # The step may run a backward pass of its own.
+            yield
+        finally:
+            at.segment.at(1.0).write(held)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
 
     @contextmanager
     def _fenced(self, j: int) -> Iterator[None]:
@@ -256,7 +252,9 @@ class Probe:
                     vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
             trainer.loggers = self._dummies
             try:
-                with _uncompiled(), no_gradient_hooks(self._module):
+                # A NaN is recorded, also where training looks for the origin of its own.
+                quiet = torch.autograd.set_detect_anomaly(False)
+                with _uncompiled(), no_gradient_hooks(self._module), torch.enable_grad(), quiet:
                     yield
             finally:
                 trainer.loggers, trainer.should_stop = loggers, should_stop

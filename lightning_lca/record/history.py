@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record import eventfile, summary
-from lightning_lca.record.tables import Floats, Ints, Rows, Windows, window_tables
-
-__all__ = ["Floats", "History", "Ints", "Reader", "Rows", "Windows"]
+from lightning_lca.record import summary
+from lightning_lca.record.tables import Floats, Ints, StepTable, WindowTable
 
 
 class History:
     """All measured steps of a run: T rows, G groups, in network order.
 
-    Every column of `Rows` is an attribute; ``helping`` and ``hurting`` are fractions of ``sizes``
-    here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
-    ``allocated.sum() + residual.sum() + drift.sum()``.
+    Every column of `StepTable` is an attribute; ``helping`` and ``hurting`` are fractions of
+    ``sizes`` here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] -
+    loss_before[0]`` equals ``allocated.sum() + residual.sum() + drift.sum()``.
 
     Attributes:
         groups: Name of every group (G,).
@@ -38,14 +34,14 @@ class History:
         self.sizes: Ints = np.array(sizes, np.int64)
         self.group_by = group_by
         self.lost = 0
-        self._parts: list[Rows] = [Rows.none(len(groups))]
-        self._windows: dict[str, list[Windows]] = {}
+        self._parts: list[StepTable] = [StepTable.none(len(groups))]
+        self._windows: dict[str, list[WindowTable]] = {}
 
-    def append(self, rows: Rows) -> None:
+    def append(self, rows: StepTable) -> None:
         """Adds measured steps at the end."""
         self._parts.append(rows)
 
-    def append_windows(self, table: str, windows: Windows) -> None:
+    def append_windows(self, table: str, windows: WindowTable) -> None:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
 
@@ -63,19 +59,19 @@ class History:
                 self._windows[table] = [windows[windows.steps <= last_step]]
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> StepTable:
         """The whole table, with counts in place of fractions."""
         if len(self._parts) > 1:
-            self._parts = [Rows.join([p for p in self._parts if len(p)] or self._parts[:1])]
+            self._parts = [StepTable.join([p for p in self._parts if len(p)] or self._parts[:1])]
         return self._parts[0]
 
     @property
-    def parameters(self) -> Windows | None:
+    def parameters(self) -> WindowTable | None:
         """Credit of every parameter over windows of steps; None in records without it."""
         return self._table("parameters")
 
     @property
-    def neurons(self) -> Windows | None:
+    def neurons(self) -> WindowTable | None:
         """Credit of every neuron (output channel) over windows of steps.
 
         None unless training had ``neurons=True``; with ``group_by="neuron"`` every measured step is
@@ -83,12 +79,12 @@ class History:
         """
         if self.group_by != "neuron":
             return self._table("neurons")
-        return Windows(
+        return WindowTable(
             self.groups, self.steps, np.ones(len(self), np.int64), np.asarray(self.allocated)
         )
 
     @property
-    def weights(self) -> Windows | None:
+    def weights(self) -> WindowTable | None:
         """Credit of a random sample of single weights over windows of steps.
 
         None unless training had ``track_parameters=True``.
@@ -96,7 +92,7 @@ class History:
         return self._table("weights")
 
     @property
-    def windows(self) -> dict[str, Windows]:
+    def windows(self) -> dict[str, WindowTable]:
         """All tables of windows that the record has, by name."""
         tables = {name: self._table(name) for name in self._windows}
         return {name: table for name, table in tables.items() if table is not None}
@@ -107,12 +103,12 @@ class History:
             n: w.names for n, w in other.windows.items()
         }
 
-    def _table(self, name: str) -> Windows | None:
+    def _table(self, name: str) -> WindowTable | None:
         parts = self._windows.get(name)
         if parts is None:
             return None
         if len(parts) > 1:
-            self._windows[name] = parts = [Windows.join(parts)]
+            self._windows[name] = parts = [WindowTable.join(parts)]
         return parts[0]
 
     def __len__(self) -> int:
@@ -198,6 +194,8 @@ class History:
             FileNotFoundError: The directory does not exist or holds no LCA record.
             ValueError: No such probe.
         """
+        from lightning_lca.record.reader import Reader  # It makes histories.
+
         directory = Path(path)
         reader = Reader.of(directory)
         if probe is None:
@@ -210,109 +208,3 @@ class History:
     def summary(self) -> str:
         """Tells per group its share of the loss change, and how the ledger closes, as text."""
         return summary.text(self.groups, self.sizes, self.rows)
-
-
-class Reader:
-    """Builds histories from the record's tags, fed in the order in which they were written.
-
-    Attributes:
-        histories: Every probe's table, by name; "" for a single unnamed one.
-        meta: What the latest session says of itself; None before the first.
-    """
-
-    def __init__(self) -> None:
-        """Starts without a session."""
-        self.histories: dict[str, History] = {}
-        self.meta: dict[str, Any] | None = None
-        self._unread = 0
-        self._open: dict[tuple[str, int, str], dict[str, eventfile.Array]] = {}
-
-    @classmethod
-    def of(cls, directory: Path) -> Reader:
-        """Reads all of a log directory.
-
-        Raises:
-            FileNotFoundError: The directory does not exist or holds no LCA record.
-        """
-        reader = cls()
-        for tag, data in eventfile.read(directory):
-            reader.feed(tag, data)
-        if not reader.histories:
-            there = "holds no LCA record" if directory.is_dir() else "does not exist"
-            if reader._unread:
-                there = "holds an LCA record that cannot be read: it is damaged at its beginning"
-            raise FileNotFoundError(
-                f"{directory} {there}. Give the run's log directory, the one with its event files, "
-                "e.g. lightning_logs/version_0."
-            )
-        for history in reader.histories.values():
-            history.lost = reader.lost
-        return reader
-
-    @property
-    def lost(self) -> int:
-        """Pieces that could not be read so far: chunks of steps, or stretches of a file."""
-        return self._unread + len(self._open)
-
-    def feed(self, tag: str | None, data: bytes) -> None:
-        """Takes one tag; a table's rows are there as soon as all its parts are.
-
-        Args:
-            tag: As `eventfile.read` gives it; None for something unreadable.
-            data: What is stored under it.
-        """
-        if tag == eventfile.META:
-            self._begin(data)
-        elif tag is None:
-            self._unread += 1
-        elif parsed := eventfile.Tag.parse(tag):
-            key = parsed[:3]
-            parts = self._open.setdefault(key, {})
-            try:
-                parts[parsed.part] = eventfile.unpack(data)
-                self._close(parsed, parts)
-            except KeyError:
-                return  # Some part has not come yet.
-            except ValueError:
-                parts.clear()
-                return
-            del self._open[key]
-
-    def _begin(self, data: bytes) -> None:
-        """Starts a session: what was measured up to its first step stays."""
-        try:
-            meta = json.loads(data)
-            fresh = {probe or "": _empty(meta) for probe in meta["probes"]}
-            first = int(meta["first_step"])
-        except (ValueError, KeyError, TypeError):
-            self._unread += 1
-            return
-        for probe, history in fresh.items():
-            before = self.histories.get(probe)
-            if before is not None and before.measures_like(history):
-                before.cut(first)
-                fresh[probe] = before
-        self.histories, self.meta = fresh, meta
-        self._unread += len(self._open)
-        self._open = {}
-
-    def _close(self, tag: eventfile.Tag, parts: dict[str, eventfile.Array]) -> None:
-        history = self.histories[tag.probe]
-        if tag.table == "chunk":
-            rows = Rows.from_parts(parts, history.sizes)
-            # A session that did not say where it starts still wins over the one before.
-            if len(history) and len(rows) and rows.steps[0] <= history.last_step:
-                history.cut(int(rows.steps[0]) - 1)
-            history.append(rows)
-        else:
-            template = history._windows[tag.table][0]
-            history.append_windows(tag.table, template.from_parts(parts))
-
-
-def _empty(meta: dict[str, Any]) -> History:
-    """Makes the table that a session's description asks for."""
-    history = History(meta["groups"], meta["sizes"], meta.get("group_by", "layer"))
-    tables = window_tables(meta.get("windows", {}), meta.get("shapes", {}))
-    for name, table in tables.items():
-        history.append_windows(name, table)
-    return history

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_lca.record.tables import Ints, Rows
+from lightning_lca.record.tables import Ints, StepTable
 
 LARGE = 0.01  # A residual beyond this share of the loss change is pointed out.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
@@ -52,7 +52,7 @@ class Ledger:
     not_finite: int
 
     @classmethod
-    def of(cls, groups: Sequence[str], sizes: Ints, rows: Rows) -> Ledger:
+    def of(cls, groups: Sequence[str], sizes: Ints, rows: StepTable) -> Ledger:
         """Sums at least one measured step."""
         finite, drift = rows[rows.finite], rows.drift[np.isfinite(rows.drift)]
         credit = finite.allocated.sum(0, dtype=float)
@@ -114,7 +114,7 @@ class Ledger:
         return said
 
 
-def text(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
+def text(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
     """Draws the table for a terminal."""
     if not len(rows):
         return "LCA: no step was measured yet."
@@ -142,7 +142,7 @@ def text(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
     return "\n".join([head, *lines, "", *sums, *ledger.remarks])
 
 
-def markdown(groups: Sequence[str], sizes: Ints, rows: Rows) -> str:
+def markdown(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
     """Draws the same table for TensorBoard's Text tab."""
     if not len(rows):
         return "LCA: no step was measured yet."

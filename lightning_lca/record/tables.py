@@ -26,7 +26,7 @@ SCALARS = (
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepTable:
     """Some measured steps, one row each, for G groups.
 
     Rows read from a record have narrower types: float32 credits and the smallest integers that hold
@@ -64,8 +64,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Rows:
-        return Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> StepTable:
+        return StepTable(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @property
     def finite(self) -> npt.NDArray[np.bool_]:
@@ -80,14 +80,14 @@ class Rows:
         return np.asarray(finite & (credited == 0))
 
     @classmethod
-    def join(cls, parts: Sequence[Rows]) -> Rows:
+    def join(cls, parts: Sequence[StepTable]) -> StepTable:
         """Stacks tables on top of each other."""
         return cls(
             **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
         )
 
     @classmethod
-    def none(cls, groups: int) -> Rows:
+    def none(cls, groups: int) -> StepTable:
         """Makes a table without rows."""
         wide = {"allocated": float, "helping": np.int64, "hurting": np.int64}
         kinds = {"steps": np.int64, "splits": np.int64, "trained": np.int64, "converged": np.bool_}
@@ -113,7 +113,7 @@ class Rows:
         }
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Any], sizes: Ints) -> Rows:
+    def from_parts(cls, parts: Mapping[str, Any], sizes: Ints) -> StepTable:
         """Reads back what `parts` gave, without widening it.
 
         Raises:
@@ -142,7 +142,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowTable:
     """Credit of many small things, summed over windows of steps: coarse in time, fine in space.
 
     Attributes:
@@ -167,7 +167,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Windows:
+    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> WindowTable:
         return replace(
             self,
             steps=self.steps[rows],
@@ -183,7 +183,7 @@ class Windows:
         *,
         kinds: Sequence[str] = (),
         sampled_from: int = 0,
-    ) -> Windows:
+    ) -> WindowTable:
         """Makes a table without rows."""
         none = np.empty(0, np.int64)
         wide = np.empty((0, len(names)))
@@ -191,7 +191,7 @@ class Windows:
         return cls(tuple(names), none, none, wide, helping, tuple(kinds), sampled_from)
 
     @classmethod
-    def join(cls, parts: Sequence[Windows]) -> Windows:
+    def join(cls, parts: Sequence[WindowTable]) -> WindowTable:
         """Stacks tables of the same things on top of each other."""
         columns = ["steps", "measured", "allocated"]
         columns += ["helping"] if parts[0].helping is not None else []
@@ -211,7 +211,7 @@ class Windows:
             parts["helping"] = self.helping.astype(narrow)
         return parts
 
-    def from_parts(self, parts: Mapping[str, Any]) -> Windows:
+    def from_parts(self, parts: Mapping[str, Any]) -> WindowTable:
         """Reads windows of the same things back from what `parts` gave.
 
         Raises:
@@ -235,7 +235,7 @@ class Windows:
 
 def window_tables(
     said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Windows]:
+) -> dict[str, WindowTable]:
     """Makes empty tables of windows from what a session's description says of them.
 
     Args:
@@ -251,15 +251,15 @@ def window_tables(
     """
     tables = {}
     if told := said.get("parameters"):
-        tables["parameters"] = Windows.none(told["names"], kinds=told["kinds"])
+        tables["parameters"] = WindowTable.none(told["names"], kinds=told["kinds"])
     if told := said.get("neurons"):
         names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
-        tables["neurons"] = Windows.none(names)
+        tables["neurons"] = WindowTable.none(names)
     if told := said.get("weights"):
         names = [
             f"{name}{[int(i) for i in np.unravel_index(index, tuple(shapes[name]))]}"
             for name, indices in told["indices"].items()
             for index in indices
         ]
-        tables["weights"] = Windows.none(names, sampled_from=told["of"])
+        tables["weights"] = WindowTable.none(names, sampled_from=told["of"])
     return tables

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lca.record.history import Reader
+from lightning_lca.record.reader import Reader
 from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, read, told
+from lightning_lca.reporting.reporter import x_axis
 from lightning_lca.training.callback import LCACallback
-from lightning_lca.training.session import x_axis
 
 Bar = Callable[[Sequence[Any]], Iterable[Any]]  # Shows how far a loop is.
 _STATE = "replay.pt"
@@ -25,7 +25,7 @@ class LeftError(Exception):
     """Leaves a Trainer that is ready to train, before it takes a step."""
 
 
-class Player(LCACallback):
+class ReplayCallback(LCACallback):
     """Loads one checkpoint after the other into the model, and measures as in training.
 
     From time to time the state is saved beside the record, so that a replay that was interrupted,
@@ -150,7 +150,7 @@ class Player(LCACallback):
             super().on_train_batch_end(trainer, module, None, None, 0)
             # Only where windows of finer sums end, so that they do not depend on interruptions.
             running = self._training
-            if running is not None and running.session.logged_at == x_axis(trainer) + 1:
+            if running is not None and running.reporter.logged_at == x_axis(trainer) + 1:
                 self._save()
             if trainer.received_sigterm:
                 raise KeyboardInterrupt

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lightning_lca.probe.isolation import fence
 from lightning_lca.record.history import History
 from lightning_lca.replay.checkpoints import ReplayError, allowing, find, in_order, read, told
-from lightning_lca.replay.player import Bar, LeftError, Player, does_not_fit
+from lightning_lca.replay.player import Bar, LeftError, ReplayCallback, does_not_fit
 from lightning_lca.runtime import lightnings
 from lightning_lca.training.callback import LCACallback
 
@@ -114,7 +114,9 @@ def replay(
         bar = _bar(record, progress)
         try:
             checkpoints = in_order(files, weights_only=weights_only, bar=bar)
-            player = Player(checkpoints, record, weights_only=weights_only, bar=bar, arguments=lca)
+            player = ReplayCallback(
+                checkpoints, record, weights_only=weights_only, bar=bar, arguments=lca
+            )
             if player.resume(model=_name(model), precision=str(precision)):
                 with fence(seed=lca.get("seed", 0)), _quiet():
                     first = checkpoints[0].path
@@ -199,7 +201,7 @@ def _loaders(
     arguments: Mapping[str, Any] | None,
     path: Path,
     weights_only: bool,
-    player: Player,
+    player: ReplayCallback,
 ) -> dict[str, Any]:
     """Gives what `Trainer.fit` takes as data."""
     made = _build(data, arguments, path, weights_only, "data") if callable(data) else data
@@ -225,7 +227,9 @@ def _loaders(
     return {} if "train" in own else {"train_dataloaders": [0]}
 
 
-def _trainer(module: Any, player: Player, record: Path, accelerator: str, precision: Any) -> Any:
+def _trainer(
+    module: Any, player: ReplayCallback, record: Path, accelerator: str, precision: Any
+) -> Any:
     """Makes a Trainer that keeps silent and writes nothing but the record."""
     logger = lightnings.of(module, ".loggers").TensorBoardLogger(
         record.parent, name="", version=record.name, default_hp_metric=False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from lightning_lca.record.eventfile import EventFile
 from lightning_lca.record.history import History
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.loggers import file_writer, is_a
-from lightning_lca.runtime.notices import warn
+from lightning_lca.reporting.scalars import Scalars
+from lightning_lca.runtime.lightnings import warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,24 +160,25 @@ class Gallery:
             path.write_bytes(png.getvalue())
 
 
-def lay_out(labels: Sequence[str], log_dir: Path) -> None:
+def lay_out(scalars: Scalars, log_dir: Path) -> None:
     """Lays out the layers' curves in the Custom Scalars tab, eight to a chart.
 
     The layout is in a sub-run of its own, ``lca_layout``, so that the user's own layout stays.
 
     Args:
-        labels: Of the layers, "00 conv1" and so on.
-        log_dir: Directory of the run.
+        scalars: Whose keys.
+        log_dir: Directory of the record.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from torch.utils.tensorboard.summary import custom_scalars
 
-    charts = {"LCA and residual since the last log": ["lca/total", "lca/residual"]}
+    labels, p = scalars.labels, scalars.prefix
+    charts = {"LCA and residual since the last log": [f"{p}/total", f"{p}/residual"]}
     for kind, title in (("cum", "cumulative LCA"), ("help", "helping fraction")):
         for i in range(0, len(labels), _LINES):
             group = labels[i : i + _LINES]
             which = f", {group[0]} to {group[-1]}" if len(labels) > _LINES else ""
-            charts[title + which] = [f"lca_layer_{kind}/{label}" for label in group]
+            charts[title + which] = [f"{p}_layer_{kind}/{label}" for label in group]
     layout = {t: ["Multiline", [f"^{re.escape(tag)}$" for tag in c]] for t, c in charts.items()}
     summary = custom_scalars({"LCA": layout})  # type: ignore[no-untyped-call]
     try:
@@ -233,11 +235,12 @@ def _to_comet(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> N
 
 def _to_mlflow(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
     logger.experiment.log_figure(
-        logger.run_id, figure, f"lca_figures/{_file_name(tag)}/{step:07d}.png"
+        logger.run_id, figure, f"{tag.partition('_')[0]}_figures/{_file_name(tag)}/{step:07d}.png"
     )
 
 
 def _file_name(tag: str) -> str:
     """Makes a relative path of a tag, from which no name of a layer or probe can escape."""
-    probe, _, name = tag.partition("_figures/")
-    return re.sub(r"[^\w.-]+", "_", name if probe == "lca" else f"{probe[4:]}_{name}")
+    prefix, _, name = tag.partition("_figures/")
+    probe = prefix.partition("_")[2]
+    return re.sub(r"[^\w.-]+", "_", f"{probe}_{name}" if probe else name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_lca.measure.metrics import GroupCredit, HelpingFraction, HurtingFraction
-from lightning_lca.record.tables import Rows
+from lightning_lca.record.tables import StepTable
 
 MOST_PANELS = 30  # More curves than this in one TensorBoard section are not read by anyone.
 
@@ -68,9 +68,9 @@ class Scalars:
         self._credit = GroupCredit(len(panels))
         self._helping = HelpingFraction(panel_sizes)
         self._hurting = HurtingFraction(panel_sizes)
-        self._window: list[Rows] = []
+        self._window: list[StepTable] = []
 
-    def update(self, rows: Rows) -> None:
+    def update(self, rows: StepTable) -> None:
         """Adds measured steps."""
         if not len(rows):
             return
@@ -90,7 +90,7 @@ class Scalars:
         """Number of measured steps since the last log."""
         return sum(map(len, self._window))
 
-    def resume(self, credit: Tensor, rows: Rows, logged: int) -> None:
+    def resume(self, credit: Tensor, rows: StepTable, logged: int) -> None:
         """Takes up the sums of a checkpoint.
 
         Args:
@@ -106,7 +106,7 @@ class Scalars:
         """Gives the values and starts a new window; nothing if no step was measured in this one."""
         if not self._window:
             return {}
-        rows, self._window = Rows.join(self._window), []
+        rows, self._window = StepTable.join(self._window), []
         credit = self._credit.compute()
         trained = np.maximum(rows.trained, 1)
         p = self.prefix

@@ -6,9 +6,12 @@ A class that derives from the bases of both works in both Trainers; at least one
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["LIGHTNING_MODULES", "LightningCallback", "MisconfigurationException", "of"]
+from tqdm import tqdm
+
 _ROOTS = ("pytorch_lightning", "lightning.pytorch")
 
 
@@ -26,8 +29,12 @@ def _everywhere(module: str, name: str) -> tuple[type, ...]:
 LIGHTNING_MODULES = _everywhere("", "LightningModule")
 
 if TYPE_CHECKING:
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
-    from pytorch_lightning import Callback as LightningCallback
+    from lightning_fabric.utilities.exceptions import (
+        MisconfigurationException as MisconfigurationException,
+    )
+    from pytorch_lightning import Callback
+
+    LightningCallback = Callback
 else:
 
     class LightningCallback(*_everywhere("", "Callback")):
@@ -49,3 +56,21 @@ def of(trainer: Any, module: str) -> Any:
             if cls.__module__.startswith(root + "."):
                 return importlib.import_module(root + module)
     raise TypeError(f"Not a Lightning Trainer: {type(trainer)}.")
+
+
+def tell(trainer: Any, text: str) -> None:
+    """Says something once, on rank zero: above the progress bar, or to Lightning's log.
+
+    Lightning's log writes where the cursor is, which is in the middle of a bar.
+    """
+    bar = trainer.progress_bar_callback
+    if getattr(bar, "is_enabled", False):
+        bar.print(text)
+    else:
+        of(trainer, ".utilities.rank_zero").rank_zero_info(text)
+
+
+def warn(text: str) -> None:
+    """Warns, at the line that called the caller; bars of tqdm step aside, as rich's do."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        warnings.warn(text, stacklevel=3)

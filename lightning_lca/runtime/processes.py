@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_lca.measure.flag import Flag
+from lightning_lca.measure.tensors import DeferredBool
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,14 @@ class Ranks:
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return int(agreed)
 
-    def all(self, flags: Sequence[Flag | bool], device: torch.device) -> list[bool]:
+    def all(self, flags: Sequence[DeferredBool | bool], device: torch.device) -> list[bool]:
         """Tells of each flag whether it is set on every process, so that all take the same way."""
         if self.processes == 1:
             return [bool(flag) for flag in flags]
-        tensors = [f.tensor if isinstance(f, Flag) else Flag.of(f, device).tensor for f in flags]
+        tensors = [
+            f.tensor if isinstance(f, DeferredBool) else DeferredBool.of(f, device).tensor
+            for f in flags
+        ]
         agreed = torch.stack([t.to(device) for t in tensors]).int()
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        return [bool(flag) for flag in map(Flag, agreed.bool())]
+        return [bool(flag) for flag in map(DeferredBool, agreed.bool())]

@@ -22,7 +22,7 @@ _HOLDABLE = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, na
 Handler = Callable[[int, FrameType | None], Any]
 
 
-class _Held:
+class _Deferred:
     """Signals of one body: their handlers, and when which came first."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class _Held:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Runs the body without interruption: what a signal asks for is done right after it.
 
     Only the main thread handles signals, so elsewhere this does nothing. A signal that comes again
@@ -70,9 +70,9 @@ def held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = _Held()
+    deferred = _Deferred()
     try:
-        held.take_over()
+        deferred.take_over()
         yield
     finally:
-        held.give_back()
+        deferred.give_back()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record.history import Ints
+from lightning_lca.record.tables import Ints
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError
 from lightning_lca.tensorboard.snapshot import Table
 

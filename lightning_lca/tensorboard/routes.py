@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lca.record.history import Rows
-from lightning_lca.tensorboard import together, views
+from lightning_lca.record.tables import StepTable
+from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.bins import Range
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query
@@ -71,9 +71,9 @@ def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
 
 def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
-    strongest = query.whole("strongest", 1, together.MOST, 20)
+    strongest = query.whole("strongest", 1, views.MOST_MOMENTS, 20)
     query.done()
-    return together.synchrony(store.run(source, run).table(probe), asked, strongest)
+    return views.synchrony(store.run(source, run).table(probe), asked, strongest)
 
 
 def _export(store: Store, source: Source, query: Query) -> Download:
@@ -88,7 +88,7 @@ def _common(query: Query) -> tuple[str, str | None, Range]:
     return query.text("run"), query.optional("probe"), Range(*query.steps(), query.bins())
 
 
-def _csv(table: Table, rows: Rows) -> Iterator[str]:
+def _csv(table: Table, rows: StepTable) -> Iterator[str]:
     """Writes rows as text, one column per layer. "lca/" keeps a name from being a formula."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_lca.record import eventfile
-from lightning_lca.record.history import Reader
+from lightning_lca.record.reader import Reader
 from lightning_lca.tensorboard.provider import Event, Mark, Source
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Run, Table, listing

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.record.history import History, Ints, Rows, Windows
+from lightning_lca.record.history import History
+from lightning_lca.record.tables import Ints, StepTable, WindowTable
 from lightning_lca.tensorboard.query import QueryError, show
 
 
@@ -30,8 +31,8 @@ class Table:
     groups: tuple[str, ...]
     sizes: Ints
     group_by: str
-    rows: Rows
-    neurons: Windows | None
+    rows: StepTable
+    neurons: WindowTable | None
 
     @classmethod
     def of(cls, history: History, *key: str) -> Table:

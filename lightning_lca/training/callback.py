@@ -12,14 +12,13 @@ from torch import Tensor
 from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import Quadrature
-from lightning_lca.probe.modes import ProbeMode
+from lightning_lca.probe.loss import ProbeMode
 from lightning_lca.record.history import History
 from lightning_lca.runtime.lightnings import LightningCallback
-from lightning_lca.runtime.signals import held
-from lightning_lca.training.meter import Meter
-from lightning_lca.training.results import Results
+from lightning_lca.runtime.signals import defer_signals
+from lightning_lca.training.meter import Meter, Results
 from lightning_lca.training.settings import Segments, Settings
-from lightning_lca.training.support import check_trainer
+from lightning_lca.training.support import check_trainer, distinct_key
 from lightning_lca.training.training import Training
 
 
@@ -131,14 +130,15 @@ class LCACallback(LightningCallback):
         self._training: Training | None = None
         self._results: dict[str | None, Results] = {}
         self._kept: dict[str, Any] | None = None
-        self._every = None if max_overhead is not None else every_n_steps
+        self._chords = self._settings.chords()
+        self._key: str | None = None
 
     # -- results ----------------------------------------------------------------------------------
 
     @property
     def every_n_steps(self) -> int | None:
         """Optimizer steps of a segment: what was given, or what max_overhead chose; else None."""
-        return self._every if self._training is None else self._training.every_n_steps
+        return self._chords.every
 
     @property
     def histories(self) -> dict[str | None, History]:
@@ -181,27 +181,41 @@ class LCACallback(LightningCallback):
     @property
     def state_key(self) -> str:
         """Tells several of these callbacks in one Trainer apart."""
-        asked = self._settings
-        probes = [n or (s if isinstance(s, str) else "own") for n, s in asked.sources.items()]
-        budget = "" if asked.max_overhead is None else f"max_overhead={asked.max_overhead}, "
-        budget += 'segments="step", ' if asked.segments == "step" else ""
-        return (
-            f"LCACallback(probe={'+'.join(probes)}, probe_mode={asked.probe_mode}, "
-            f"{budget}every_n_steps={asked.every_n_steps}, quadrature={asked.rule.name}, "
-            f"group_by={asked.group_by})"
-        )
+        # Nobody reads it before `setup` but Lightning's check for doubles, whose message names no
+        # cure: that of `setup` does.
+        return self._key or f"{self._settings.key()} at {id(self):#x}"
 
     # -- hooks ------------------------------------------------------------------------------------
 
-    @held()
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Tells the Trainer's callbacks of this kind apart.
+
+        Raises:
+            MisconfigurationException: Two of them measure the same.
+        """
+        others = [other._settings for other in _siblings(trainer) if other is not self]
+        self._key = distinct_key(self._settings, others)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Reads the probes, evaluates each once, and opens the record."""
-        check_trainer(trainer, pl_module, self._settings)
-        kept, self._kept = self._kept, None
-        self._results, self._training = {}, None
-        self._training = Training(trainer, pl_module, self._settings)
-        self.log_dir = self._training.session.log_dir
-        self._training.begin(trainer, pl_module, kept)
+        with defer_signals():
+            check_trainer(trainer, pl_module, self._settings)
+            kept, self._kept = self._kept, None
+            if self._training is not None:  # A training that nobody ended.
+                self._training.abort()
+            self._results, self._training = {}, None
+            self._chords = self._settings.chords()
+            self._training = Training(
+                trainer,
+                pl_module,
+                self._settings,
+                self._chords,
+                key=self.state_key,
+                place=_siblings(trainer).index(self),
+                kept=kept,
+            )
+            self.log_dir = self._training.reporter.log_dir
+            self._training.begin(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -218,34 +232,34 @@ class LCACallback(LightningCallback):
             self._training.look(pl_module)
         self._training.open()
 
-    @held()
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Closes the segment if it is due, measures it, and logs on the interval."""
         if self._training is not None:
-            self._training.close(trainer, pl_module)
+            with defer_signals():
+                self._training.close(trainer, pl_module)
 
-    @held()
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         if self._training is not None:
-            self._training.end(trainer, pl_module)
+            with defer_signals():
+                self._training.end(trainer, pl_module)
 
-    @held()
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Writes what was measured; the user's own error stays on top."""
         if self._training is not None:
-            self._training.abort()
+            with defer_signals():
+                self._training.abort()
 
-    @held()
     def state_dict(self) -> dict[str, Any]:
-        """Gives what a checkpoint needs: some numbers, and where the record is.
+        """Returns what a checkpoint needs: some numbers, and where the record is.
 
         With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
         the weights.
         """
-        return (self._kept or {}) if self._training is None else self._training.state()
+        with defer_signals():
+            return (self._kept or {}) if self._training is None else self._training.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` gave, for the training that is about to start."""
@@ -257,8 +271,8 @@ class LCACallback(LightningCallback):
         """Gives what was measured by every probe, up to now."""
         if self._training is None:
             return self._results
-        self._training.session.collect()
-        return self._training.session.meters
+        self._training.reporter.collect()
+        return self._training.meters
 
     def _first(self, what: str) -> Meter | Results:
         measured = self._measured()
@@ -276,7 +290,7 @@ class LCACallback(LightningCallback):
             name: Results.of(m) if isinstance(m, Meter) else m
             for name, m in self._measured().items()
         }
-        of_now = {"_training": None, "_results": results, "_every": self.every_n_steps}
+        of_now = {"_training": None, "_results": results, "_key": None}
         state = vars(self) | of_now
         # The Trainer hangs bound methods of the module on every callback.
         return {n: v for n, v in state.items() if n not in ("log", "log_dict")}
@@ -287,3 +301,8 @@ class LCACallback(LightningCallback):
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _siblings(trainer: Any) -> list[LCACallback]:
+    """Lists the callbacks of this kind that a Trainer has."""
+    return [c for c in trainer.callbacks if isinstance(c, LCACallback)]

@@ -14,24 +14,24 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import (
     Allocation,
-    Position,
+    Buffer,
+    Ends,
     Sample,
     Segment,
     Weights,
-    allocate,
-    refine,
+    credit,
+    mean_gradient,
+    refined_gradient,
 )
-from lightning_lca.measure.flag import Flag
 from lightning_lca.measure.groups import Grouping, GroupSums
-from lightning_lca.measure.quadrature import Quadrature
-from lightning_lca.measure.tensors import accumulator
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
-from lightning_lca.record.tables import Rows, Windows
+from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.reporting.distributions import Distribution, Distributions
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.training.reuse import Reuse
-from lightning_lca.training.windows import Detail
+from lightning_lca.training.settings import Settings
+from lightning_lca.training.windows import FineSums
 
 
 @dataclass(frozen=True)
@@ -64,90 +64,84 @@ class Meter:
     def __init__(
         self,
         probe: Probe,
+        module: Any,
+        settings: Settings,
         grouping: Grouping,
-        detail: Detail,
-        distributions: Distributions,
-        rule: Quadrature,
         ranks: Ranks,
-        *,
-        tolerance: float | None = None,
-        max_splits: int = 32,
-        track_parameters: bool = False,
     ) -> None:
         """Starts with an empty history.
 
         Args:
             probe: The loss surface.
+            module: The LightningModule.
+            settings: The rule, the tolerance, and what finer sums are kept.
             grouping: How weights are summed.
-            detail: What finer sums are kept.
-            distributions: Counts the single weights of a layer, when it is asked for.
-            rule: Quadrature rule of a segment.
             ranks: The processes that share the probe.
-            tolerance: Refines until |residual| is below it, by Simpson's rule.
-            max_splits: Most panels of a refinement.
-            track_parameters: Keeps ``totals`` and ``last``.
         """
         self.probe = probe
         self.history = History(grouping.names, grouping.sizes, grouping.by)
-        for name, table in detail.tables.items():
+        self._fine = FineSums(
+            module,
+            grouping,
+            neurons=settings.neurons,
+            weights=settings.track_parameters,
+            seed=settings.seed,
+            process=ranks.process,
+        )
+        for name, table in self._fine.tables.items():
             self.history.append_windows(name, table)
-        self.totals: dict[str, Tensor] | None = {} if track_parameters else None
+        self.windows = self._fine.metadata
+        self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
         self._grouping = grouping
-        self._detail = detail
-        self._distributions = distributions
+        self._distributions = Distributions(module)
         self._spread: dict[str, Distribution] = {}
-        self.windows = detail.said
-        self._rule = rule
+        self._rule = settings.rule
+        self._tolerance = settings.tolerance
+        self._max_splits = settings.max_splits
         self._ranks = ranks
-        self._tolerance = tolerance
-        self._max_splits = max_splits
-        self._reuse = Reuse(probe, probe if tolerance is None else self._whole, ranks)
-        self._out: dict[str, Tensor] = {}
+        self._reuse = Reuse(probe, ranks)
+        self._buffer = Buffer({})
         self._loss: Tensor | None = None  # At the end of the last segment.
         self._pending: list[_Pending] = []
 
-    def measure(
-        self, segment: Segment, continues: Flag | bool, step: int, *, spread: bool = False
-    ) -> None:
+    def measure(self, segment: Segment, step: int, *, spread: bool = False) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
 
         Args:
             segment: Where the weights were and are.
-            continues: Whether it starts exactly where the segment before stopped.
             step: Optimizer steps done at its end.
             spread: Also takes the distributions of credit over single weights.
         """
         began = time.perf_counter()
-        first = self._reuse.start(segment, continues)
-        if self._out.keys() != segment.start.keys():
-            self._out = {n: accumulator(w) for n, w in segment.start.items()}
+        first = self._reuse.start(segment)
+        if self._buffer.sums.keys() != segment.start.keys():
+            self._buffer = Buffer.of(segment)
+            self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
+        self._buffer.first, first = first, None
         if self._tolerance is None:
-            allocation = allocate(self.probe, segment, self._rule, first, self._out)
+            gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
         else:
-            allocation = refine(
-                self._whole,
-                segment,
-                self._tolerance,
-                self._max_splits,
-                first,
-                self._out,
-                functools.partial(self._add_up, list(segment.start)),
+            gradient, ends = refined_gradient(
+                self.probe, segment, self._tolerance, self._max_splits, self._buffer
             )
-        ends = torch.stack([allocation.loss_before, allocation.loss_after])
-        sums = self._sum(allocation, ends)
+        values = credit(gradient, segment)
+        losses = torch.stack([ends.loss_before, ends.last.loss])
+        sums = self._sum(values, losses)
         if spread and self._grouping.is_whole:
-            self._spread = self._distributions.of(allocation.values)
-        drift = ends[:1] - (ends[:1] if self._loss is None else self._loss)
-        self._loss = ends[1]
-        row = torch.cat([ends, drift, sums.credit, sums.helping.to(ends), sums.hurting.to(ends)])
-        self._track(allocation, torch.isfinite(torch.cat([ends, sums.credit])).all())
-        self._reuse.keep(allocation.last, self._out)
+            self._spread = self._distributions.of(values)
+        drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
+        self._loss = losses[1]
+        row = torch.cat(
+            [losses, drift, sums.credit, sums.helping.to(losses), sums.hurting.to(losses)]
+        )
+        self._track(values, ends, torch.isfinite(torch.cat([losses, sums.credit])).all())
+        self._reuse.keep(ends.last, self._buffer.sums)
         self._pending.append(
             _Pending(
                 step,
-                allocation.splits,
-                allocation.converged,
+                ends.splits,
+                ends.converged,
                 self._grouping.count(segment.start),
                 time.perf_counter() - began,
                 row,
@@ -169,21 +163,21 @@ class Meter:
         """Number of measured steps that are not in the history yet."""
         return len(self._pending)
 
-    def collect(self) -> Rows:
+    def collect(self) -> StepTable:
         """Copies the pending rows to the host, at once, into the history; gives the new ones."""
         groups = len(self.history.groups)
         if not self._pending:
-            return Rows.none(groups)
+            return StepTable.none(groups)
         pending, self._pending = self._pending, []
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
-        credit, helping, hurting = np.split(table[:, 3:], 3, axis=1)
+        allocated, helping, hurting = np.split(table[:, 3:], 3, axis=1)
         before, after, drift = table[:, 0], table[:, 1], table[:, 2]
         with np.errstate(invalid="ignore", over="ignore"):
-            residual = after - before - credit.sum(1)
+            residual = after - before - allocated.sum(1)
         finite = np.isfinite(table).all(1)
-        rows = Rows(
+        rows = StepTable(
             steps=np.array([p.step for p in pending], np.int64),
-            allocated=credit.copy(),
+            allocated=allocated.copy(),
             helping=helping.astype(np.int64),
             hurting=hurting.astype(np.int64),
             loss_before=before.copy(),
@@ -198,11 +192,11 @@ class Meter:
         self.history.append(rows)
         return rows
 
-    def take_windows(self) -> dict[str, Windows]:
+    def take_windows(self) -> dict[str, WindowTable]:
         """Ends the window of finer sums here, into the history; gives it, or {} if it is empty."""
         if self._pending:
             raise RuntimeError("A window ends on collected steps: call collect first.")
-        windows = self._detail.take(self.history.last_step)
+        windows = self._fine.take(self.history.last_step)
         for name, window in windows.items():
             self.history.append_windows(name, window)
         return windows
@@ -245,21 +239,21 @@ class Meter:
         )
         return None
 
-    def _sum(self, allocation: Allocation, ends: Tensor) -> GroupSums:
+    def _sum(self, values: Weights, losses: Tensor) -> GroupSums:
         """Sums credits over groups and ranks; completes the losses at both ends [2], in place."""
-        values, whole = allocation.values, self._grouping.is_whole
+        whole = self._grouping.is_whole
         if whole and self._tolerance is None:
             # Credit is linear in the gradient, and adds up over ranks; counts do not.
             self._ranks.sum(list(values.values()))
-            self._ranks.sum([ends])
+            self._ranks.sum([losses])
         sums = self._grouping.sums(values)
-        neurons = self._detail.neurons(values)
+        neurons = self._fine.neurons(values)
         if not whole:
-            ends /= self._ranks.copies if self._tolerance is None else self._ranks.processes
-            helping, hurting = sums.helping.to(ends), sums.hurting.to(ends)
-            self._ranks.sum([ends, sums.credit, helping, hurting, sums.parameters, neurons])
+            losses /= self._ranks.copies if self._tolerance is None else self._ranks.processes
+            helping, hurting = sums.helping.to(losses), sums.hurting.to(losses)
+            self._ranks.sum([losses, sums.credit, helping, hurting, sums.parameters, neurons])
             sums = GroupSums(sums.credit, helping, hurting, sums.parameters)
-        self._detail.update(values, sums.parameters, neurons)
+        self._fine.update(values, sums.parameters, neurons)
         return sums
 
     def _add_up(self, names: list[str], sums: Tensor) -> Tensor:
@@ -271,31 +265,39 @@ class Meter:
         self._ranks.sum([total])
         return total
 
-    def _whole(self, at: Position, /) -> Sample:
-        """Evaluates the whole probe: refinement must come to the same end on every rank."""
-        part = self.probe(at)
-        loss = part.loss / self._ranks.copies
-        self._ranks.sum([loss])
-        if part.gradient is not None and self._grouping.is_whole:
-            self._ranks.sum(list(part.gradient.values()))
-        return Sample(loss, part.gradient)
-
     @torch.no_grad()
-    def _track(self, allocation: Allocation, finite: Tensor) -> None:
+    def _track(self, values: Weights, ends: Ends, finite: Tensor) -> None:
         if self.totals is None:
             return
-        values: Weights = {n: v.clone() for n, v in allocation.values.items()}
-        for name, value in values.items():
+        copies = {n: v.clone() for n, v in values.items()}
+        for name, value in copies.items():
             counted = torch.where(finite.to(value.device), value, 0.0)
             if name in self.totals:
                 self.totals[name] += counted
             else:
                 self.totals[name] = counted
+        last = Sample(ends.last.loss, None)
         self.last = Allocation(
-            values,
-            allocation.loss_before,
-            allocation.loss_after,
-            allocation.splits,
-            allocation.converged,
-            Sample(allocation.last.loss, None),
+            copies, ends.loss_before, last.loss, ends.splits, ends.converged, last
         )
+
+
+@dataclass(frozen=True)
+class Results:
+    """One probe's results so far.
+
+    Attributes:
+        history: Measured steps.
+        totals: Cumulative credit of every weight {name: [*shape]}, where parameters are tracked.
+        last: None: the latest allocation is not kept.
+    """
+
+    history: History
+    totals: dict[str, Tensor] | None
+    last: Allocation | None = None
+
+    @classmethod
+    def of(cls, meter: Meter) -> Results:
+        """Takes what a meter has measured, up to its last `collect`."""
+        totals = meter.totals
+        return cls(meter.history, totals and {n: t.cpu() for n, t in totals.items()})

@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.allocation import Field, Sample, Segment, Weights
-from lightning_lca.measure.flag import Flag
-from lightning_lca.measure.tensors import bundles
+from lightning_lca.measure.allocation import Sample, Segment, Weights
+from lightning_lca.measure.tensors import DeferredBool, bundles
 from lightning_lca.probe.probe import Probe
-from lightning_lca.runtime.notices import warn
+from lightning_lca.runtime.lightnings import warn
 from lightning_lca.runtime.processes import Ranks
 
 AUDIT_EVERY = 50
@@ -30,24 +29,22 @@ class Reuse:
         apart: Gradients of the probe that were not spent on measuring: its first check, audits.
     """
 
-    def __init__(self, probe: Probe, field: Field, ranks: Ranks) -> None:
+    def __init__(self, probe: Probe, ranks: Ranks) -> None:
         """Starts with nothing kept.
 
         Args:
             probe: The loss surface.
-            field: How it is evaluated; the probe itself, or a sum of all ranks' parts of it.
             ranks: The processes that share the probe; all take the same way.
         """
         self.on = True
         self.audits = 0
         self.apart = probe.gradients
         self._probe = probe
-        self._field = field
         self._ranks = ranks
         self._reused = 0
         self._kept: Sample | None = None
         self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
-        self._audit: tuple[Flag, Sample, Sample] | None = None
+        self._audit: tuple[DeferredBool, Sample, Sample] | None = None
 
     def keep(self, last: Sample, into: Weights) -> None:
         """Keeps the sample at the end of a segment, its gradient in existing tensors."""
@@ -56,19 +53,19 @@ class Reuse:
             torch._foreach_copy_([into[n] for n in names], [last.gradient[n] for n in names])
         self._kept = Sample(last.loss, None if last.gradient is None else into)
 
-    def start(self, segment: Segment, continues: Flag | bool) -> Sample | None:
+    def start(self, segment: Segment) -> Sample | None:
         """Gives the sample at the start of a segment if one is known that can be trusted.
 
         Args:
             segment: Its stop is live now.
-            continues: Whether it starts exactly where the segment before stopped.
         """
         before, now = self._surroundings, self._probe.surroundings()
         self._surroundings = now
         known = self.on and self._kept is not None
         unchanged = before is not None and _match(before, now)
         audit = True if self._audit is None else self._audit[0]
-        agreed, *trusted = self._ranks.all([audit, known, continues, unchanged], self._probe.device)
+        looked_at = [audit, known, segment.continues, unchanged]
+        agreed, *trusted = self._ranks.all(looked_at, self._probe.device)
         if not agreed:
             self._give_up()
         self._audit = None
@@ -82,11 +79,11 @@ class Reuse:
     def _check(self, segment: Segment, kept: Sample) -> None:
         """Evaluates the start afresh, uses that, and compares; the next start reads the verdict."""
         before = self._probe.gradients
-        fresh = self._field(segment.at(0.0, needs_gradient=kept.gradient is not None))
+        fresh = self._probe(segment.at(0.0, needs_gradient=kept.gradient is not None))
         self.audits += 1
         self.apart += self._probe.gradients - before
         losses = Sample(kept.loss, None), Sample(fresh.loss, None)
-        self._audit = (Flag(_agree(kept, fresh)), *losses)
+        self._audit = (DeferredBool(_agree(kept, fresh)), *losses)
         self.keep(fresh, kept.gradient or {})
 
     def _give_up(self) -> None:
@@ -103,11 +100,13 @@ class Reuse:
         )
 
 
-def _match(a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]) -> Flag | bool:
+def _match(
+    a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]
+) -> DeferredBool | bool:
     """Compares fingerprints; nothing travels from the device where there is nothing to compare."""
     if a[0] != b[0] or a[1].shape != b[1].shape:
         return False
-    return Flag((a[1] == b[1]).all()) if len(a[1]) else True
+    return DeferredBool((a[1] == b[1]).all()) if len(a[1]) else True
 
 
 @torch.no_grad()

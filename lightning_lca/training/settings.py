@@ -11,10 +11,26 @@ from torch import Tensor
 
 from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import SIMPSON, Quadrature, as_quadrature
-from lightning_lca.probe.loss import LossFn
-from lightning_lca.probe.modes import ProbeMode
+from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
+
+
+@dataclass
+class Chords:
+    """How many optimizer steps a segment has.
+
+    Attributes:
+        every: Their number, as given or as ``max_overhead`` chose; None until it has.
+        is_final: Whether a training that goes on from a checkpoint keeps a number that was chosen.
+    """
+
+    every: int | None
+    is_final: bool = False
+
+    def choose(self, every: int) -> None:
+        """Takes the number that ``max_overhead`` chose."""
+        self.every, self.is_final = every, True
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,27 @@ class Settings:
         if settings.tolerance is not None:
             _tolerance(settings.tolerance, settings.rule)
         return settings
+
+    def chords(self) -> Chords:
+        """Returns how long segments are at the start of a training."""
+        return Chords(self.every_n_steps if self.max_overhead is None else None)
+
+    def key(self, *, whole: bool = False) -> str:
+        """Names what is measured; ``whole``: with all that tells several callbacks apart."""
+        probes = [n or (s if isinstance(s, str) else "own") for n, s in self.sources.items()]
+        budget = "" if self.max_overhead is None else f"max_overhead={self.max_overhead}, "
+        budget += 'segments="step", ' if self.segments == "step" else ""
+        rest = ""
+        if whole:
+            loss_fn = getattr(self.loss_fn, "__qualname__", self.loss_fn and "own")
+            rest = f", probe_batches={self.probe_batches}, loss_fn={loss_fn}, "
+            rest += f"tolerance={self.tolerance}, max_splits={self.max_splits}, seed={self.seed}, "
+            rest += f"track_parameters={self.track_parameters}, neurons={self.neurons}"
+        return (
+            f"LCACallback(probe={'+'.join(probes)}, probe_mode={self.probe_mode}, "
+            f"{budget}every_n_steps={self.every_n_steps}, quadrature={self.rule.name}, "
+            f"group_by={self.group_by}{rest})"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Gives what the record keeps, as plain values."""

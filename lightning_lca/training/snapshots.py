@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment, Weights
-from lightning_lca.measure.flag import Flag
-from lightning_lca.measure.shards import parts
-from lightning_lca.measure.tensors import bundles, on_accelerator
+from lightning_lca.measure.parameters import parts
+from lightning_lca.measure.tensors import DeferredBool, bundles, on_accelerator
 
 
-class Path:
+class Snapshots:
     """Cuts the motion of live weights into segments, and notices what moved them in between.
 
     Holds two copies of the trainable weights, allocated once and again only when the set of them
@@ -26,7 +25,7 @@ class Path:
         self._start: dict[str, Tensor] = {}
         self._stop: dict[str, Tensor] = {}
         self._closed_before = False
-        self._same: Flag | bool = False
+        self._same: DeferredBool | bool = False
         self._marks: list[dict[str, Tensor]] = []
         self._marked_at: list[int] = []
         self.is_open = False
@@ -68,7 +67,11 @@ class Path:
         marks = self._marks[: len(self._marked_at)]
         points = [segment.start, *({n: m[n] for n in segment.start} for m in marks), segment.stop]
         steps = [*self._marked_at, step]
-        return [(Segment(a, b), at) for (a, b), at in zip(pairwise(points), steps, strict=True)]
+        joined = [segment.continues] + [True] * len(marks)
+        return [
+            (Segment(*ends, continues), at)
+            for ends, continues, at in zip(pairwise(points), joined, steps, strict=True)
+        ]
 
     def reopen(self, segment: Segment) -> None:
         """Takes up a closed segment, or a piece of one, again from its start."""
@@ -93,8 +96,8 @@ class Path:
         _copy({n: start[n] for n in names}, self._start)
         self._same = False
 
-    def close(self, weights: Weights) -> tuple[Segment, Flag | bool]:
-        """Ends the segment at the live weights; says whether it began where the last one ended."""
+    def close(self, weights: Weights) -> Segment:
+        """Ends the segment at the live weights."""
         if not self.is_open:
             raise RuntimeError("No segment is open.")
         weights = parts(weights)
@@ -103,8 +106,9 @@ class Path:
         _copy({n: weights[n] for n in names}, self._stop)
         self.is_open = False
         self._closed_before = len(names) == len(self._start)
-        segment = Segment({n: self._start[n] for n in names}, {n: self._stop[n] for n in names})
-        return segment, self._same
+        return Segment(
+            {n: self._start[n] for n in names}, {n: self._stop[n] for n in names}, self._same
+        )
 
 
 def _alike(a: Weights, b: Weights) -> bool:
@@ -114,7 +118,7 @@ def _alike(a: Weights, b: Weights) -> bool:
 
 
 @torch.no_grad()
-def _equal(a: Weights, b: Weights) -> Flag | bool:
+def _equal(a: Weights, b: Weights) -> DeferredBool | bool:
     """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
     if not on_accelerator(next(iter(a.values()))):
         return all(torch.equal(a[n], b[n]) for n in a)
@@ -125,7 +129,7 @@ def _equal(a: Weights, b: Weights) -> Flag | bool:
         for part in bundles(x)
         for distance in torch._foreach_norm(torch._foreach_sub(x[part], y[part]), float("inf"))
     ]
-    return Flag((torch.stack(distances) == 0).all())
+    return DeferredBool((torch.stack(distances) == 0).all())
 
 
 @torch.no_grad()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_lca.measure.shards import any_cut, is_cut, is_even
-from lightning_lca.runtime.lightnings import MisconfigurationException
-from lightning_lca.runtime.notices import warn
+from lightning_lca.measure.parameters import any_cut, is_cut, is_even
+from lightning_lca.runtime.lightnings import MisconfigurationException, warn
 from lightning_lca.training.settings import Settings
 
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -59,6 +59,25 @@ def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
     _check_strategy(trainer.strategy)
     if any_cut(module):
         _check_cut(trainer, module, settings)
+
+
+def distinct_key(mine: Settings, others: Sequence[Settings]) -> str:
+    """Names one callback's state in a checkpoint, apart from those of its Trainer's others.
+
+    Raises:
+        MisconfigurationException: Another one measures the same.
+    """
+    if all(mine.key() != other.key() for other in others):
+        return mine.key()
+    key = mine.key(whole=True)
+    if any(key == other.key(whole=True) for other in others):
+        raise MisconfigurationException(
+            f"Two callbacks of this Trainer measure the same: {key}. Their results could not be "
+            "told apart in a checkpoint. Remove one; or, if their probes are different data, name "
+            'these: LCACallback(probe={"a": ...}) and LCACallback(probe={"b": ...}), or one '
+            'LCACallback(probe={"a": ..., "b": ...}).'
+        )
+    return key
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -1,211 +1,404 @@
-"""One training followed from its start to its end: when segments open and close, and what is told.
+"""One training from its start to its end: when segments open and close, and what is measured.
 
 The callback's hooks say what happens; what it means for the measure is decided here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_lca.measure.shards import parts
-from lightning_lca.probe.probe import live_weights
-from lightning_lca.runtime.notices import tell, warn
-from lightning_lca.runtime.signals import held
-from lightning_lca.training.budget import Budget
-from lightning_lca.training.cost import Cost
-from lightning_lca.training.session import Session, x_axis
-from lightning_lca.training.settings import Settings
-from lightning_lca.training.snapshots import Path
-from lightning_lca.training.steps import Steps
+from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.parameters import (
+    any_cut,
+    live_weights,
+    named_modules,
+    named_parameters,
+    parts,
+)
+from lightning_lca.probe.batches import read_batches
+from lightning_lca.probe.precision import Rounding
+from lightning_lca.probe.probe import Probe
+from lightning_lca.record.history import History
+from lightning_lca.reporting.reporter import Reporter, x_axis
+from lightning_lca.runtime.lightnings import tell, warn
+from lightning_lca.runtime.processes import Ranks
+from lightning_lca.runtime.signals import defer_signals
+from lightning_lca.training.budget import Budget, StepTimer
+from lightning_lca.training.meter import Meter
+from lightning_lca.training.settings import Chords, Settings
+from lightning_lca.training.snapshots import Snapshots
 
 
 class Training:
     """Opens a segment before an optimizer step, and measures it at the end of a batch.
 
     Attributes:
-        session: What measures and records.
-        path: The motion of the weights.
-        every_n_steps: Steps of a segment; None until a budget has chosen.
+        meters: By name of the probe; None is the name of a single one.
+        reporter: Writes what they measure.
+        snapshots: The motion of the weights.
     """
 
-    def __init__(self, trainer: Any, module: Any, settings: Settings) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        settings: Settings,
+        chords: Chords,
+        *,
+        key: str = "",
+        place: int = 0,
+        kept: dict[str, Any] | None = None,
+    ) -> None:
         """Reads the probes, and evaluates each once; every rank must call this.
 
         Args:
             trainer: The Trainer that starts.
             module: Its LightningModule.
             settings: What was asked for.
+            chords: How long a segment is; a budget writes its choice there.
+            key: Tells this callback's record from another's.
+            place: Which one of the Trainer's callbacks this is, from 0.
+            kept: What `state` returned when a checkpoint was saved; None for a new training.
         """
-        self._asked = settings
-        self.path = Path()
-        self.session = Session(trainer, module, settings)
-        self.every_n_steps = None if settings.max_overhead is not None else settings.every_n_steps
-        self._chosen: int | None = None
+        self._settings = settings
+        self._chords = chords
+        self._kept = kept
+        self._is_cut = any_cut(module)
+        self._rounding = Rounding(module)
+        self._ranks = Ranks.of(trainer)
+        self._grouping = Grouping(module, settings.group_by, trainer.global_rank)
+        self.snapshots = Snapshots()
+        self.meters: dict[str | None, Meter] = {
+            name: self._meter(module, self._probe(trainer, module, source))
+            for name, source in settings.sources.items()
+        }
+        self.reporter = Reporter(
+            trainer,
+            self.meters,
+            self._grouping,
+            self._metadata(module, key),
+            place=place,
+            record=kept["record"] if kept else None,
+            interval=settings.log_every_n_steps,
+            figures=settings.figures,
+            custom_scalars=settings.custom_scalars,
+        )
+        self._measured_to = trainer.global_step  # Last step that some probe has measured.
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
-        self._steps = Steps(trainer, module, self._step)
-        self._cost: Cost | None = Cost(module.device)
+        self._counter = StepCounter(trainer, module, self._before_step)
+        self._timer: StepTimer | None = StepTimer(module.device)
         self._budget: Budget | None = None
+        self._trials: dict[str | None, Meter] = {}
 
-    def begin(self, trainer: Any, module: Any, kept: dict[str, Any] | None) -> None:
-        """Opens the record, and goes on where a checkpoint left off.
-
-        Args:
-            trainer: The Trainer that starts.
-            module: Its LightningModule.
-            kept: What `state` gave when the checkpoint was saved; None for a new training.
-        """
-        self.session.begin(kept)
+    def begin(self, trainer: Any, module: Any) -> None:
+        """Opens the record, and goes on where a checkpoint left off."""
+        kept, self._kept = self._kept, None
+        started_at = first_step = trainer.global_step
+        if kept:
+            started_at = max(started_at, kept["steps"])
+            # A training that ended in mid-chord measured the rest of it; one that goes on from
+            # there takes up the chord, and that rest no longer counts.
+            measured = [state["last_step"] for state in kept["probes"].values()]
+            first_step = min([started_at, *measured])
+        histories = self.reporter.resume(kept, started_at, first_step) if kept else {}
+        self.reporter.begin(first_step)
         opened = kept["open"] if kept else None
         if kept:
-            self._steps.resume(kept["steps"])
-            if self.every_n_steps is None and kept.get("every_n_steps") is not None:
-                self.every_n_steps = self._chosen = int(kept["every_n_steps"])
-                self.session.choose(self.every_n_steps)
+            self._resume(kept, histories)
         if opened:
             self._opened_at = opened["at"]
-            self.path.resume(opened["weights"], live_weights(module))
+            self.snapshots.resume(opened["weights"], live_weights(module))
             # The checkpoint was saved after a step was done and before it was measured.
-            if self._is_due:
-                self._measure(module)
-                self.session.log(x_axis(trainer), self._steps.done)
-        self._cost = Cost(module.device)
-        if self.every_n_steps is None:
-            self._budget = Budget(self._asked, self.session, self.path, self._cost)
+            self._timer = None
+            self.close(trainer, module)
+        self._timer = StepTimer(module.device)
+        if self._chords.every is None:
+            self._budget = Budget(
+                self._settings,
+                self.snapshots,
+                self._timer,
+                self._trial,
+                self._commit,
+                self._largest,
+            )
             if opened:
-                self._budget.resume(opened, self._steps.done)
+                self._budget.resume(opened, self._counter.done)
 
     # -- what happens -----------------------------------------------------------------------------
 
     def look(self, module: Any) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
-        if not self.path.is_open:
+        if not self.snapshots.is_open:
             self._trained = live_weights(module)
 
-    @held()
+    @defer_signals()
     def open(self) -> None:
         """Starts a segment where the weights are, unless one is open: only copies."""
-        if not self.path.is_open:
-            self._opened_at = self._steps.done
-            self.path.open(self._trained)
+        if not self.snapshots.is_open:
+            self._opened_at = self._counter.done
+            self.snapshots.open(self._trained)
             if self._budget is not None:
-                self._budget.begin(self._opened_at, self.path.start)
+                self._budget.begin(self._opened_at, self.snapshots.start)
 
-    def close(self, trainer: Any, module: Any) -> None:
-        """Closes the segment at the end of a batch if it is due, measures it, and logs."""
-        done = self._steps.done
-        if self._budget is not None:
-            every = self._budget.take(module, live_weights(module), done)
-            if self._choose(trainer, self._budget, every) and not self.path.is_open:
-                self.session.log(x_axis(trainer), done)
-        if not self._is_due:
-            self.session.record()
-            return
-        if self._cost is not None:
-            self._cost.enter(done - self._opened_at)
-        gradients = self._measure(module)
-        self.session.log(x_axis(trainer), done)
-        self.session.record()
-        if self._cost is not None:
-            self._cost.leave(gradients)
-            self._tell(trainer, self._cost)
+    def close(self, trainer: Any, module: Any, *, last: bool = False) -> None:
+        """Closes the segment at the end of a batch if it is due, measures it, and logs.
 
-    def end(self, trainer: Any, module: Any) -> None:
-        """Measures what is left of the last chord, logs it and closes the record."""
-        self._steps.leave()
-        x, done = 0, self._steps.done
-        if self._budget is not None:
-            every = self._budget.end(live_weights(module), done)
-            if self._choose(trainer, self._budget, every):
-                x = x_axis(trainer) - 1
-            self._chosen = None  # A training that goes on from here chooses for itself.
-        if self.path.is_open and done > self._opened_at:
-            self._measure(module)
-            x = x_axis(trainer) - 1  # The last batch is counted by now.
-        self.session.end(x, done)
-
-    def abort(self) -> None:
-        """Writes what was measured, after an error that is none of ours; raises nothing."""
-        self._steps.leave()
-        try:
-            self.session.close()
-        except Exception as error:
-            warn(f"LCA: the record could not be finished: {error!r}")
-
-    def state(self) -> dict[str, Any]:
-        """Gives what a checkpoint needs, as plain values and tensors."""
-        opened = None
-        # Of weights that are cut, a checkpoint of this process would hold a part only: a chord that
-        # was open then ends there, and what it did to the loss is booked as drift.
-        if self.session.is_cut:
-            pass
-        elif self._budget is not None and self._budget.began_at is not None:
-            opened = {"at": self._budget.began_at, "weights": dict(self._budget.start)}
-        elif self.path.is_open:
-            weights = {n: w.cpu().clone() for n, w in self.path.start.items()}
-            opened = {"at": self._opened_at, "weights": weights}
-        own = {"open": opened, "steps": self._steps.done, "every_n_steps": self._chosen}
-        return self.session.state() | own
-
-    # -- what it means ----------------------------------------------------------------------------
-
-    @property
-    def _is_due(self) -> bool:
-        every = self.every_n_steps
-        return (
-            self.path.is_open and every is not None and self._steps.done - self._opened_at >= every
-        )
-
-    @held()
-    def _step(self) -> None:
-        """Opens a segment at a step of manual optimization, or marks where the open one passes."""
-        done = self._steps.done
-        if self._asked.segments == "step" and self.path.is_open and done > self._opened_at:
-            self.path.mark(self._trained, done)
-        self.open()
-
-    def _choose(self, trainer: Any, budget: Budget, every: int | None) -> bool:
-        """Goes on with the every_n_steps that was chosen; False if none is yet."""
-        if self.path.is_open and budget.began_at is not None:
-            self._opened_at = budget.began_at
-        if every is None:
-            return False
-        tell(trainer, budget.line(every))
-        self.session.choose(every)
-        self.every_n_steps = self._chosen = every
-        self._budget, self._cost = None, Cost(budget.device)
-        return True
-
-    def _tell(self, trainer: Any, cost: Cost) -> None:
-        """Says once what measuring costs, or that it costs far more than it should."""
-        if not cost.is_known or self.every_n_steps is None:
-            return
-        self._cost = None
-        if self._asked.max_overhead is None:
-            tell(trainer, cost.line(refines=self._asked.tolerance is not None))
-        elif trainer.is_global_zero and (
-            excess := cost.excess(self.every_n_steps, self._asked.max_overhead)
-        ):
-            warn(excess)
-
-    def _measure(self, module: Any) -> int:
-        """Measures from where the segment was opened to where the weights are now."""
+        Args:
+            trainer: The Trainer.
+            module: Its LightningModule.
+            last: Measures what is left of a chord, and leaves logging to the end of training.
+        """
+        done = self._counter.done
         live = live_weights(module)
-        whole, continues = self.path.close(live)
-        pieces = self.path.pieces(whole, self._steps.done)
-        gradients = 0
+        if self._budget is not None and not last:
+            every = self._budget.take(module, live, done)
+            if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
+                self.reporter.log(x_axis(trainer), done)
+        least = 1 if last else self._chords.every
+        if not self.snapshots.is_open or least is None or done - self._opened_at < least:
+            if not last:
+                self.reporter.record()
+            return
+        if self._timer is not None and not last:
+            self._timer.enter(done - self._opened_at)
+        whole = self.snapshots.close(live)
+        pieces = self.snapshots.pieces(whole, done)
+        self._rounding.look(pieces[0][0])
+        shown = self.reporter.due(done)
+        before = self._gradients
         for piece, step in pieces:
             try:
                 if len(pieces) > 1:
                     piece.at(1.0).write(parts(live))
-                gradients += self.session.measure(piece, continues, step)
+                for meter in self.meters.values():
+                    meter.measure(piece, step, spread=shown and step == done)
+                    self._measured_to = step
             except BaseException:
                 whole.at(1.0).write(parts(live))
                 # A checkpoint saved now says where it began: it is measured when training resumes.
-                if self.session.measured_to < step:
-                    self.path.reopen(piece)
+                if self._measured_to < step:
+                    self.snapshots.reopen(piece)
                 raise
-            self._opened_at, continues = step, True
-        return round(gradients / len(pieces))
+            self._opened_at = step
+        if last:
+            return
+        self.reporter.log(x_axis(trainer), done)
+        self.reporter.record()
+        if self._timer is not None:
+            self._timer.leave(round((self._gradients - before) / len(pieces)))
+            self._tell(trainer, self._timer)
+
+    def end(self, trainer: Any, module: Any) -> None:
+        """Measures what is left of the last chord, logs it and closes the record."""
+        self._counter.leave()
+        x, done = 0, self._counter.done
+        if self._budget is not None:
+            every = self._budget.end(live_weights(module), done)
+            if self._choose(trainer, self._budget, every):
+                x = x_axis(trainer) - 1
+            self._chords.is_final = False  # A training that goes on from here chooses for itself.
+        if self.snapshots.is_open and done > self._opened_at:
+            self.close(trainer, module, last=True)
+            x = x_axis(trainer) - 1  # The last batch is counted by now.
+        self.reporter.end(x, done)
+
+    def abort(self) -> None:
+        """Writes what was measured, after an error that is none of ours; raises nothing."""
+        self._counter.leave()
+        try:
+            self.reporter.close()
+        except Exception as error:
+            warn(f"LCA: the record could not be finished: {error!r}")
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs, as plain values and tensors."""
+        opened = None
+        # Of weights that are cut, a checkpoint of this process would hold a part only: a chord that
+        # was open then ends there, and what it did to the loss is booked as drift.
+        if self._is_cut:
+            pass
+        elif self._budget is not None and self._budget.began_at is not None:
+            opened = {"at": self._budget.began_at, "weights": dict(self._budget.start)}
+        elif self.snapshots.is_open:
+            weights = {n: w.cpu().clone() for n, w in self.snapshots.start.items()}
+            opened = {"at": self._opened_at, "weights": weights}
+        reported = self.reporter.state()
+        for name, meter in self.meters.items():
+            reported["probes"][name or ""] |= meter.state()
+        chosen = self._chords.every if self._chords.is_final else None
+        own = {"open": opened, "steps": self._counter.done, "every_n_steps": chosen}
+        return reported | own
+
+    # -- how it is set up -------------------------------------------------------------------------
+
+    def _probe(self, trainer: Any, module: Any, source: Any) -> Probe:
+        """Reads a probe's batches and evaluates it once; every rank must call this.
+
+        Raises:
+            MisconfigurationException: There is no batch, or no loss that can be measured.
+        """
+        settings, ranks = self._settings, self._ranks
+        probe = Probe(
+            trainer,
+            module,
+            read_batches(source, trainer, settings.probe_batches, settings.seed, ranks),
+            mode=settings.probe_mode,
+            loss_fn=settings.loss_fn,
+            seed=settings.seed,
+            ranks=ranks,
+            whole=settings.tolerance is not None,  # All ranks must refine alike.
+        )
+        probe.check()
+        return probe
+
+    def _meter(self, module: Any, probe: Probe) -> Meter:
+        return Meter(probe, module, self._settings, self._grouping, self._ranks)
+
+    def _metadata(self, module: Any, key: str) -> dict[str, Any]:
+        """Returns what a reader of the record must know, as JSON."""
+        return {
+            "version": 1,
+            "callback": key,
+            "probes": list(self._settings.sources),
+            "group_by": self._settings.group_by,
+            "groups": self._grouping.names,
+            "sizes": self._grouping.sizes,
+            "shapes": {n: list(p.shape) for n, p in named_parameters(module).items()},
+            "windows": next(iter(self.meters.values())).windows,
+            "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
+            "settings": self._settings.describe(),
+        }
+
+    def _resume(self, kept: dict[str, Any], histories: dict[str | None, History]) -> None:
+        """Takes up counters, sums and histories of a checkpoint."""
+        for name, meter in self.meters.items():
+            state, history = kept["probes"].get(name or ""), histories.get(name)
+            if state is None:
+                continue
+            taken = meter.resume(state, history)
+            if (taken or not kept["record"]) and meter.history.last_step < state["last_step"]:
+                warn(
+                    f"LCA: the record ends at step {meter.history.last_step}, since it could not "
+                    "be written or was cut off. The history goes on without the steps from there "
+                    f"to {state['last_step']} that were measured before the checkpoint."
+                )
+            self.reporter.go_on(name, taken, state, kept["record"])
+        self._counter.resume(kept["steps"])
+        if self._chords.every is None and kept.get("every_n_steps") is not None:
+            self._chords.choose(int(kept["every_n_steps"]))
+            self.reporter.note(every_n_steps=self._chords.every)
+
+    # -- what it means ----------------------------------------------------------------------------
+
+    @property
+    def _gradients(self) -> int:
+        """Gradients that were spent on measuring, audits apart."""
+        return sum(meter.gradients for meter in self.meters.values())
+
+    @defer_signals()
+    def _before_step(self) -> None:
+        """Opens a segment at a step of manual optimization, or marks where the open one passes."""
+        done = self._counter.done
+        if self._settings.segments == "step" and self.snapshots.is_open and done > self._opened_at:
+            self.snapshots.mark(self._trained, done)
+        self.open()
+
+    def _choose(self, trainer: Any, budget: Budget, every: int | None) -> bool:
+        """Goes on with the every_n_steps that was chosen; False if none is yet."""
+        if self.snapshots.is_open and budget.began_at is not None:
+            self._opened_at = budget.began_at
+        if every is None:
+            return False
+        tell(trainer, budget.line(every))
+        self._chords.choose(every)
+        self.reporter.note(every_n_steps=every)
+        self._budget, self._timer = None, StepTimer(budget.device)
+        return True
+
+    def _trial(self, module: Any, weights: dict[str, Tensor], step: int) -> int:
+        """Measures the open segment for the time that it takes; the rows wait for `_commit`.
+
+        Returns the gradients that it took.
+        """
+        segment = self.snapshots.close(weights)
+        if not self._trials:
+            self._trials = {n: self._meter(module, m.probe) for n, m in self.meters.items()}
+        before = sum(meter.gradients for meter in self._trials.values())
+        for meter in self._trials.values():
+            meter.measure(segment, step)
+            meter.collect()
+        return sum(meter.gradients for meter in self._trials.values()) - before
+
+    def _commit(self, *, keep: bool) -> None:
+        """Takes what was tried for measured, or forgets it."""
+        trials, self._trials = self._trials, {}
+        if keep:
+            self.meters = trials
+            self._measured_to = max(meter.history.last_step for meter in trials.values())
+            self.reporter.replace(trials)
+
+    def _largest(self, number: int) -> int:
+        """Finds the largest of the ranks' numbers; every rank must call this."""
+        return self._ranks.largest(number, next(iter(self.meters.values())).probe.device)
+
+    def _tell(self, trainer: Any, timer: StepTimer) -> None:
+        """Says once what measuring costs, or that it costs far more than it should."""
+        if not timer.is_known or self._chords.every is None:
+            return
+        self._timer = None
+        if self._settings.max_overhead is None:
+            tell(trainer, timer.line(refines=self._settings.tolerance is not None))
+        elif trainer.is_global_zero and (
+            excess := timer.excess(self._chords.every, self._settings.max_overhead)
+        ):
+            warn(excess)
+
+
+class StepCounter:
+    """Counts optimizer steps.
+
+    Lightning counts those that go through it. In manual optimization a step may also be taken on
+    the bare torch optimizer, which Lightning does not see: there torch's own hook tells.
+    """
+
+    def __init__(self, trainer: Any, module: Any, before: Callable[[], None]) -> None:
+        """Watches the optimizers of a training with manual optimization.
+
+        Args:
+            trainer: The Trainer that runs.
+            module: Its LightningModule.
+            before: What to do before a step, while the weights are still where they were.
+        """
+        self._trainer = trainer
+        self._before = before
+        self._seen = 0
+        self._start = trainer.global_step
+        optimizers = [] if module.automatic_optimization else trainer.optimizers
+        self._handles = [
+            optimizer.register_step_pre_hook(self._on_step)
+            for optimizer in optimizers
+            if isinstance(optimizer, torch.optim.Optimizer)
+        ]
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps since the start of training."""
+        return int(max(self._trainer.global_step, self._start + self._seen))
+
+    def resume(self, done: int) -> None:
+        """Takes up the count of a checkpoint."""
+        self._start = max(self._start, done)
+
+    def leave(self) -> None:
+        """Lets go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_step(self, *_: Any) -> None:
+        self._before()
+        self._seen += 1

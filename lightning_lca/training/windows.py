@@ -15,19 +15,19 @@ from lightning_lca.measure.allocation import Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import named_parameters
 from lightning_lca.measure.tensors import wide
-from lightning_lca.record.tables import Windows, window_tables
+from lightning_lca.record.tables import WindowTable, window_tables
 
 SAMPLE = 10_000  # Single weights that are followed; a random sample of larger networks.
 
 
-class Detail:
+class FineSums:
     """Sums credit per parameter, and on demand per neuron and of a sample of single weights.
 
     All sums stay on the device until a window is taken.
 
     Attributes:
         tables: {"parameters", "neurons" or "weights": a table without rows}, for what is summed.
-        said: What a reader of the record must know of them, as JSON.
+        metadata: What a reader of the record must know of them, as JSON.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Detail:
         finer = neurons and grouping.by != "neuron"
         self._neurons = Grouping(module, "neuron", process) if finer else None
         self._sample = _draw(module, seed) if weights else {}
-        self.said = self._describe(module, grouping)
+        self.metadata = self._describe(module, grouping)
         shapes = {n: p.shape for n, p in named_parameters(module).items()}
-        self.tables = window_tables(self.said, shapes)
+        self.tables = window_tables(self.metadata, shapes)
         self._sums: dict[str, Tensor] = {}
         self._measured = 0
 
@@ -83,7 +83,7 @@ class Detail:
             self._add("weights", credit)
             self._add("helping", (credit < 0).long())
 
-    def take(self, step: int) -> dict[str, Windows]:
+    def take(self, step: int) -> dict[str, WindowTable]:
         """Copies the window that ends at this step to the host, and starts the next.
 
         Gives nothing if no step was measured in it.
@@ -94,7 +94,7 @@ class Detail:
         ends = np.array([step]), np.array([self._measured])
         self._sums, self._measured = {}, 0
         return {
-            name: Windows(
+            name: WindowTable(
                 table.names,
                 *ends,
                 host[name].astype(float),
@@ -106,16 +106,16 @@ class Detail:
         }
 
     def _describe(self, module: nn.Module, grouping: Grouping) -> dict[str, Any]:
-        said: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "parameters": {"names": grouping.parameters, "kinds": grouping.kinds}
         }
         if self._neurons is not None:
-            said["neurons"] = {"stems": self._neurons.stems}
+            metadata["neurons"] = {"stems": self._neurons.stems}
         if self._sample:
             indices = {n: i.tolist() for n, i in self._sample.items()}
             weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            said["weights"] = {"indices": indices, "of": weights}
-        return said
+            metadata["weights"] = {"indices": indices, "of": weights}
+        return metadata
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values

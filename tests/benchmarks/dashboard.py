@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.record.tables import Rows, Windows
+from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.reporting.loggers import Board
 
 WINDOW = 50  # Steps of a window of channels: Lightning's default interval.
@@ -40,7 +40,7 @@ LAUNCH = "from tensorboard.main import run_main; run_main()"
 # -- the record -----------------------------------------------------------------------------------
 
 
-def synthetic(steps: int, layers: int, generator: np.random.Generator) -> tuple[Rows, Any]:
+def synthetic(steps: int, layers: int, generator: np.random.Generator) -> tuple[StepTable, Any]:
     """Makes rows like a training's: credits of all sizes, counts near one half."""
     sizes = generator.integers(500, 2_000_000, layers)
     scale = 10 ** generator.uniform(-7, -4, layers) / np.sqrt(1 + np.arange(steps)[:, None] / 500)
@@ -48,7 +48,7 @@ def synthetic(steps: int, layers: int, generator: np.random.Generator) -> tuple[
     helping = np.rint(sizes * generator.normal(0.5, 0.003, (steps, layers))).astype(np.int64)
     residual = 1e-8 * generator.normal(size=steps)
     loss = 2.3 + np.concatenate([[0], (credit.sum(1) + residual).cumsum()])
-    rows = Rows(
+    rows = StepTable(
         steps=np.arange(1, steps + 1),
         allocated=credit,
         helping=helping,
@@ -65,7 +65,7 @@ def synthetic(steps: int, layers: int, generator: np.random.Generator) -> tuple[
     return rows, sizes
 
 
-def write(root: Path, rows: Rows, sizes: Any, channels: int) -> tuple[float, float]:
+def write(root: Path, rows: StepTable, sizes: Any, channels: int) -> tuple[float, float]:
     """Writes a run as the callback would. Gives bytes and seconds per step."""
     trainer = SimpleNamespace(
         loggers=[],
@@ -91,7 +91,7 @@ def write(root: Path, rows: Rows, sizes: Any, channels: int) -> tuple[float, flo
         },
         0,
     )
-    empty = Windows.none([f"{name}/{i}" for name in names for i in range(channels)])
+    empty = WindowTable.none([f"{name}/{i}" for name in names for i in range(channels)])
     seconds = 0.0
     for first in range(0, len(rows), WINDOW):
         some = rows[first : first + WINDOW]
@@ -100,7 +100,7 @@ def write(root: Path, rows: Rows, sizes: Any, channels: int) -> tuple[float, flo
         board.add(None, some)
         if channels:
             last, measured = some.steps[-1:], np.array([len(some)])
-            board.add_windows(None, {"neurons": Windows(empty.names, last, measured, credit)})
+            board.add_windows(None, {"neurons": WindowTable(empty.names, last, measured, credit)})
         if board.waiting(None) >= board.chunk_steps:
             board.write(everything=False)
         seconds += time.perf_counter() - began

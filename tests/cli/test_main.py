@@ -141,7 +141,7 @@ def test_mistakes_are_named_without_a_traceback(logs, capsys, arguments, message
 def test_a_damaged_record_is_read_as_far_as_it_goes_and_the_loss_is_told(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 8)
     lca = LCACallback()
     fit(tmp_path, lca, steps=24)
     (path,) = lca.log_dir.glob("*tfevents*")

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle, StepPatch
 from lightning_lca import History, figures
 from lightning_lca.analysis import synchrony as core
 from lightning_lca.figures import style, timeline
-from lightning_lca.record.tables import Rows, Windows
+from lightning_lca.record.tables import StepTable, WindowTable
 
 NAMES = ("conv1", "norm1", "conv2", "fc")
 WINDOW = 10
@@ -35,7 +35,7 @@ def history(steps=230, names=NAMES, every=1, by="layer", seed=0, detail=True):
     true = np.full(steps, True)
     run = History(names, sizes, by)
     run.append(
-        Rows(
+        StepTable(
             t,
             allocated.astype(np.float32),
             helping,
@@ -59,7 +59,7 @@ def history(steps=230, names=NAMES, every=1, by="layer", seed=0, detail=True):
         kinds |= {f"{n}.bias": "bias" for n in layers}
         run.append_windows(
             "parameters",
-            Windows(
+            WindowTable(
                 tuple(kinds),
                 at,
                 measured,
@@ -70,14 +70,14 @@ def history(steps=230, names=NAMES, every=1, by="layer", seed=0, detail=True):
         neurons = tuple(f"{n}/{i}" for n in layers for i in range(5))
         run.append_windows(
             "neurons",
-            Windows(neurons, at, measured, random.normal(0, 0.02, (len(at), len(neurons)))),
+            WindowTable(neurons, at, measured, random.normal(0, 0.02, (len(at), len(neurons)))),
         )
         credit = random.normal(-1e-4, 2e-3, (len(at), 300)) * random.exponential(1, 300)
         credit[:, 7] = 0
         helped = random.binomial(measured[:, None], 0.5, (len(at), 300))
         run.append_windows(
             "weights",
-            Windows(
+            WindowTable(
                 tuple(f"conv1.weight[{i}, 0]" for i in range(300)),
                 at,
                 measured,
@@ -486,12 +486,12 @@ def test_drawing_needs_neither_pyplot_nor_torch_and_importing_not_even_matplotli
 import sys
 from lightning_lca import History, figures
 assert not {"matplotlib", "torch"} & set(sys.modules)
-from lightning_lca.record.tables import Rows
+from lightning_lca.record.tables import StepTable
 import numpy as np
 run = History(["a"], [3])
 one = np.ones(1, int)
 credit = -np.ones((1, 1))
-run.append(Rows(one, credit, one[None], one[None], *(one * 1.0,) * 4, one, one > 0, one, one))
+run.append(StepTable(one, credit, one[None], one[None], *(one * 1.0,) * 4, one, one > 0, one, one))
 for draw in figures.available(run).values():
     draw(run).canvas.draw()
 assert not {"matplotlib.pyplot", "torch"} & set(sys.modules)

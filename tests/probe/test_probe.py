@@ -40,7 +40,7 @@ def test_activation_checkpointing_changes_no_credit(tmp_path, reentrant, mode):
     assert np.array_equal(plain.history.helping, same.history.helping)
     for a, b in zip(model.parameters(), other.parameters()):
         assert torch.equal(a, b)
-    assert same._training.session.meters[None].probe._by_backward == reentrant
+    assert same._training.meters[None].probe._by_backward == reentrant
 
 
 class HiddenInReentrant(nn.Module):
@@ -73,7 +73,7 @@ def test_a_weight_that_the_loss_does_not_need_is_idle(tmp_path):
     make_trainer(tmp_path, lca).fit(model, toy_loader())
     assert lca.history.groups == ("net.0", "unused")
     assert (lca.history.allocated[:, 1] == 0).all()
-    assert not lca._training.session.meters[None].probe._by_backward, (
+    assert not lca._training.meters[None].probe._by_backward, (
         "backward finds no more than autograd.grad"
     )
 

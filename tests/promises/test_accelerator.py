@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lca import LCACallback
-from lightning_lca.measure.flag import Flag
+from lightning_lca.measure.tensors import DeferredBool
 
 WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique")
 
@@ -87,13 +87,13 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch, arguments):
-    read = Flag.__bool__
+    read = DeferredBool.__bool__
 
     def without_notes(flag):
         with torch.utils._python_dispatch._disable_current_modes():
             return read(flag)
 
-    monkeypatch.setattr(Flag, "__bool__", without_notes)
+    monkeypatch.setattr(DeferredBool, "__bool__", without_notes)
     reads = Reads()  # Flags that were sent ahead do not count.
     watched = Guarded(lambda: reads, log_every_n_steps=30, figures=False, **arguments)
     lca = train(tmp_path, watched, net=mlp, steps=30)

@@ -281,8 +281,8 @@ class Remover(pl.Callback):
 
 
 def test_a_record_that_is_deleted_begins_again_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 2)
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_SECONDS", 0)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 2)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_SECONDS", 0)
     lca = LCACallback(probe=probe_batches())
     remover = Remover(tmp_path / "lca_logs")
     with pytest.warns(UserWarning, match="could not be written: .*deleted.*Training goes on") as w:
@@ -299,8 +299,8 @@ def test_a_record_that_is_deleted_begins_again_where_it_was(tmp_path, monkeypatc
 @pytest.mark.filterwarnings("ignore:LCA. TensorBoardLogger raised")
 @pytest.mark.filterwarnings("ignore:LCA. .* while the summary was logged")
 def test_with_its_directory_deleted_a_tensorboard_logger_fails_as_without_us(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 2)
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_SECONDS", 0)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 2)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_SECONDS", 0)
     errors = []
     lca = LCACallback(probe=probe_batches())
     for callbacks in ((), (lca,)):

@@ -23,9 +23,9 @@ HOME = Path(lightning_lca.__file__).parent
 FILES = sorted(p for p in HOME.rglob("*.py") if p.parent != HOME)
 
 
-def imports_of(path):
+def imports_of(path, nodes=ast.walk):
     """Lists (folder, file) of the package's own modules that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_lca"):
             parts = node.module.split(".")[1:]
             # `from lightning_lca.record import eventfile` and `from lightning_lca import figures`.
@@ -55,7 +55,8 @@ def test_no_file_imports_itself_in_a_circle():
     graph = {}
     for path in FILES:
         key = (folder_of(path), path.stem)
-        graph[key] = {i for i in imports_of(path) if i[0] == key[0]}
+        # What a function imports when it is called is no circle.
+        graph[key] = {i for i in imports_of(path, ast.iter_child_nodes) if i[0] == key[0]}
     while leaves := [key for key, needs in graph.items() if not needs & graph.keys()]:
         for key in leaves:
             del graph[key]

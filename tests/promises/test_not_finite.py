@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import History, LCACallback, figures
 from lightning_lca.probe.precision import LossScale
-from lightning_lca.tensorboard import together, views
+from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.bins import Range
 from lightning_lca.tensorboard.snapshot import Table
 
@@ -130,7 +130,7 @@ def test_steps_that_are_not_finite_are_recorded_and_the_later_ones_are_right(
     assert (history.splits[broken] == 1).all(), "no gradients are spent on what cannot converge"
     # Three weights in a square: Simpson's rule is exact.
     assert np.abs(history.residual[~broken]).max() < 1e-5
-    assert lca._training.session.meters[None].audits >= STEPS - broken.sum() - 2
+    assert lca._training.meters[None].audits >= STEPS - broken.sum() - 2
     for total in lca.totals.values():
         assert torch.isfinite(total).all()
     assert lca.totals["fit.weight"].sum() == pytest.approx(
@@ -148,7 +148,7 @@ def every_view(history):
         yield views.channels(table, asked, table.layers[0])
         yield views.table(table, asked)
         yield views.compare(table, table, asked)
-        yield together.synchrony(table, asked, 5)
+        yield views.synchrony(table, asked, 5)
 
 
 @pytest.mark.parametrize("hazard", ["infinite loss", "nan loss", "diverges"])

@@ -11,7 +11,7 @@ from support.training import fit, make_trainer
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.training.snapshots import Path
+from lightning_lca.training.snapshots import Snapshots
 
 BATCHES = 6
 POINTS = []  # Of the weights, before and after every step; global, since probes put back modules.
@@ -122,17 +122,19 @@ def test_every_step_has_the_credit_that_numpy_gives_it(tmp_path, how, rule, node
         assert history.allocated[t, idle] == 0, "The other layer rests."
         assert history.allocated[t, 1 - idle] != 0
     assert (history.drift == 0).all()
-    assert len(lca._training.path._marks) == 2, "One more copy for every further step of a batch."
+    assert len(lca._training.snapshots._marks) == 2, (
+        "One more copy for every further step of a batch."
+    )
 
 
 def test_a_mark_is_made_once_for_every_number_of_steps():
     """A step that is not counted, as after one that was skipped, joins the next."""
     weight = torch.zeros(1)
-    path = Path()
+    path = Snapshots()
     path.open({"w": weight})
     for value, step in ((1, 1), (2, 1), (3, 2)):
         path.mark({"w": weight.fill_(value)}, step)
-    whole, _ = path.close({"w": weight.fill_(4)})
+    whole = path.close({"w": weight.fill_(4)})
     pieces = [(p.start["w"].item(), p.stop["w"].item(), s) for p, s in path.pieces(whole, 3)]
     assert pieces == [(0, 1, 1), (1, 3, 2), (3, 4, 3)]
 

@@ -191,7 +191,7 @@ class Steps(Classifier):
 def test_an_optimizer_in_a_hook_does_not_step_while_the_probe_runs_backward(tmp_path, capsys):
     plain, measured, lca = twins(Case(Steps), tmp_path, capsys)
     assert_same(plain, measured)
-    assert lca._training.session.meters[None].probe._by_backward
+    assert lca._training.meters[None].probe._by_backward
 
 
 class Watching:

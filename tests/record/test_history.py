@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from lightning_lca import Grouping, History, LCACallback
-from lightning_lca.record import eventfile as record
-from lightning_lca.record.tables import Rows
+from lightning_lca.record import eventfile
+from lightning_lca.record.tables import StepTable
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 
@@ -45,7 +45,7 @@ def test_the_record_reads_back_as_it_was_in_memory(tmp_path, logger, group_by):
 
 
 def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 8)
     lca = fit(tmp_path, trainer={"logger": TensorBoardLogger(tmp_path)}, steps=27).lca
     accumulator = EventAccumulator(str(lca.log_dir))  # With TensorBoard's default limits.
     accumulator.Reload()
@@ -57,7 +57,7 @@ def test_tensorboards_own_loader_reads_the_same_chunks(tmp_path, monkeypatch):
 
     def part(chunk, name):
         (event,) = accumulator.Tensors(f"lca/chunk/{chunk}/{name}")
-        return record.unpack(tensor_util.make_ndarray(event.tensor_proto).item())
+        return eventfile.unpack(tensor_util.make_ndarray(event.tensor_proto).item())
 
     history = lca.history
     steps = np.concatenate([part(c, "steps") for c in chunks])
@@ -130,7 +130,7 @@ def test_windows_add_up_to_the_steps_they_cover(detailed, table):
 
 def test_neuron_windows_are_those_of_a_run_grouped_by_neuron(detailed, tmp_path):
     lca, _ = detailed
-    twin = fit(tmp_path, group_by="neuron", steps=24, run_seed=1).lca.history
+    twin = fit(tmp_path, group_by="neuron", steps=24).lca.history
     neurons = lca.history.neurons
     assert neurons.names == twin.groups == twin.neurons.names
     assert np.allclose(neurons.allocated[1], twin.allocated[7:14].sum(0), rtol=0, atol=1e-15)
@@ -188,7 +188,7 @@ def damage(lca, tag, mark):
 
 @pytest.mark.parametrize("part", ["steps", "allocated", "helping", "idle", "scalars"])
 def test_a_damaged_chunk_costs_its_own_steps_alone(tmp_path, monkeypatch, part):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 8)
     lca = fit(tmp_path, steps=24).lca
     damage(lca, f"lca/chunk/000000009/{part}", b"}\n")
     loaded = History.load(lca.log_dir)
@@ -205,7 +205,7 @@ def test_a_record_without_its_description_says_so(tmp_path):
 
 
 def test_a_damaged_length_ends_a_file_and_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 8)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 8)
     lca = fit(tmp_path, steps=24).lca
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = bytearray(path.read_bytes())
@@ -231,7 +231,7 @@ def test_directories_without_a_record_are_named(tmp_path):
 
 
 def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 4)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 4)
     lca = fit(tmp_path, steps=24).lca
     (path,) = lca.log_dir.glob("*tfevents*")
     whole = path.read_bytes()
@@ -253,7 +253,7 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
         textwrap.dedent(
             """
             import sys
-            import lightning_lca.reporting.loggers as board
+            import lightning_lca.record.writer as board
             from support.models import Classifier, pl, toy_loader
             from support.training import make_trainer
             from lightning_lca import LCACallback
@@ -296,13 +296,13 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
 
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every):
-    monkeypatch.setattr("lightning_lca.reporting.loggers.CHUNK_STEPS", 16)
+    monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 16)
     most = []
 
     class Look(pl.Callback):
         def on_train_batch_end(self, *args):
-            (meter,) = lca._training.session.meters.values()
-            most.append(meter.pending + lca._training.session._board.waiting(None))
+            (meter,) = lca._training.meters.values()
+            most.append(meter.pending + lca._training.reporter._writer.waiting(None))
 
     pl.seed_everything(0)
     lca = LCACallback()
@@ -318,7 +318,7 @@ def test_fifty_layers_take_less_than_400_bytes_a_step():
     steps, groups = 512, 50
     credit = generator.normal(size=(steps, groups)) * 10 ** generator.uniform(-6, -2, groups)
     helping = generator.binomial(sizes, 0.5, (steps, groups))
-    rows = Rows(
+    rows = StepTable(
         steps=np.arange(steps),
         allocated=credit,
         helping=helping,
@@ -333,12 +333,14 @@ def test_fifty_layers_take_less_than_400_bytes_a_step():
         seconds=generator.uniform(size=steps),
     )
     parts = rows.parts(sizes)
-    tags = record.tagged("chunk", 1, None, parts)
-    assert max(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items()) < 2**18
-    written = sum(len(record.summarize({t: d}).SerializeToString()) for t, d in tags.items())
+    tags = eventfile.tagged("chunk", 1, None, parts)
+    assert (
+        max(len(eventfile.summarize({t: d}).SerializeToString()) for t, d in tags.items()) < 2**18
+    )
+    written = sum(len(eventfile.summarize({t: d}).SerializeToString()) for t, d in tags.items())
     assert written / steps < 400
-    unpacked = {tag.rsplit("/", 1)[1]: record.unpack(data) for tag, data in tags.items()}
-    again = Rows.from_parts(unpacked, sizes)
+    unpacked = {tag.rsplit("/", 1)[1]: eventfile.unpack(data) for tag, data in tags.items()}
+    again = StepTable.from_parts(unpacked, sizes)
     assert np.array_equal(again.hurting, rows.hurting)
     assert np.array_equal(again.seconds, rows.seconds)
 
@@ -354,7 +356,7 @@ def test_fifty_layers_take_less_than_400_bytes_a_step():
     ],
 )
 def test_packing_is_exact_for_every_shape_and_dtype(array):
-    again = record.unpack(record.pack(array))
+    again = eventfile.unpack(eventfile.pack(array))
     assert np.array_equal(again, array, equal_nan=array.dtype.kind == "f")
     assert again.shape == array.shape
     assert (
@@ -367,4 +369,4 @@ def test_packing_is_exact_for_every_shape_and_dtype(array):
 @pytest.mark.parametrize("data", [b"", b"{}\n", b'{"dtype":"<f4","shape":[2]}\nxx', b"\xff\n\xff"])
 def test_bytes_that_are_no_packed_array_are_refused(data):
     with pytest.raises(ValueError, match="Not a packed array of an LCA record"):
-        record.unpack(data)
+        eventfile.unpack(data)

@@ -19,7 +19,7 @@ from tensorboard.util import tensor_util
 
 from lightning_lca import LCACallback
 from lightning_lca.record import summary as ledger
-from lightning_lca.record.tables import Rows
+from lightning_lca.record.tables import StepTable
 from lightning_lca.reporting.figures import Gallery
 
 pytestmark = pytest.mark.figures
@@ -99,7 +99,7 @@ def test_the_summary_reads_as_a_table_in_the_text_tab(shown):
 
 def test_names_cannot_become_markdown_or_html():
     name = "<img src=x onerror=a()>|**x**_y_`z`[a](b)"
-    rows = Rows.from_parts(
+    rows = StepTable.from_parts(
         {
             "steps": np.arange(2),
             "allocated": np.ones((2, 1), np.float32),

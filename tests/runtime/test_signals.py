@@ -11,7 +11,7 @@ from support.training import make_trainer
 
 from lightning_lca import LCACallback
 from lightning_lca.runtime import signals
-from lightning_lca.runtime.signals import held
+from lightning_lca.runtime.signals import defer_signals
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def send(*numbers):
 
 
 def test_a_signal_is_heard_once_and_after_the_body(heard):
-    with held():
+    with defer_signals():
         send(signal.SIGUSR1, signal.SIGUSR1)
         assert heard == []
     assert heard == [signal.SIGUSR1]
@@ -44,7 +44,7 @@ def test_a_signal_is_heard_once_and_after_the_body(heard):
 def test_ctrl_c_comes_out_of_the_body_and_keeps_no_other_from_being_heard(heard):
     finished = []
 
-    @held()
+    @defer_signals()
     def body():
         send(signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
         finished.append(True)
@@ -57,7 +57,7 @@ def test_ctrl_c_comes_out_of_the_body_and_keeps_no_other_from_being_heard(heard)
 
 
 def test_an_error_of_the_body_stays_visible_below_a_ctrl_c(heard):
-    @held()
+    @defer_signals()
     def body():
         send(signal.SIGINT)
         raise ValueError("of the body")
@@ -70,7 +70,7 @@ def test_an_error_of_the_body_stays_visible_below_a_ctrl_c(heard):
 def test_a_signal_that_comes_again_is_let_through_where_the_body_hangs(heard, monkeypatch):
     monkeypatch.setattr(signals, "PATIENCE", 0.0)
 
-    @held()
+    @defer_signals()
     def body():
         for _ in range(10**5):
             send(signal.SIGINT)
@@ -81,7 +81,7 @@ def test_a_signal_that_comes_again_is_let_through_where_the_body_hangs(heard, mo
 
 
 def test_a_handler_that_the_body_sets_stays(heard):
-    with held():
+    with defer_signals():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
 
@@ -91,7 +91,7 @@ def test_nothing_is_touched_outside_the_main_thread(heard):
 
     def body():
         before = signal.getsignal(signal.SIGINT)
-        with held():
+        with defer_signals():
             seen.append(signal.getsignal(signal.SIGINT) is before)
 
     thread = threading.Thread(target=body)

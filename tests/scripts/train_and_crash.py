@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.models import Classifier, Resumable, mlp, pl, toy_loader
 from support.training import make_trainer
 
-import lightning_lca.reporting.loggers as board
+import lightning_lca.record.writer as board
 from lightning_lca import LCACallback
 from lightning_lca.probe.probe import Probe
 from lightning_lca.reporting.figures import Gallery
-from lightning_lca.training.snapshots import Path as WeightPath
+from lightning_lca.training.snapshots import Snapshots as WeightPath
 
 STEPS = 24  # Of batches of 16 in 96 samples: epochs of 6 steps.
 CHUNK = 4
@@ -176,7 +176,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
     for owner, name, phase in (
         (WeightPath, "open", "snapshot"),
         (Probe, "__call__", "probe"),
-        (board.Board, "_try", "record"),
+        (board.RecordWriter, "_try", "record"),
         (pl.Trainer, "save_checkpoint", "checkpoint"),
     ):
         phased(owner, name, phase, pulse, sniper)

@@ -32,7 +32,7 @@ from support.models import Classifier, mlp, toy_data
 from support.training import make_trainer
 
 from lightning_lca import LCACallback
-from lightning_lca.training import cost
+from lightning_lca.training import budget as cost
 
 STEPS = 6
 DDP = {
@@ -134,7 +134,7 @@ class Save(pl.Callback):
                 "points": self.path.points,
                 "rows": vars(history.rows) if history else None,
                 "groups": history.groups if history else None,
-                "held": sum(w.numel() for w in self.lca._training.path.start.values())
+                "held": sum(w.numel() for w in self.lca._training.snapshots.start.values())
                 if history
                 else None,
                 "log_dir": str(self.lca.log_dir) if self.lca else None,

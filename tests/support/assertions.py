@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_lca.record.tables import Rows
+from lightning_lca.record.tables import StepTable
 from support import TESTS
 
 TABLES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
@@ -90,7 +90,7 @@ def assert_same(plain, measured):
 def assert_same_history(a, b, *, rows_alone=False):
     """Two histories are the same to the bit, windows included, clocks apart."""
     assert a.groups == b.groups
-    for column in {field.name for field in fields(Rows)} - {"seconds"}:
+    for column in {field.name for field in fields(StepTable)} - {"seconds"}:
         mine, theirs = getattr(a.rows, column), getattr(b.rows, column)
         assert np.array_equal(mine, theirs), column
     if rows_alone:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_lca import History
-from lightning_lca.reporting import loggers as board
+from lightning_lca.record import writer as board
 
 EVIL = "<img src=x onerror=alert(1)>"
 LAYERS = ["first", EVIL, "planted", "last"]

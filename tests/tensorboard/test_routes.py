@@ -13,7 +13,6 @@ import urllib.parse
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ import lightning_lca.tensorboard
 from lightning_lca import History
 from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
-from lightning_lca.reporting import loggers as board
+from lightning_lca.record import writer as board
 
 STATIC = Path(lightning_lca.tensorboard.__file__).parent / "static"
 LAUNCH = "from tensorboard.main import run_main; run_main()"
@@ -507,19 +506,14 @@ def test_a_damaged_record_is_shown_as_far_as_it_can_be_read(server, logs):
     assert (headless["rows"], headless["layers"], headless["first_step"]) == (0, [], None)
 
 
-def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
-    trainer = SimpleNamespace(
-        loggers=[TensorBoardLogger(logs, name=None, version="live")],
-        is_global_zero=True,
-        fast_dev_run=False,
-        default_root_dir=str(tmp_path),
-        strategy=SimpleNamespace(broadcast=lambda value: value),
-    )
+def test_a_run_that_goes_on_is_followed(server, logs):
+    logger = TensorBoardLogger(logs, name=None, version="live")
     shutil.rmtree(logs / "live", ignore_errors=True)
     history = History.load(logs / "two", "fit")
-    writer = board.Board(trainer, history.sizes)
+    events = logger.experiment._get_file_writer().event_writer
+    writer = board.RecordWriter(logs / "live", history.sizes, lambda: events, pytest.fail)
     meta = {"first_step": 0, "probes": [None], "groups": history.groups}
-    writer.meta(meta | {"sizes": history.sizes.tolist()}, 0)
+    writer.describe(meta | {"sizes": history.sizes.tolist()}, 0)
     server.wait(lambda: server.run("live"), "the new run")
     code, _, data = server.reply("plugin/lca/bins", run="live")
     assert code == 400
@@ -535,12 +529,12 @@ def test_a_run_that_goes_on_is_followed(server, logs, tmp_path):
         assert np.array_equal(credit, history.allocated[:stop])
     assert len(set(stamps)) == 3
     # A new session takes over from step 30.
-    writer.meta(meta | {"first_step": 30, "sizes": history.sizes.tolist()}, 30)
+    writer.describe(meta | {"first_step": 30, "sizes": history.sizes.tolist()}, 30)
     writer.add(None, history.rows[30:50])
     writer.write(everything=True)
     server.wait(lambda: server.run("live")["last_step"] == 50, "the new session")
     assert server.run("live")["rows"] == len(History.load(logs / "live")) == 50
-    trainer.loggers[0].experiment.close()
+    logger.experiment.close()
     shutil.rmtree(logs / "live")
 
 

@@ -11,9 +11,10 @@ from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History
 from lightning_lca.record import eventfile as record
-from lightning_lca.record.history import Reader, Rows, Windows
+from lightning_lca.record.reader import Reader
+from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import runs as store_module
-from lightning_lca.tensorboard import together, views
+from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
 from lightning_lca.tensorboard.provider import Source
@@ -29,7 +30,7 @@ def make_rows(steps, seed=0, groups=2, sizes=SIZES):
     generator = np.random.default_rng(seed)
     steps = np.asarray(steps)
     helping = generator.integers(0, 5, (len(steps), groups)).astype(np.uint8)
-    return Rows(
+    return StepTable(
         steps=steps,
         allocated=generator.normal(size=(len(steps), groups)).astype(np.float32),
         helping=helping,
@@ -267,7 +268,9 @@ def test_memory_goes_to_the_runs_in_use(provider, source, monkeypatch):
         provider.chunk(name, make_rows(range(1, 101)))
     store = Store()
     one = store.run(source, "a").table(None).bytes
-    assert one == sum(getattr(make_rows(range(100)), f).nbytes for f in Rows.__dataclass_fields__)
+    assert one == sum(
+        getattr(make_rows(range(100)), f).nbytes for f in StepTable.__dataclass_fields__
+    )
     monkeypatch.setattr(store_module, "MEMORY", int(2.5 * one))
 
     def held():
@@ -404,7 +407,7 @@ def test_what_is_not_finite_is_none():
     assert [c is None for c in answer["credit"][1]] == [False, False, False]
     assert answer["loss"][2] is None
     assert answer["residual"][1] is None
-    for view in (views.table(table, Range()), together.synchrony(table, Range(), 3), answer):
+    for view in (views.table(table, Range()), views.synchrony(table, Range(), 3), answer):
         json.dumps(view, allow_nan=False)
     assert plain(np.nan) is None
     assert plain([1.5, np.inf]) == [1.5, None]
@@ -417,7 +420,7 @@ def test_an_empty_range_is_answered():
         views.helping(table, Range(50, 60), "conv"),
         views.table(table, Range(50, 60)),
         views.compare(table, table, Range(50, 60)),
-        together.synchrony(table, Range(50, 60), 20),
+        views.synchrony(table, Range(50, 60), 20),
     ):
         json.dumps(view, allow_nan=False)
     assert views.table(table, Range(50, 60))["rows"] == 0
@@ -428,7 +431,7 @@ def test_one_row_and_one_group_are_enough():
     table = make_table([40], groups=["only"], sizes=[3])
     answer = views.bins(table, Range())
     assert (answer["edges"], answer["credit"]) == ([39, 40], plain(table.rows.allocated))
-    assert together.synchrony(table, Range(), 20)["moments"] == 0
+    assert views.synchrony(table, Range(), 20)["moments"] == 0
 
 
 def test_of_many_channels_the_most_helpful_and_the_most_hurting_are_shown():
@@ -451,7 +454,7 @@ def test_the_channels_of_a_parameter_are_those_of_its_layer():
     history.append(make_rows(range(1, 21), groups=3, sizes=np.array([8, 2, 1])))
     credit = np.arange(8.0).reshape(4, 2)
     steps, measured = np.array([5, 10, 15, 20]), np.full(4, 5)
-    history.append_windows("neurons", Windows(("conv/0", "conv/1"), steps, measured, credit))
+    history.append_windows("neurons", WindowTable(("conv/0", "conv/1"), steps, measured, credit))
     table = Table.of(history)
     for layer in (original, "conv.bias"):
         answer = views.channels(table, Range(bins=2000), layer)
@@ -466,7 +469,7 @@ def test_the_channels_of_a_recurrent_layer_are_those_of_all_its_levels():
     names = ("rnn.l0/0", "rnn.l0/1", "rnn.l1/0", "block/0", "block.conv/0")
     steps, measured = np.array([10, 20]), np.array([10, 10])
     credit = np.arange(10.0).reshape(2, 5)
-    history.append_windows("neurons", Windows(names, steps, measured, credit))
+    history.append_windows("neurons", WindowTable(names, steps, measured, credit))
     table = Table.of(history)
     shown = [views.channels(table, Range(), layer)["channels"] for layer in table.layers]
     assert shown == [["rnn.l0/0", "rnn.l0/1", "rnn.l1/0"], ["block/0"], ["block.conv/0"]]

@@ -15,7 +15,7 @@ from support.training import fit
 from torch import nn
 
 from lightning_lca import LCACallback
-from lightning_lca.record.history import Reader
+from lightning_lca.record.reader import Reader
 from lightning_lca.training.budget import Budget
 
 pytestmark = [
@@ -42,7 +42,7 @@ CLOCK = Clock()  # Global: what a module holds, the probe puts back as it was.
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     CLOCK.__init__()
-    monkeypatch.setattr("lightning_lca.training.cost.clock", CLOCK)
+    monkeypatch.setattr("lightning_lca.training.budget.clock", CLOCK)
     return CLOCK
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca import History, LCACallback
 from lightning_lca.reporting.scalars import panels_of
-from lightning_lca.training.cost import cost_line
+from lightning_lca.training.budget import cost_line
 
 CSVLogger, TensorBoardLogger = pl.loggers.CSVLogger, pl.loggers.TensorBoardLogger
 Logger, rank_zero_experiment = pl.loggers.logger.Logger, pl.loggers.logger.rank_zero_experiment
@@ -188,7 +188,7 @@ def test_two_callbacks_measure_side_by_side(tmp_path):
 def test_probe_batches_are_seeded_distinct_samples_of_the_loaders_dataset(tmp_path):
     seen = {}
     for seed in (0, 0, 1):
-        probe = fit(tmp_path, probe_batches=3, seed=seed).lca._training.session.meters[None].probe
+        probe = fit(tmp_path, probe_batches=3, seed=seed).lca._training.meters[None].probe
         xs = torch.cat([x for x, _ in probe._batches.values()])
         assert xs.shape == (48, 12)
         assert len(xs.unique(dim=0)) == 48
@@ -201,7 +201,7 @@ def test_val_is_drawn_from_validation_data_also_when_not_loaded_yet(tmp_path):
     val = toy_loader(samples=40, batch_size=40, shuffle=False)
     data, late = (toy_loader(), val), {"num_sanity_val_steps": 0}
     lca = fit(tmp_path, model=Validated, data=data, probe="val", trainer=late).lca
-    ((x, _),) = lca._training.session.meters[None].probe._batches.values()
+    ((x, _),) = lca._training.meters[None].probe._batches.values()
     assert torch.equal(x.sort(0).values, val.dataset.tensors[0].sort(0).values)
 
 
@@ -214,7 +214,7 @@ def test_several_training_loaders_give_structured_probe_batches(tmp_path):
 
     data = {"a": toy_loader(16), "b": toy_loader(8)}
     lca = fit(tmp_path, model=Two, data=data, probe_batches=2).lca
-    batches = list(lca._training.session.meters[None].probe._batches.values())
+    batches = list(lca._training.meters[None].probe._batches.values())
     assert [(len(b["a"][0]), len(b["b"][0])) for b in batches] == [(16, 8), (16, 8)]
 
 

@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_lca import LCACallback
-from lightning_lca.measure.allocation import Sample
+from lightning_lca.measure.allocation import Buffer, Sample
 from lightning_lca.measure.quadrature import as_quadrature
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.reuse import AUDIT_EVERY
-from lightning_lca.training.snapshots import Path
+from lightning_lca.training.snapshots import Snapshots
 
 
 def gradients_of(lca):
     """Calls of autograd for measuring: without the check before training and the audits."""
-    (meter,) = lca._training.session.meters.values()
+    (meter,) = lca._training.meters.values()
     return meter.gradients
 
 
@@ -41,7 +41,7 @@ def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
     lca = fit(tmp_path, quadrature=rule, steps=120).lca
     assert gradients_of(lca) == first + 119 * then
-    (meter,) = lca._training.session.meters.values()
+    (meter,) = lca._training.meters.values()
     assert meter.audits == 1 + 118 // AUDIT_EVERY
     audited = meter.audits if as_quadrature(rule).first_is_start else 0
     assert len(calls) == 1 + first + 119 * then + audited, "the first is the check before training"
@@ -181,7 +181,7 @@ def test_whatever_else_the_loss_reads_is_watched(tmp_path, model):
     lca = fit(tmp_path, model=model).lca
     history = lca.history
     assert_ledger_closes(history, 1e-5)
-    (meter,) = lca._training.session.meters.values()
+    (meter,) = lca._training.meters.values()
     assert meter._reuse.on, "seen by looking, not by the audit"
     changes = 1 if model is Gated else 11
     assert np.count_nonzero(history.drift) >= min(changes, 10)
@@ -212,7 +212,7 @@ def test_a_loss_that_depends_on_the_step_number_is_caught_by_the_audit(tmp_path,
     ) as seen:
         lca = fit(tmp_path, model=model, steps=20).lca
     assert sum("step number" in str(w.message) for w in seen) == 1
-    (meter,) = lca._training.session.meters.values()
+    (meter,) = lca._training.meters.values()
     assert not meter._reuse.on
     assert_ledger_closes(lca.history, 1e-5)
     if model is Annealed:
@@ -255,7 +255,7 @@ def test_three_copies_of_the_weights_are_kept_between_steps(tmp_path):
     class Weigh(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             seen = {}
-            stack = [lca._training.path, *lca._training.session.meters.values()]
+            stack = [lca._training.snapshots, *lca._training.meters.values()]
             while stack:
                 value = stack.pop()
                 if isinstance(value, torch.Tensor):
@@ -264,7 +264,7 @@ def test_three_copies_of_the_weights_are_kept_between_steps(tmp_path):
                     stack += value.values()
                 elif isinstance(value, list | tuple):
                     stack += value
-                elif isinstance(value, Path | Meter | Sample):
+                elif isinstance(value, Snapshots | Meter | Sample | Buffer):
                     stack += vars(value).values()
             weights = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             held.append(sum(seen.values()) / weights)
