@@ -107,7 +107,6 @@ class Follow(pl.Callback):
 def detailed(tmp_path_factory):
     """A run with every table of windows, on a network that the sample covers whole."""
     log_dir = tmp_path_factory.mktemp("detailed")
-    pl.seed_everything(1)
     lca = LCACallback(neurons=True, track_parameters=True)
     follow = Follow(lca)
     fit(log_dir, lca, follow, steps=24, trainer={"log_every_n_steps": 7})
