@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_lca.cli import replay as replay_command
 from lightning_lca.cli.terminal import InputError, progress, say
-from lightning_lca.record import export, summary
+from lightning_lca.record import export
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 
@@ -147,7 +147,7 @@ def _demo(asked: argparse.Namespace) -> None:
 
     say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
     lca = demo.train(asked.out)
-    print(summary.text(lca.history.groups, lca.history.sizes, lca.history.rows))
+    print(lca.history.summary())
     print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(asked.out))}")
     print("and open its LCA tab.")
 
