@@ -26,11 +26,17 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 WHERE = ROOT / ".matrix"
 CORE = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("callback", "truth", "harmless", "manual", "meter", "probe", "resume", "history"),
-        *("metrics", "cli", "copies"),
-    )
+    "tests/measure/test_metrics.py",
+    "tests/probe/test_probe.py",
+    "tests/promises/test_copies.py",
+    "tests/promises/test_harmless.py",
+    "tests/promises/test_lightning_cli.py",
+    "tests/promises/test_manual.py",
+    "tests/promises/test_resume.py",
+    "tests/promises/test_truth.py",
+    "tests/record/test_history.py",
+    "tests/training/test_callback.py",
+    "tests/training/test_meter.py",
 ]
 SHOWN = ("torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
 

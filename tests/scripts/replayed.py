@@ -2,10 +2,12 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import pl, toy_data, toy_loader
+from support.models import pl, toy_data, toy_loader
+from support.processes import PATIENCE
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -113,9 +115,10 @@ def loss_fn(module, batch):
     return module.loss(batch)
 
 
-def slow_loss_fn(module, batch):
-    """Leaves time to be killed."""
-    time.sleep(float(os.environ.get("REPLAY_SLEEP", "0")))
+def loss_until_saved(module, batch):
+    """Waits to be killed as soon as the file is there that the environment names."""
+    if Path(os.environ.get("REPLAY_WAITS_AT", "nowhere")).is_file():
+        time.sleep(PATIENCE)
     return module.loss(batch)
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Snapshots
+from pathlib import Path
 
 import numpy as np
 import tensorboard.summary.writer.event_file_writer  # noqa: F401 - before there are children.
@@ -28,8 +28,9 @@ import torch.utils.tensorboard
 from tensorboard.compat.proto import event_pb2  # noqa: F401
 from torch import nn
 
-sys.path.insert(0, str(Snapshots(__file__).parent.parent))
-from cases import Classifier, Resumable, make_trainer, mlp, pl, toy_loader
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from support.models import Classifier, Resumable, mlp, pl, toy_loader
+from support.training import make_trainer
 
 import lightning_lca.record.writer as board
 from lightning_lca import LCACallback
@@ -169,13 +170,13 @@ def train(directory, resume, aim, logger, full=None, measured=True):
         measured: Whether there is an LCACallback.
     """
     torch.set_num_threads(1)
-    directory = Snapshots(directory)
+    directory = Path(directory)
     pulse = Pulse(directory / "pulse", create=True)
     sniper = None if aim is None else Sniper(pulse, **aim)
     for owner, name, phase in (
         (WeightPath, "open", "snapshot"),
         (Probe, "__call__", "probe"),
-        (board.Board, "_try", "record"),
+        (board.RecordWriter, "_try", "record"),
         (pl.Trainer, "save_checkpoint", "checkpoint"),
     ):
         phased(owner, name, phase, pulse, sniper)
@@ -226,7 +227,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
 
 
 def child(run):
-    with open(Snapshots(run["directory"]) / "output", "a") as output:
+    with open(Path(run["directory"]) / "output", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     status = 0

@@ -28,9 +28,11 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from cases import Classifier, make_trainer, mlp, toy_data
+from support.models import Classifier, mlp, toy_data
+from support.training import make_trainer
 
-from lightning_lca import LCACallback, cost
+from lightning_lca import LCACallback
+from lightning_lca.training import budget as cost
 
 STEPS = 6
 DDP = {
@@ -42,6 +44,7 @@ DDP = {
     "fork": {"start_method": "fork"},
 }
 MESHES = {"fsdp": (2, 1), "tensor": (1, 2), "both": (2, 2)}  # Shares of the data, of a layer.
+TIMEOUT = datetime.timedelta(seconds=400)  # Of a rank for another; shorter than torch's own.
 
 
 def sgd(parameters):
@@ -176,8 +179,8 @@ def probe_batches(dtype):
     return [list(b) for b in zip(xs.split([20, 10, 16, 14]), ys.split([20, 10, 16, 14]))]
 
 
-def strategy(name, seconds):
-    waits = {"process_group_backend": "gloo", "timeout": datetime.timedelta(seconds=seconds)}
+def strategy(name):
+    waits = {"process_group_backend": "gloo", "timeout": TIMEOUT}
     if name not in MESHES:
         return DDPStrategy(**waits, **DDP[name])
     data, tensor = MESHES[name]
@@ -233,7 +236,7 @@ def train(directory, case, measured):
         *others,
         max_steps=STEPS,
         devices=4 if name == "both" else 2,
-        strategy=strategy(name, seconds=20 if option == "die" else 200),
+        strategy=strategy(name),
         precision=precision(name, option, double),
         use_distributed_sampler=True,
     )

@@ -1,0 +1,243 @@
+"""The measure once more, written differently: float64, functional_call, NumPy, and no callback.
+
+The path of the weights comes from `PathRecorder`; `Twin.measure` credits its segments, and says how
+far rounding in the run's own arithmetic can take a credit from the true one.
+
+Rounding is measured, not guessed: the gradient of the run's arithmetic is compared with that of
+float64 at both ends of the segment and at a point beside it, tensor by tensor. Eight times the
+largest of these errors (never less than one unit in the last place of the largest gradient) bounds
+the error of a gradient; rounding errors are linear in the unit roundoff, so that of float64 is that
+of float32 times 2**-29.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from support.models import pl
+
+RULES = {
+    "euler": ([0], [1]),
+    "midpoint": ([1 / 2], [1]),
+    "trapezoid": ([0, 1], [1 / 2, 1 / 2]),
+    "simpson": ([0, 1 / 2, 1], [1 / 6, 4 / 6, 1 / 6]),
+    "boole": ([0, 1 / 4, 1 / 2, 3 / 4, 1], [7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90]),
+    "gauss2": ([1 / 2 - 12**-0.5, 1 / 2 + 12**-0.5], [1 / 2, 1 / 2]),
+    "gauss3": ([1 / 2 - 0.15**0.5, 1 / 2, 1 / 2 + 0.15**0.5], [5 / 18, 8 / 18, 5 / 18]),
+}
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+
+def simpson(panels):
+    """Composite Simpson: nodes and weights."""
+    weights = np.ones(2 * panels + 1)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2
+    return np.linspace(0, 1, 2 * panels + 1), weights / (6 * panels)
+
+
+class PathRecorder(pl.Callback):
+    """Keeps where every optimizer step began and ended, and the buffers then.
+
+    Args:
+        weights: Gives {name: tensor} of a LightningModule; by default its parameters by name.
+    """
+
+    def __init__(self, weights=None):
+        self.weights = weights or (lambda module: dict(module.named_parameters()))
+        self.starts, self.stops, self.buffers, self.open = [], [], [], False
+
+    def copy_of(self, tensors):
+        return {name: t.detach().clone() for name, t in tensors.items()}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.open:
+            self.starts.append(self.copy_of(self.weights(pl_module)))
+        self.open = True
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if self.open:
+            self.stops.append(self.copy_of(self.weights(pl_module)))
+            self.buffers.append(self.copy_of(dict(pl_module.named_buffers())))
+        self.open = False
+
+    def chords(self, every=1):
+        """Cuts the path into stretches of so many steps: starts, stops, buffers at their ends."""
+        last = len(self.stops) - 1
+        for i in range(0, last + 1, every):
+            end = min(i + every - 1, last)
+            yield self.starts[i], self.stops[end], self.buffers[end]
+
+
+@dataclass
+class Measured:
+    """What a segment did, and how far rounding can take each number.
+
+    Credits and their slack: {name: array}, the motion in float64 with them.
+    """
+
+    credit: dict
+    slack: dict
+    moved: dict
+    before: float
+    after: float
+    loss_slack: float
+
+    @property
+    def residual(self):
+        return self.after - self.before - sum(c.sum() for c in self.credit.values())
+
+
+class Twin:
+    """The mean loss over fixed batches as a function of weights, in float64.
+
+    Args:
+        module: A LightningModule that was never trained, with ``loss(x, y)``.
+        batches: (x, y) pairs.
+        mode: As `LCACallback` has it.
+        seed: Batch j runs on torch's random stream from seed + j.
+        dtype: Of the run's weights. autocast: what its forward computes in.
+    """
+
+    def __init__(
+        self, module, batches, mode="no_dropout", seed=0, dtype=torch.float32, autocast=None
+    ):
+        self.module = copy.deepcopy(module).train(mode != "eval")
+        if mode == "no_dropout":
+            for m in self.module.modules():
+                if isinstance(m, nn.Dropout):
+                    m.p = 0.0
+                elif hasattr(m, "dropout") and isinstance(m.dropout, float):
+                    m.dropout = 0.0
+        self.batches, self.seed, self.dtype, self.autocast = batches, seed, dtype, autocast
+        # What rounds: the coarser of what holds the weights and what computes.
+        self.unit = max(UNIT[dtype], UNIT[autocast or dtype])
+        self.random = np.random.default_rng(0)
+
+    def loss_and_gradient(self, weights, buffers, exact=True):
+        """Gives the loss and {name: gradient}, in float64 or in the run's own arithmetic."""
+        dtype = torch.float64 if exact else torch.float32
+        if not exact and self.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
+        wide = {n: w.detach().to(dtype).requires_grad_() for n, w in weights.items()}
+        held = {n: b.to(dtype) if b.is_floating_point() else b for n, b in buffers.items()}
+        rounds = not exact and self.autocast is not None
+        context = torch.autocast("cpu", self.autocast) if rounds else contextlib.nullcontext()
+        total, sums = 0.0, {n: 0.0 for n in weights}
+        samples = sum(len(x) for x, _ in self.batches)
+        for j, (x, y) in enumerate(self.batches):
+            state = {**wide, **{n: b.clone() for n, b in held.items()}}
+            x, y = (t.to(dtype) if t.is_floating_point() else t for t in (x, y))
+            torch.manual_seed(self.seed + j)
+            with context:
+                loss = functional_call(self.module, state, (x, y), tie_weights=True)
+            gradients = torch.autograd.grad(loss, list(wide.values()), allow_unused=True)
+            share = len(x) / samples
+            total += share * loss.item()
+            for name, g in zip(wide, gradients):
+                if g is not None:
+                    sums[name] = sums[name] + share * g.to_dense().double().numpy()
+        return total, {n: np.broadcast_to(s, weights[n].shape) for n, s in sums.items()}
+
+    def residual(self, start, stop, buffers, rule):
+        """Gives what a rule leaves unexplained of the segment."""
+        wide = {n: (start[n].double(), stop[n].double()) for n in start}
+        with torch.random.fork_rng(devices=[]):
+            samples = {
+                s: self.loss_and_gradient(_between(wide, s), buffers)
+                for s in sorted({0.0, 1.0, *rule[0]})
+            }
+        explained = sum(
+            weight * sum((samples[s][1][n] * (b - a).numpy()).sum() for n, (a, b) in wide.items())
+            for s, weight in zip(*rule)
+        )
+        return samples[1.0][0] - samples[0.0][0] - explained
+
+    def measure(self, start, stop, buffers, rule, trained):
+        """Credits the segment by a rule: (nodes, weights)."""
+        with torch.random.fork_rng(devices=[]):
+            return self._measure(start, stop, buffers, rule, set(trained))
+
+    def _measure(self, start, stop, buffers, rule, trained):
+        wide = {n: (start[n].double(), stop[n].double()) for n in start}
+        errors, largest = dict.fromkeys(start, 0.0), dict.fromkeys(start, 0.0)
+        sums, sizes = ({n: np.zeros(w.shape) for n, w in start.items()} for _ in range(2))
+        samples, loss_error = {}, 0.0
+        for s in sorted({0.0, 1.0, *rule[0]}):
+            samples[s] = self.loss_and_gradient(_between(wide, s), buffers)
+        for s, weight in zip(*rule):
+            for name, g in samples[s][1].items():
+                sums[name] += weight * g
+                sizes[name] += abs(weight * g)
+
+        middle = _between(wide, 0.5)
+        for n, w in middle.items():
+            middle[n] = w * torch.from_numpy(1 + 1e-3 * self.random.normal(size=w.shape))
+        # Three points that the run's dtype can hold: the errors of its arithmetic alone.
+        beside = {n: w.to(start[n].dtype).double() for n, w in middle.items()}
+        compared = [(_between(wide, s), samples[s]) for s in (0.0, 1.0)]
+        for place, exact in [*compared, (beside, self.loss_and_gradient(beside, buffers))]:
+            low_loss, low = self.loss_and_gradient(place, buffers, exact=False)
+            loss_error = max(loss_error, abs(low_loss - exact[0]))
+            for name, g in exact[1].items():
+                errors[name] = max(errors[name], np.abs(low[name] - g).max(initial=0.0))
+                largest[name] = max(largest[name], np.abs(g).max(initial=0.0))
+        losses = samples[0.0][0], samples[1.0][0]
+
+        # Errors are linear in the unit roundoff; the low arithmetic of `compare` is float32's.
+        finer = 2.0**-28 if self.dtype == torch.float64 else 1.0  # 2**-29, for run and twin.
+        low = self.unit if finer == 1.0 else UNIT[torch.float32]
+        span = sum(abs(w) for w in rule[1])
+        credit, slack, moved = {}, {}, {}
+        for n, (a, b) in wide.items():
+            motion = (b - a).numpy() if n in trained else np.zeros(a.shape)
+            error = 8 * max(errors[n], low * largest[n])
+            # Besides: products, sums and the motion are rounded, each by one unit.
+            credit[n], moved[n] = motion * sums[n], motion != 0
+            slack[n] = finer * np.abs(motion) * (span * error + 8 * low * sizes[n])
+        loss_slack = finer * 8 * max(loss_error, low * max(map(abs, losses)))
+        return Measured(credit, slack, moved, losses[0], losses[1], loss_slack)
+
+
+def _between(ends, s):
+    return {n: start + s * (stop - start) for n, (start, stop) in ends.items()}
+
+
+def groups_of(module, by):
+    """Says into which group every element of every parameter belongs: {name: array of names}."""
+    modules = dict(module.named_modules())
+    groups = {}
+    for name, parameter in module.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        layer = path.split(".parametrizations.")[0]
+        label = np.empty(parameter.shape, object)
+        if by == "parameter":
+            label[...] = name
+        elif by == "layer":
+            label[...] = layer
+        else:
+            owner = modules[layer]
+            stem = layer
+            if isinstance(owner, nn.RNNBase):
+                stem += "." + leaf.removeprefix("weight_").removeprefix("bias_")[3:]
+            axis = 1 if isinstance(owner, nn.ConvTranspose2d) and leaf == "weight" else 0
+            for i in range(parameter.shape[axis] if parameter.dim() else 1):
+                label[(slice(None),) * axis + (i,)] = f"{stem}/{i}"
+        groups[name] = label
+    return groups
+
+
+def sum_of_groups(groups, arrays):
+    """Adds up arrays of numbers by group: {group: sum}."""
+    sums = {}
+    for name, labels in groups.items():
+        for label in np.unique(labels.astype(str)):
+            here = arrays[name][labels == label].sum(dtype=np.float64)
+            sums[label] = sums.get(label, 0.0) + here
+    return sums

@@ -1,0 +1,523 @@
+"""The page as a user meets it: a real Chromium on a real TensorBoard on real training runs."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from support.models import Classifier, toy_data, toy_loader
+from support.processes import PATIENCE, environment, tensorboard, wait_for
+from support.training import fit
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from lightning_lca import History
+from lightning_lca.record import writer as board
+
+EVIL = "<img src=x onerror=alert(1)>"
+LAYERS = ["first", EVIL, "planted", "last"]
+STEPS = 60
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Some layers, one of which is named as badly as a dict's key may be."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [(12, 16), (16, 16), (16, 16), (16, 4)]
+        self.layers = nn.ModuleDict({n: nn.Linear(*w) for n, w in zip(LAYERS, widths)})
+
+    def forward(self, x):
+        for layer in list(self.layers.values())[:-1]:
+            x = torch.tanh(layer(x))
+        return self.layers["last"](x)
+
+
+class Planted(Classifier):
+    """Descends on all layers but one, on which it climbs."""
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self):
+        climbing = list(self.net.layers["planted"].parameters())
+        rest = [p for p in self.parameters() if all(p is not c for c in climbing)]
+        groups = [{"params": rest}, {"params": climbing, "maximize": True, "lr": 0.03}]
+        return torch.optim.SGD(groups, lr=0.3)
+
+
+def train(root, name, **arguments):
+    logger = {"logger": TensorBoardLogger(root, name=None, version=name)}
+    later = DataLoader(Subset(toy_data(), range(48, 96)), batch_size=16)
+    data = toy_loader(), later
+    fit(root, model=lambda: Planted(Net()), data=data, steps=STEPS, trainer=logger, **arguments)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Two runs; the second is short of channels and of a second probe."""
+    root = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board, "CHUNK_STEPS", 16)
+        train(root, "run_1", probe={"train": "train", "val": "val"}, neurons=True)
+        train(root, "run_2", every_n_steps=2)
+    return root
+
+
+# -- TensorBoard and a browser --------------------------------------------------------------------
+
+
+def rows_at(root):
+    """How many rows TensorBoard has read so far."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"{root}data/plugin/lca/runs", timeout=PATIENCE) as reply,
+    ):
+        return sum(run["rows"] or 0 for run in json.load(reply)["runs"])
+
+
+@pytest.fixture(scope="module")
+def address(logs):
+    command, port = tensorboard(logs)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    root = f"http://localhost:{port}/"
+    try:
+        wait_for(lambda: rows_at(root) == STEPS * 3 // 2, "all rows of two runs", process=process)
+        yield root
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    browser, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or chromedriver is None:
+        why = "No Chromium. On Debian: apt-get install -y chromium chromium-driver"
+        # CI, which installs it, must not pass without; nobody else has to have a browser.
+        pytest.fail(why) if os.environ.get("LCA_BROWSER") == "required" else pytest.skip(why)
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-sync", "--disable-background-networking", "--disable-component-update"]
+    for flag in [*flags, "--window-size=1400,1000"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.downloads = tmp_path_factory.mktemp("downloads")
+    driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior",
+        {"behavior": "allow", "downloadPath": str(driver.downloads)},
+    )
+    yield driver
+    driver.quit()
+
+
+def wait(condition, what="the page"):
+    return wait_for(condition, what, pause=0.03)
+
+
+class Page:
+    """The LCA tab of a TensorBoard."""
+
+    def __init__(self, driver, address):
+        self.driver, self.address = driver, address
+
+    def open(self, inside=False, **state):
+        """Loads the page afresh with some state in its address: alone, or inside TensorBoard."""
+        place = "" if inside else "data/plugin_entry.html?name=lca"
+        hash_ = "".join(f"&p.lca.{k}={urllib.parse.quote(str(v))}" for k, v in state.items())
+        self.driver.switch_to.default_content()
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.address}{place}#lca&kept=1{hash_}")
+        return self.enter() if inside else self.ready()
+
+    def enter(self):
+        self.driver.switch_to.default_content()
+        frame = wait(lambda: self.driver.find_elements(By.TAG_NAME, "iframe"), "the frame")[0]
+        self.driver.switch_to.frame(frame)
+        return self.ready()
+
+    def ready(self):
+        wait(lambda: self.js("return document.documentElement.dataset.ready === 'true'"))
+        return self
+
+    def js(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, testid, inside=""):
+        return self.driver.find_element(By.CSS_SELECTOR, f"[data-testid='{testid}'] {inside}")
+
+    def data(self, testid):
+        return self.js("return {...arguments[0].dataset}", self.find(testid))
+
+    def text(self, testid):
+        return self.find(testid).text
+
+    def click(self, testid, inside=""):
+        self.js("arguments[0].scrollIntoView({block: 'center'})", self.find(testid, inside))
+        self.find(testid, inside).click()
+        return self.ready()
+
+    def hash(self):
+        return dict(urllib.parse.parse_qsl(self.js("return parent.location.hash").lstrip("#")))
+
+    def table(self):
+        """The table's rows: {layer: [cells]}."""
+        rows = self.js(
+            "return [...document.querySelectorAll('[data-testid=layer-table] tbody tr')]"
+            ".map(row => [row.dataset.name, ...[...row.cells].map(c => c.innerText.trim())])"
+        )
+        return {name: cells for name, *cells in rows}
+
+    def credits(self):
+        cells = self.table().values()
+        return [float(row[3].replace("\N{MINUS SIGN}", "-")) for row in cells]
+
+    def row_color(self, testid, row):
+        """The mean colour [r, g, b] of a heatmap's row."""
+        script = """
+            const grid = arguments[0], canvas = grid.querySelector("canvas");
+            const {plotLeft, plotTop, plotWidth, rowHeight} = grid.dataset;
+            const ratio = canvas.width / grid.clientWidth;
+            const y = (Number(plotTop) + (arguments[1] + 0.5) * rowHeight) * ratio;
+            const pixels = canvas.getContext("2d").getImageData(
+                plotLeft * ratio + 3, y, plotWidth * ratio - 6, 1).data;
+            const sums = [0, 0, 0];
+            pixels.forEach((value, i) => { if (i % 4 < 3) sums[i % 4] += value; });
+            return sums.map((sum) => sum / (pixels.length / 4));
+        """
+        return self.js(script, self.find(testid), row)
+
+    def drag(self, testid, start, stop):
+        """Drags over the middle of a plot, from one fraction of its width to another."""
+        hit = self.find(testid, ".hit")
+        self.js("arguments[0].scrollIntoView({block: 'center'})", hit)
+        width = hit.size["width"]
+        (
+            ActionChains(self.driver, duration=20)
+            .move_to_element_with_offset(hit, round((start - 0.5) * width), 0)
+            .click_and_hold()
+            .move_by_offset(round((stop - start) * width), 0)
+            .release()
+            .perform()
+        )
+        return self.ready()
+
+
+@pytest.fixture(scope="module")
+def page(driver, address):
+    return Page(driver, address)
+
+
+@pytest.fixture(autouse=True)
+def _clean(page):
+    """No test leaves an error in the console, or asks another machine for anything."""
+    page.driver.get_log("browser")
+    yield
+    logged = [e for e in page.driver.get_log("browser") if e["level"] == "SEVERE"]
+    # Chromium asks for an icon of its own accord where the page has no TensorBoard around it.
+    assert [e["message"] for e in logged if "favicon.ico" not in e["message"]] == []
+    events = [json.loads(e["message"])["message"] for e in page.driver.get_log("performance")]
+    asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    hosts = {urllib.parse.urlparse(p["request"]["url"]).hostname for p in asked}
+    assert hosts <= {"localhost", None}  # None: data: and blob:
+
+
+@pytest.fixture(scope="module")
+def history(logs):
+    return {
+        "train": History.load(logs / "run_1", "train"),
+        "val": History.load(logs / "run_1", "val"),
+        "other": History.load(logs / "run_2"),
+    }
+
+
+# -- what a user sees -----------------------------------------------------------------------------
+
+
+def test_the_tab_opens_in_tensorboard(page):
+    page.driver.get("about:blank")
+    page.driver.get(page.address)
+    tab = wait(
+        lambda: next(
+            (
+                tab
+                for tab in page.driver.find_elements(By.CSS_SELECTOR, ".mat-mdc-tab")
+                if tab.text.strip() == "LCA"
+            ),
+            None,
+        ),
+        "the tab",
+    )
+    tab.click()
+    page.enter()
+    assert page.find("heatmap").is_displayed()
+    assert page.text("run") == "run_1\nrun_2"
+
+
+def test_layers_stand_in_network_order_with_their_true_sums(page, history):
+    page.open(run="run_1")
+    groups = list(history["train"].groups)
+    assert [g.split(".")[-1] for g in groups] == LAYERS
+    assert json.loads(page.data("heatmap")["layers"]) == groups
+    assert list(page.table()) == groups
+    np.testing.assert_allclose(page.credits(), history["train"].allocated.sum(0), rtol=6e-3)
+
+
+def test_a_hurting_layer_is_red_and_a_helping_one_blue(page, history):
+    credit = history["train"].allocated
+    assert (credit[:, 2] > 0).mean() > 0.8
+    assert credit.sum(0)[3] < 0
+    page.open(run="run_1")
+    red, _, blue = page.row_color("heatmap", 2)
+    assert red > blue + 20
+    red, _, blue = page.row_color("heatmap", 3)
+    assert blue > red + 20
+
+
+def test_the_verdict_tells_what_happened(page, history):
+    page.open(run="run_1")
+    train = history["train"]
+    change = train.loss_after[-1] - train.loss_before[0]
+    assert f"The loss fell by {abs(change):.4g}" in page.text("verdict-loss")
+    assert f"Steps 1–{STEPS}" in page.text("verdict-loss")
+    assert "3 layers helped, 1 hurt" in page.text("verdict-layers")
+    assert "planted" in page.text("verdict-layers")
+    assert "times; chance would give" in page.text("verdict-together")
+    assert page.data("verdict-trust")["warn"] == "false"
+
+
+def test_dragging_zooms_and_the_numbers_follow(page, history):
+    page.open(run="run_1")
+    page.drag("heatmap", 0.26, 0.49)
+    shown = page.data("heatmap")
+    assert (int(shown["start"]), int(shown["stop"])) == (STEPS // 4 + 1, STEPS // 2)
+    part = history["train"].allocated[STEPS // 4 : STEPS // 2]
+    np.testing.assert_allclose(page.credits(), part.sum(0), rtol=6e-3)
+    assert page.find("start").get_attribute("value") == str(STEPS // 4 + 1)
+    assert page.data("cumulative-chart")["start"] == shown["start"]
+    assert page.hash()["p.lca.stop"] == str(STEPS // 2)
+
+    page.drag("cumulative-chart", 0.03, 0.63)
+    assert (page.data("heatmap")["start"], page.data("heatmap")["stop"]) == ("16", "25")
+    page.js("scrollTo(0, 0)")
+    ActionChains(page.driver).double_click(page.find("heatmap", ".hit")).perform()
+    page.ready()
+    assert page.data("heatmap")["stop"] == str(STEPS)
+    assert "p.lca.stop" not in page.hash()
+
+
+def test_steps_can_be_typed_and_moved_through_down_to_one(page, history):
+    page.open(run="run_1", start=11, stop=20)
+    page.click("pan-right")
+    assert page.data("heatmap")["start"] == "16"
+    page.click("zoom-out")
+    assert (page.data("heatmap")["start"], page.data("heatmap")["stop"]) == ("11", "30")
+    for testid in ("start", "stop"):
+        field = page.find(testid)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys("7" if testid == "start" else "7\n")
+        page.ready()
+    wait(lambda: page.data("heatmap")["stop"] == "7")
+    page.ready()
+    np.testing.assert_allclose(page.credits(), history["train"].allocated[6], rtol=6e-3)
+
+
+def test_clicking_a_layer_shows_its_channels(page):
+    page.open(run="run_1")
+    assert "Click a layer" in page.text("channels-message")
+    page.click("heatmap", "[data-name$=first]")
+    shown = json.loads(page.data("channels-heatmap")["layers"])
+    assert len(shown) == 16
+    assert all(name.rpartition("/")[0].endswith("first") for name in shown)
+    assert page.data("heatmap")["selected"].endswith("first")
+    page.open(run="run_2", layer=shown[0].rpartition("/")[0])
+    assert "LCACallback(neurons=True)" in page.text("channels-message")
+
+
+def test_run_and_probe_can_be_switched(page, history):
+    assert not np.allclose(history["train"].allocated, history["val"].allocated, rtol=0.1)
+    page.open(run="run_1")
+    Select(page.find("probe")).select_by_value("val")
+    page.ready()
+    np.testing.assert_allclose(page.credits(), history["val"].allocated.sum(0), rtol=6e-3)
+    Select(page.find("run")).select_by_value("run_2")
+    page.ready()
+    np.testing.assert_allclose(page.credits(), history["other"].allocated.sum(0), rtol=6e-3)
+    assert page.hash()["p.lca.run"] == "run_2"
+    assert not page.find("probe").is_displayed()
+
+
+def test_a_sent_link_restores_the_view(page):
+    page.open(inside=True, run="run_1")
+    page.drag("heatmap", 0.5, 0.75)
+    page.click("heatmap", "[data-name$=last]")
+    Select(page.find("probe")).select_by_value("val")
+    page.ready()
+    page.click("stack")
+    link = page.js("return parent.location.href")
+    before = [page.data(t) for t in ("heatmap", "channels-heatmap", "cumulative-chart")]
+    page.driver.get("about:blank")
+    page.driver.get(link)
+    page.enter()
+    assert [page.data(t) for t in ("heatmap", "channels-heatmap", "cumulative-chart")] == before
+    assert page.data("cumulative-chart")["stacked"] == "true"
+    assert page.find("probe").get_attribute("value") == "val"
+    assert page.hash()["kept"] == "1"
+
+
+def test_a_broken_link_says_so_or_falls_back(page):
+    page.open(run="nowhere")
+    assert "no run nowhere" in page.text("banner")
+    page.open(run="run_1", probe="none", layer="gone", start="x", stop=-3, vs_run="nowhere")
+    assert page.data("heatmap")["stop"] == str(STEPS)
+    assert page.find("probe").get_attribute("value") == "train"
+
+
+def test_two_probes_are_compared(page, history):
+    page.open(run="run_1", layer=history["train"].groups[3])
+    page.click("suggestion")
+    assert page.find("versus").get_attribute("value") == '["run_1","val"]'
+    assert page.find("compare-chart").is_displayed()
+    maps = [page.data(f"compare-{part}") for part in ("a", "b", "difference")]
+    assert {m["layers"] for m in maps} == {
+        json.dumps(list(history["train"].groups)).replace(", ", ",")
+    }
+    assert maps[0]["limit"] == maps[1]["limit"]
+    gap = np.sort(abs(history["val"].allocated - history["train"].allocated), axis=None)
+    assert float(maps[2]["limit"]) == pytest.approx(gap[int(0.99 * gap.size)], rel=1e-4)
+
+
+def test_dark_mode_is_followed(page):
+    page.open(inside=True, run="run_1")
+    background = "return getComputedStyle(document.body).backgroundColor"
+    assert page.js(background) == "rgb(255, 255, 255)"
+    light = page.row_color("heatmap", 2)
+    page.js("parent.document.body.classList.add('dark-mode')")
+    wait(lambda: page.js("return document.documentElement.dataset.theme") == "dark")
+    assert page.js(background) == "rgb(48, 48, 48)"
+    dark = page.row_color("heatmap", 2)
+    assert sum(dark) < sum(light) - 150
+    assert dark[0] > dark[2] + 20  # Still red.
+
+
+def test_a_layers_name_is_only_ever_text(page, history):
+    evil = history["train"].groups[1]
+    page.open(run="run_1", layer=evil)
+    assert page.js("return document.images.length") == 0  # And no alert, which would end the test.
+    assert (
+        page.js("return [...document.querySelectorAll('.rows > div')].map(d => d.title)")[1] == evil
+    )
+    assert evil in page.table()
+    assert page.find("channels", "h2").text == f"Channels of {evil}"
+
+
+def test_the_keyboard_reaches_a_layer(page, history):
+    page.open(run="run_1")
+    page.js("document.querySelector('[data-testid=layers-png]').focus()")
+    keys = ActionChains(page.driver)
+    keys.send_keys(Keys.TAB).send_keys(Keys.ARROW_DOWN).send_keys(Keys.ARROW_DOWN).perform()
+    focused = page.js("return document.activeElement.title")
+    assert focused == history["train"].groups[2]
+    outline = page.js("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+    page.ready()
+    assert page.data("heatmap")["selected"] == focused
+    assert page.js("return document.activeElement.title") == focused
+    ActionChains(page.driver).send_keys("+").perform()
+    page.ready()
+    assert page.data("heatmap")["start"] != "1"
+
+
+def test_the_table_sorts(page):
+    page.open(run="run_1")
+    page.click("sort-credit")
+    credits = page.credits()
+    assert credits == sorted(credits)
+    page.click("sort-credit")
+    assert page.credits() == credits[::-1]
+    head = page.find("layer-table", "th[data-key=credit]")
+    assert head.get_attribute("aria-sort") == "descending"
+    page.click("layer-table", "tbody tr:first-child button")
+    assert page.data("heatmap")["selected"].endswith("planted")
+
+
+def test_pointing_at_a_cell_names_it(page, history):
+    page.open(run="run_1")
+    ActionChains(page.driver).move_to_element(page.find("heatmap", ".hit")).perform()
+    told = page.text("tooltip")
+    groups = history["train"].groups
+    row = next(i for i, g in enumerate(groups) if told.startswith(f"{g} · step "))
+    step = int(told.split(" · step ")[1].split()[0])
+    value = float(told.split("LCA\n")[1].split()[0].replace("\N{MINUS SIGN}", "-"))
+    assert value == pytest.approx(history["train"].allocated[step - 1, row], rel=6e-3)
+
+
+def test_an_error_is_shown_and_can_be_retried(page):
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/lca/helping*"]})
+    page.open(run="run_1")
+    assert "does not answer" in page.text("helping-message")
+    assert page.find("heatmap").is_displayed()
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    page.click("helping", "[data-testid=retry]")
+    assert page.find("helping-chart").is_displayed()
+    page.driver.get_log("browser")  # The blocked request is an error that we made.
+
+
+def test_pictures_and_tables_can_be_saved(page, history):
+    page.open(run="run_1", start=5, stop=9)
+    page.click("layers-png")
+    picture = wait(lambda: next(page.driver.downloads.glob("lca-layers*.png"), None), "the file")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with urllib.request.urlopen(page.find("csv").get_attribute("href"), timeout=PATIENCE) as reply:
+        rows = reply.read().decode().splitlines()
+    assert len(rows) == 1 + 5
+
+
+def test_new_steps_appear_by_themselves(page, logs):
+    """The second run is copied in two parts; the whole run grows, a zoomed view stays."""
+    source = next((logs / "run_2").glob("*tfevents*"))
+    data = source.read_bytes()
+    grown = logs / "run_3" / source.name
+    grown.parent.mkdir()
+    try:
+        grown.write_bytes(data[: len(data) * 3 // 5])
+        page.open(run="run_1")
+        wait(lambda: "run_3" in page.text("run"), "the new run")
+        Select(page.find("run")).select_by_value("run_3")
+        page.ready()
+        wait(lambda: not page.find("banner").is_displayed())
+        page.ready()
+        half = int(page.data("heatmap")["stop"])
+        assert half < STEPS
+        with grown.open("ab") as file:
+            file.write(data[len(data) * 3 // 5 :])
+        wait(lambda: page.data("heatmap")["stop"] == str(STEPS), "new steps")
+        assert page.data("heatmap")["start"] == "1"
+        assert page.text("updated").startswith("updated ")
+    finally:
+        shutil.rmtree(grown.parent)
