@@ -95,9 +95,7 @@ def assert_agrees(values, theirs, what):
     ]
     moved = theirs.double().abs().sum().item()
     off = max(abs(layers[0][n] - layers[1][n]) for n in layers[0]) / moved
-    print(
-        f"{what}: credits {distance(credit, theirs):.1e}, sums {off:.1e}, fractions {apart:.1e}"
-    )
+    print(f"{what}: credits {distance(credit, theirs):.1e}, sums {off:.1e}, fractions {apart:.1e}")
     assert distance(credit, theirs) < CLOSE
     assert off < CLOSE
     assert apart < FEW
