@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import lightning_lca
 from lightning_lca.cli import replay as replay_command
 from lightning_lca.cli.terminal import InputError, progress, say
 from lightning_lca.record import export
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-lca",
         description="Loss Change Allocation of training runs, from their log directories.",
     )
+    version = f"%(prog)s {lightning_lca.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     summary = commands.add_parser("summary", help="print the table and ledger of every run")
