@@ -6,7 +6,8 @@
 
 Environments are built in .matrix/ and serve again as long as they are there; it may be deleted.
 The lower bounds are those of pyproject.toml; other versions are those of .ci/constraints.txt or,
-where a cell says "newest", the newest there are. Needs Python 3.11.
+where a cell says "newest", the newest there are. Needs Python 3.11 and packaging, which the
+environment of the tests has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomllib
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 WHERE = ROOT / ".matrix"
@@ -41,12 +43,18 @@ CORE = [
 SHOWN = ("torch", "pytorch-lightning", "lightning", "torchmetrics", "numpy")
 
 
-def lower_bounds() -> dict[str, str]:
-    """Reads {package: version} from pyproject.toml, extras that tests need included."""
+def requirements() -> dict[str, Requirement]:
+    """Reads {package: requirement} from pyproject.toml, extras that tests need included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["parquet"], *extras["examples"]]
-    return dict(line.split(">=") for line in lines)
+    return {needed.name: needed for needed in map(Requirement, lines)}
+
+
+def lower_bound(needed: Requirement) -> str:
+    """Finds the one version that a requirement calls its oldest."""
+    (oldest,) = (bound.version for bound in needed.specifier if bound.operator == ">=")
+    return oldest
 
 
 def pinned(package: str) -> str:
@@ -55,7 +63,12 @@ def pinned(package: str) -> str:
     return re.search(rf"^{package}==([\w.+]+)", text, re.MULTILINE)[1]
 
 
-LOW = lower_bounds()
+NEEDED = requirements()
+LOW = {name: lower_bound(needed) for name, needed in NEEDED.items()}
+# What is newest, but for versions that are excluded; lightning is pytorch-lightning renamed.
+PL, L = (
+    f"{name}{NEEDED['pytorch-lightning'].specifier}" for name in ("pytorch-lightning", "lightning")
+)
 FLOOR = [f"{name}=={version}" for name, version in LOW.items() if name != "torch"]
 OLD_PL, OLD_L = (
     f"pytorch-lightning=={LOW['pytorch-lightning']}",
@@ -81,21 +94,21 @@ class Cell:
 
 
 CELLS = {
-    "newest": Cell(("pytorch-lightning", "torchmetrics")),
+    "newest": Cell((PL, "torchmetrics")),
     "oldest": Cell(tuple(FLOOR)),  # Every lower bound but that of torch.
-    "lightning-newest": Cell(("lightning",), "lightning.pytorch", without="pytorch-lightning"),
+    "lightning-newest": Cell((L,), "lightning.pytorch", without="pytorch-lightning"),
     "lightning-oldest": Cell((OLD_L,), "lightning.pytorch", without="pytorch-lightning"),
-    "both-train-pl": Cell(("lightning", "pytorch-lightning")),
-    "both-train-lightning": Cell(("lightning", "pytorch-lightning"), "lightning.pytorch"),
-    "both-old-pl": Cell(("lightning", OLD_PL), "lightning.pytorch"),
-    "both-old-lightning": Cell((OLD_L, "pytorch-lightning")),
-    "torchmetrics-oldest": Cell(("pytorch-lightning", f"torchmetrics=={LOW['torchmetrics']}")),
+    "both-train-pl": Cell((L, PL)),
+    "both-train-lightning": Cell((L, PL), "lightning.pytorch"),
+    "both-old-pl": Cell((L, OLD_PL), "lightning.pytorch"),
+    "both-old-lightning": Cell((OLD_L, PL)),
+    "torchmetrics-oldest": Cell((PL, f"torchmetrics=={LOW['torchmetrics']}")),
     "pl-2.2": Cell(("pytorch-lightning==2.2.*",)),
     "pl-2.3": Cell(("pytorch-lightning==2.3.*",)),
     "pl-2.4": Cell(("pytorch-lightning==2.4.*",)),
     "pl-2.5": Cell(("pytorch-lightning==2.5.*",)),
     "floor": Cell(tuple(FLOOR), torch=LOW["torch"]),  # Every lower bound.
-    "torch-newest": Cell(("pytorch-lightning", "torchmetrics"), torch=""),
+    "torch-newest": Cell((PL, "torchmetrics"), torch=""),
 }
 
 
@@ -123,24 +136,26 @@ def site_packages(home: Path) -> Path:
     return next((home / "lib").glob("python*")) / "site-packages"
 
 
+def install(home: Path, python: Path, *arguments: str) -> None:
+    """Installs into an environment, unless just this was installed there before."""
+    done, asked = home / "done", "\n".join(arguments)
+    if done.exists() and done.read_text() == asked:
+        return
+    pip(python, WHERE / f"{home.name}.pip.log", "install", *arguments)
+    done.write_text(asked)
+
+
 def base(version: str) -> Path:
     """Builds what the cells of one torch share: torch and what tests need."""
     home = WHERE / f"torch-{version or 'newest'}"
-    done = home / "done"
-    if done.exists():
-        return home
-    python = environment(home)
-    log = WHERE / f"{home.name}.pip.log"
-    torch = f"torch=={version}" if version else "torch"
-    rest = [name for name in LOW if name not in ("torch", "pytorch-lightning", "torchmetrics")]
+    own = ("torch", "pytorch-lightning", "torchmetrics")
+    rest = [str(needed) for name, needed in NEEDED.items() if name not in own]
     rest += ["pytest", "jsonargparse[signatures]", "rich"]
     if version == pinned("torch"):
-        pip(python, log, "install", torch, *rest, "-c", str(ROOT / ".ci" / "constraints.txt"))
-    else:
-        old = version == LOW["torch"]
-        rest = [f"{name}=={LOW[name]}" if old and name in LOW else name for name in rest]
-        pip(python, log, "install", torch, *rest)
-    done.touch()
+        rest += ["-c", str(ROOT / ".ci" / "constraints.txt")]
+    elif version == LOW["torch"]:
+        rest += [f"{name}=={oldest}" for name, oldest in LOW.items() if name not in own]
+    install(home, environment(home), f"torch=={version}" if version else "torch", *rest)
     return home
 
 
@@ -148,14 +163,11 @@ def build(name: str, cell: Cell) -> Path:
     """Builds the environment of a cell; gives its Python."""
     home = WHERE / name
     python = environment(home, ROOT, site_packages(base(cell.torch)))
-    if not (home / "done").exists():
-        log = WHERE / f"{name}.pip.log"
-        # torch stays the one below, whatever a Lightning thinks of its version.
-        # Lightning below 2.5 needs pkg_resources, which newer setuptools lack.
-        pip(python, log, "install", *cell.packages, "setuptools<81")
-        if cell.without:
-            pip(python, log, "uninstall", "-y", cell.without)
-        (home / "done").touch()
+    # torch stays the one below, whatever a Lightning thinks of its version.
+    # Lightning below 2.5 needs pkg_resources, which newer setuptools lack.
+    install(home, python, *cell.packages, "setuptools<81")
+    if cell.without:
+        pip(python, WHERE / f"{name}.pip.log", "uninstall", "-y", cell.without)
     return python
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lightning_lca.record.history import History
     from lightning_lca.training.callback import LCACallback
 
+__version__ = "0.1.0"  # The one place: pyproject.toml reads it here.
+
 __all__ = [
     "Allocation",
     "Field",

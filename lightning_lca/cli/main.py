@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+import lightning_lca
 from lightning_lca.cli import replay as replay_command
 from lightning_lca.cli.terminal import InputError, progress, say
-from lightning_lca.record import export, summary
+from lightning_lca.record import export
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-lca",
         description="Loss Change Allocation of training runs, from their log directories.",
     )
+    version = f"%(prog)s {lightning_lca.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     summary = commands.add_parser("summary", help="print the table and ledger of every run")
@@ -147,7 +150,7 @@ def _demo(asked: argparse.Namespace) -> None:
 
     say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
     lca = demo.train(asked.out)
-    print(summary.text(lca.history.groups, lca.history.sizes, lca.history.rows))
+    print(lca.history.summary())
     print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(asked.out))}")
     print("and open its LCA tab.")
 

@@ -22,8 +22,9 @@ from lightning_lca.figures.closeup import distribution, neurons, trajectories
 from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, totals
 from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
 from lightning_lca.figures.moments import synchrony
-from lightning_lca.figures.timeline import fold, total
+from lightning_lca.figures.timeline import total
 from lightning_lca.record.history import History
+from lightning_lca.record.layers import Layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +68,8 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
     if history.rows.helping.any() or history.rows.hurting.any():
         figures["helping_per_step"] = helping_per_step
     if history.neurons is not None and len(history.neurons):
-        names, owner = fold(history.neurons.names)
-        moved = np.bincount(owner, total(history.neurons.allocated), len(names))
+        layers = Layers.of(history.neurons.layers)
+        names, moved = layers.names, layers.sums(total(history.neurons.allocated))
         for i in np.sort(np.argsort(-np.abs(moved), kind="stable")[:_LAYERS]):
             file = re.sub(r"[^\w.-]", "_", f"neurons_{names[i]}")
             figures[file] = partial(neurons, layer=names[i])

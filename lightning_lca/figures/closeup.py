@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_lca.figures import style
-from lightning_lca.figures.timeline import Timeline, check, fold, sample, total
+from lightning_lca.figures.timeline import check, of_windows, sample, total
 from lightning_lca.record.history import History
+from lightning_lca.record.layers import Layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,21 +40,21 @@ def neurons(history: History, layer: str) -> Figure:
         raise ValueError(
             'This record has no neurons. Train with LCACallback(neurons=True) or group_by="neuron".'
         )
-    names, owner = fold(windows.names)
-    if layer not in names:
-        raise ValueError(f"No layer {layer!r} in this record; it has {', '.join(names)}.")
-    mine = np.flatnonzero(owner == names.index(layer))
+    layers = Layers.of(windows.layers)
+    if layer not in layers.names:
+        raise ValueError(f"No layer {layer!r} in this record; it has {', '.join(layers.names)}.")
+    mine = layers.columns(layers.names.index(layer))
     credit = windows.allocated[:, mine]
     whole = total(credit)
     order = np.argsort(whole, kind="stable")
-    time = Timeline.of_windows(history, windows, style.COLUMNS)
+    time = of_windows(history, windows, style.COLUMNS)
     grid = time.sums(credit[:, order]).T
     together = -(-len(grid) // _ROWS)
     grid = np.add.reduceat(grid, np.arange(0, len(grid), together), axis=0)
     numbers = [windows.names[i].rpartition("/")[2] for i in mine[order]]
     with style.page(style.HEIGHT + 0.4) as figure:
         axes = figure.subplots()
-        style.grid_of_credit(figure, axes, time.steps, grid, time.unit)
+        style.grid_of_credit(figure, axes, time.edges, grid, time.unit)
         if together == 1:
             style.label_rows(axes, numbers, figure.get_figheight())
             axes.set_ylabel("neuron, best on top")
@@ -127,7 +128,7 @@ def trajectories(history: History) -> Figure:
         ValueError: The record has no single weights.
     """
     weights = sample(history)
-    time = Timeline.of_windows(history, weights, style.POINTS)
+    time = of_windows(history, weights, style.POINTS)
     whole = total(weights.allocated)
     best = np.argsort(whole, kind="stable")[:_LINES]
     random = np.random.default_rng(0).permutation(len(whole))[:_LINES]
@@ -138,7 +139,7 @@ def trajectories(history: History) -> Figure:
             lines = time.running(weights.allocated[:, chosen])
             axes.axhline(0, color="0.75", linewidth=1)
             for line, colour in zip(lines.T, style.signed(whole[chosen]), strict=True):
-                axes.plot(time.steps, line, color=colour, linewidth=1.2, alpha=0.8)
+                axes.plot(time.edges, line, color=colour, linewidth=1.2, alpha=0.8)
             axes.set_title(f"{len(chosen)} {title} weights")
             axes.yaxis.set_major_formatter(style.tick)
             style.step_axis(axes)

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_lca.analysis.bins import Bins
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import (
     Array,
-    Floats,
-    Layers,
-    Timeline,
+    Shown,
     credit,
     finite_or_nan,
+    timeline,
     total,
 )
 from lightning_lca.record.history import History
+from lightning_lca.record.summary import Trust
+from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +40,11 @@ def heatmap(history: History) -> Figure:
         ValueError: Nothing was measured yet.
     """
     layers = credit(history)
-    time = Timeline.of(history.steps, style.COLUMNS)
+    time = timeline(history, style.COLUMNS)
     height = style.tall(len(layers))
     with style.page(height) as figure:
         axes = figure.subplots()
-        style.grid_of_credit(figure, axes, time.steps, time.sums(layers.values).T, time.unit)
+        style.grid_of_credit(figure, axes, time.edges, time.sums(layers.values).T, time.unit)
         style.label_rows(axes, layers.names, figure.get_figheight())
         style.headline(figure, *_who_helped_and_who_hurt(history, layers))
     return figure
@@ -61,7 +63,7 @@ def cumulative(history: History) -> Figure:
         ValueError: Nothing was measured yet.
     """
     layers = credit(history)
-    time = Timeline.of(history.steps, style.POINTS)
+    time = timeline(history, style.POINTS)
     lines = time.running(layers.values)
     true = _true_change(history, time)
     reach = np.nanmax(np.abs(lines), axis=0, initial=0)
@@ -76,12 +78,12 @@ def cumulative(history: History) -> Figure:
         axes.axhline(0, color="0.75", linewidth=1)
         quiet = [i for i in range(len(layers)) if i not in named]
         for i in quiet:
-            axes.plot(time.steps, lines[:, i], color="0.8", linewidth=0.8)
+            axes.plot(time.edges, lines[:, i], color="0.8", linewidth=0.8)
         colours = style.by_depth(len(named))
         for colour, i in zip(colours, named, strict=True):
             # A single layer is all of the loss change: it shows around the black line.
-            axes.plot(time.steps, lines[:, i], color=colour, linewidth=2 if len(layers) > 1 else 6)
-        above.plot(time.steps, true, color=style.TRUE, linewidth=2.2)
+            axes.plot(time.edges, lines[:, i], color=colour, linewidth=2 if len(layers) > 1 else 6)
+        above.plot(time.edges, true, color=style.TRUE, linewidth=2.2)
         labels = [style.elide(layers.names)[i] for i in named]
         ends = [style.last(lines[:, i]) for i in named]
         if apart:
@@ -112,7 +114,7 @@ def stack(history: History) -> Figure:
         ValueError: Nothing was measured yet.
     """
     layers = credit(history)
-    time = Timeline.of(history.steps, style.POINTS)
+    time = timeline(history, style.POINTS)
     lines = time.running(layers.values)
     true = _true_change(history, time)
     whole = total(layers.values)
@@ -126,11 +128,11 @@ def stack(history: History) -> Figure:
             outer = np.cumsum(part, axis=1)
             for i, shade in enumerate(style.ramp(colour, len(layers))):
                 inner = outer[:, i] - part[:, i]
-                axes.fill_between(time.steps, inner, outer[:, i], color=shade, linewidth=0)
+                axes.fill_between(time.edges, inner, outer[:, i], color=shade, linewidth=0)
                 if (whole[i] > 0) == (colour == style.HURTS):
                     ends[i] = style.last((inner + outer[:, i]) / 2)
                     shades[i] = shade
-        axes.plot(time.steps, true, color=style.TRUE, linewidth=2.2)
+        axes.plot(time.edges, true, color=style.TRUE, linewidth=2.2)
         axes.axhline(0, color="0.3", linewidth=0.8)
         largest = np.sort(np.argsort(-np.abs(whole), kind="stable")[:_LINES])
         labels = style.elide(layers.names)
@@ -164,34 +166,40 @@ def ledger(history: History) -> Figure:
         ValueError: Nothing was measured yet.
     """
     layers = credit(history)
-    time = Timeline.of(history.steps, style.POINTS)
+    time = timeline(history, style.POINTS)
     true = _true_change(history, time)
-    summed = time.running(layers.values.sum(1))
+    summed = time.running(np.asarray(layers.values).sum(1))
     drift = time.sums(history.drift)
     drifted = bool(np.any(np.nan_to_num(drift)))
-    missed = int((~history.converged).sum())
     with style.page(4.2) as figure:
         above, below = figure.subplots(2, sharex=True, height_ratios=[1.7, 1])
-        above.plot(time.steps, summed, color="#8fbbe8", linewidth=6, label="LCA added up")
-        above.plot(time.steps, true, color=style.TRUE, linewidth=1.6, label="true")
+        above.plot(time.edges, summed, color="#8fbbe8", linewidth=6, label="LCA added up")
+        above.plot(time.edges, true, color=style.TRUE, linewidth=1.6, label="true")
         above.set_ylabel("loss change")
         above.legend(loc="best", handlelength=1.4)
-        below.stairs(time.sums(history.residual), time.steps, fill=True, color="0.35")
+        below.stairs(time.sums(history.residual), time.edges, fill=True, color="0.35")
         if drifted:
             below.stairs(
-                drift, time.steps, color="#9467bd", linewidth=1.6, label="drift", zorder=0.5
+                drift, time.edges, color="#9467bd", linewidth=1.6, label="drift", zorder=0.5
             )
             below.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.7)
         below.axhline(0, color="0.3", linewidth=0.8)
         below.set_ylabel(f"residual\n(loss {time.unit})")
         below.yaxis.set_major_formatter(style.tick)
         style.step_axis(below)
-        change, residual = style.last(true), float(total(history.residual))
-        share = _percent(abs(residual / change)) if change else f"{residual:.2g}"
+        trust = Trust.of(history)
+        share = 0.0 if trust.unexplained is None else trust.unexplained
+        second = f"Loss change {style.number(style.last(true))}"
+        if trust.not_finite:
+            second += f"; {trust.not_finite:,} of {len(history):,} steps not finite, left out"
+        elif trust.unconverged:
+            second += f"; {trust.unconverged:,} of {len(history):,} steps did not converge"
         style.headline(
             figure,
-            f"LCA misses {share} of the loss change {style.number(change)}",
-            f"{missed:,} of {len(history):,} steps did not converge" if missed else "",
+            f"Residuals are {_percent(share)} of all credit"
+            if np.isfinite(share)
+            else "No credit explains the loss change",
+            second,
         )
     return figure
 
@@ -246,12 +254,9 @@ def _by_kind(history: History, names: tuple[str, ...]) -> Floats | None:
         return None
     parts = np.zeros((3, len(names)))
     place = {name: i for i, name in enumerate(names)}
-    for name, kind, value in zip(
-        windows.names, windows.kinds, total(windows.allocated), strict=True
+    for name, layer, kind, value in zip(
+        windows.names, windows.layers, windows.kinds, total(windows.allocated), strict=True
     ):
-        path, _, leaf = name.rpartition(".")
-        # The same rule as where layers are made: parametrized weights belong to their owner.
-        layer = path.partition("parametrizations.")[0].rstrip(".") or leaf
         owner = place.get(name, place.get(layer))
         if owner is None:
             return None
@@ -280,10 +285,10 @@ def _percent(share: float) -> str:
     return "less than 0.01%" if 0 < share < 1e-4 else f"{share:.2%}"
 
 
-def _true_change(history: History, time: Timeline) -> Floats:
+def _true_change(history: History, time: Bins) -> Floats:
     """The loss at the borders of the bins, less that at the start [B + 1]."""
     loss = finite_or_nan(np.concatenate([history.loss_before[:1], history.loss_after]))
-    change: Floats = loss[time.rows] - loss[0]
+    change: Floats = loss[time.cuts] - loss[0]
     return change
 
 
@@ -291,7 +296,7 @@ def _extent(lines: Array) -> float:
     return float(np.nanmax(lines, initial=0) - np.nanmin(lines, initial=0))
 
 
-def _who_helped_and_who_hurt(history: History, layers: Layers) -> tuple[str, str]:
+def _who_helped_and_who_hurt(history: History, layers: Shown) -> tuple[str, str]:
     """Says in a line who helped most, and in another how many hurt."""
     whole = total(layers.values)
     change = history.loss_after[-1] - history.loss_before[0]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_lca.figures import style
-from lightning_lca.figures.timeline import Array, Floats, Layers, Timeline, check, sample
+from lightning_lca.figures.timeline import Array, Shown, check, sample, timeline
 from lightning_lca.record.history import History
+from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,25 +33,25 @@ def helping(history: History) -> Figure:
         ValueError: Nothing was measured yet.
     """
     check(history)
-    time = Timeline.of(history.steps, _BINS)
+    time = timeline(history, _BINS)
     helped, hurt = _votes(history)
     each, moved = time.sums(helped.values), time.sums(helped.values + hurt.values)
     share = _percent(each.sum(1), moved.sum(1))
     band = 100 / np.sqrt(np.where(moved.sum(1) > 0, moved.sum(1), np.nan))
     by_layer = _percent(each.sum(0), moved.sum(0))
     overall = float(_percent(each.sum(), moved.sum()))
-    trained = float(history.trained.sum(dtype=np.float64))
+    trained = float(history.trained[history.rows.finite].sum(dtype=np.float64))
     with style.page(style.tall(len(helped))) as figure:
         axes, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
         axes.fill_between(
-            time.steps,
+            time.edges,
             *(50 + np.append(s * band, s * band[-1:]) for s in (-1, 1)),
             step="post",
             color=style.CHANCE,
             linewidth=0,
         )
         axes.axhline(50, color="0.3", linewidth=0.8)
-        axes.stairs(share, time.steps, baseline=None, color=style.HELPS, linewidth=1.6)
+        axes.stairs(share, time.edges, baseline=None, color=style.HELPS, linewidth=1.6)
         axes.set_ylabel("weights that help")
         axes.yaxis.set_major_formatter("{x:g}%")
         style.step_axis(axes)
@@ -91,8 +92,9 @@ def helping_per_step(history: History) -> Figure:
     """
     check(history)
     helped, hurt = _votes(history)
-    each = helped.values.sum(1)
-    share = _percent(each, each + hurt.values.sum(1))
+    finite = history.rows.finite
+    each = helped.values[finite].sum(1)
+    share = _percent(each, each + hurt.values[finite].sum(1))
     share = share[np.isfinite(share)]
     if not len(share):
         raise ValueError("There is nothing to draw: no weight has moved the loss in any step.")
@@ -161,12 +163,12 @@ def _bars(axes: Axes, counts: Array, edges: Floats, sign: Floats) -> None:
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=style.signed(sign))
 
 
-def _votes(history: History) -> tuple[Layers, Layers]:
+def _votes(history: History) -> tuple[Shown, Shown]:
     """Counts the weights of each layer that helped, and those that hurt [T, L]."""
     rows = history.rows
     return (
-        Layers.of(history, rows.helping.astype(np.int64)),
-        Layers.of(history, rows.hurting.astype(np.int64)),
+        Shown.of(history, rows.helping.astype(np.int64)),
+        Shown.of(history, rows.hurting.astype(np.int64)),
     )
 
 

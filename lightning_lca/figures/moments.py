@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_lca.analysis import synchrony as core
+from lightning_lca.analysis.bins import Bins
 from lightning_lca.figures import style
-from lightning_lca.figures.timeline import Timeline, credit
+from lightning_lca.figures.timeline import credit, timeline
 from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
     """
     layers = credit(history)
     found = core.synchrony(layers.values, strongest)
-    each = Timeline.of(history.steps, len(history))
+    each = timeline(history, len(history))
     height = style.tall(len(layers), 2.8)
     with style.page(max(height, 4.4)) as figure:
         tall = figure.get_figheight()
@@ -65,21 +66,21 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
             _one_by_one(below, found, each)
         else:
             _binned(below, found, history)
-        below.set_xlim(each.steps[0], each.steps[-1])
+        below.set_xlim(each.edges[0], each.edges[-1])
         below.set_ylim(bottom=0)
         style.step_axis(below)
         style.headline(figure, *_finding(found))
     return figure
 
 
-def _one_by_one(axes: Axes, found: core.Synchrony, each: Timeline) -> None:
-    axes.stairs(found.band, each.steps, fill=True, color=style.CHANCE)
+def _one_by_one(axes: Axes, found: core.Synchrony, each: Bins) -> None:
+    axes.stairs(found.band, each.edges, fill=True, color=style.CHANCE)
     shared = found.coincidences > 1
     for which, colour in ((~shared, _ALONE), (shared, style.HELPS)):
         axes.bar(
-            each.steps[:-1][which],
+            each.edges[:-1][which],
             found.coincidences[which],
-            np.diff(each.steps)[which],
+            np.diff(each.edges)[which],
             align="edge",
             color=colour,
         )
@@ -89,11 +90,11 @@ def _one_by_one(axes: Axes, found: core.Synchrony, each: Timeline) -> None:
 
 
 def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
-    time = Timeline.of(history.steps, _BINS)
-    rates = core.rates(found.moments, time.rows)
-    axes.stairs(rates.high, time.steps, fill=True, color=style.CHANCE)
-    axes.stairs(rates.observed, time.steps, fill=True, color=style.HELPS, alpha=0.8)
-    axes.stairs(rates.expected, time.steps, baseline=None, color="0.3", linewidth=1.2)
+    time = timeline(history, _BINS)
+    rates = core.rates(found.moments, time.cuts)
+    axes.stairs(rates.high, time.edges, fill=True, color=style.CHANCE)
+    axes.stairs(rates.observed, time.edges, fill=True, color=style.HELPS, alpha=0.8)
+    axes.stairs(rates.expected, time.edges, baseline=None, color="0.3", linewidth=1.2)
     axes.set_ylim(0, axes.get_ylim()[1] if rates.observed.any() or rates.high.any() else 1)
     axes.locator_params("y", nbins=3)
     axes.set_ylabel("pairs per\niteration")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lca.figures.timeline import Array, Floats
+from lightning_lca.figures.timeline import Array
+from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

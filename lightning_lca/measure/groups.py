@@ -83,6 +83,7 @@ class Grouping:
     Attributes:
         names: Name of every group, in network order.
         sizes: Number of weights of every group [groups].
+        layers: The layer that every group belongs to, by name.
         by: "parameter", "layer" or "neuron".
         parameters: Name of every parameter.
         kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
@@ -121,11 +122,13 @@ class Grouping:
         self.is_whole = not any_cut(module)
         index: dict[str, int] = {}
         sizes: dict[int, int] = {}
+        layers: dict[int, str] = {}
         self._rows: dict[str, _Rows] = {}
         for name, parameter in named_parameters(module).items():
             labels, dim, blocks = _rows_of(module, name, parameter, by)
             groups = [index.setdefault(label, len(index)) for label in labels]
             for group in groups:
+                layers.setdefault(group, layer_of(name))
                 sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
             by_row = is_cut(parameter) and len(groups) > 1
             here = rows_here(parameter, dim) if by_row else slice(None)
@@ -140,6 +143,7 @@ class Grouping:
         self.kinds: list[str] = [_kind(module, name) for name in self.parameters]
         self.names: list[str] = list(index)
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
+        self.layers: list[str] = [layers[group] for group in range(len(index))]
         self._warned = False
         self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
 
@@ -149,20 +153,20 @@ class Grouping:
         return {n: self.names[int(r.groups[0])] for n, r in self._rows.items() if len(r.groups)}
 
     @property
-    def stems(self) -> list[tuple[str, int]]:
-        """Of groups by neuron: the name before the slash, and how many there are in a row.
+    def stems(self) -> list[tuple[str, int, str]]:
+        """Of groups by neuron: the name before the slash, how many come in a row, and their layer.
 
         Example:
-            >>> Grouping(nn.Linear(4, 3), "neuron").stems
-            [('weight', 3), ('bias', 3)]
+            >>> Grouping(nn.Sequential(nn.RNN(4, 3), nn.Linear(3, 2)), "neuron").stems
+            [('0.l0', 3, '0'), ('1', 2, '1')]
         """
-        stems: list[tuple[str, int]] = []
-        for name in self.names:
+        stems: list[tuple[str, int, str]] = []
+        for name, layer in zip(self.names, self.layers, strict=True):
             stem = name.rpartition("/")[0]
             if stems and stems[-1][0] == stem:
-                stems[-1] = (stem, stems[-1][1] + 1)
+                stems[-1] = (stem, stems[-1][1] + 1, layer)
             else:
-                stems.append((stem, 1))
+                stems.append((stem, 1, layer))
         return stems
 
     def is_counted(self, name: str) -> bool:
@@ -235,20 +239,33 @@ def _add_up(per_row: Tensor, index: Tensor, length: int) -> Tensor:
     return total.index_add_(0, index, per_row)
 
 
+def layer_of(name: str) -> str:
+    """Finds the layer that a parameter belongs to: its module, or itself where that is the root.
+
+    Example:
+        >>> layer_of("body.conv.weight"), layer_of("conv.parametrizations.weight.original")
+        ('body.conv', 'conv')
+    """
+    return _module_of(name) or name.rpartition(".")[2]
+
+
+def _module_of(name: str) -> str:
+    """Finds the module that a parameter belongs to; "" is the root."""
+    # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
+    return name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
+
+
 def _rows_of(
     module: nn.Module, name: str, parameter: Tensor, by: GroupBy
 ) -> tuple[list[str], int, int]:
     """Names the group of every row; says in which dimension the rows lie, in how many blocks."""
-    path, _, leaf = name.rpartition(".")
-    # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
-    layer, _, parametrized = path.partition("parametrizations.")
-    layer = layer.rstrip(".") if parametrized else path
+    stem = layer_of(name)
     if by == "parameter":
         return [name], 0, 1
     if by == "layer":
-        return [layer or leaf], 0, 1
-    owner = submodule(module, layer)
-    stem = layer or leaf
+        return [stem], 0, 1
+    leaf = name.rpartition(".")[2]
+    owner = submodule(module, _module_of(name))
     if isinstance(owner, nn.RNNBase):
         stem += "." + leaf.split("_", 2)[-1]  # weight_ih_l0 and bias_hh_l0 share the rows of l0.
     if isinstance(owner, nn.modules.conv._ConvTransposeNd) and parameter.dim() > 1:
@@ -259,8 +276,8 @@ def _rows_of(
 
 def _kind(module: nn.Module, name: str) -> str:
     """Tells kernels from biases and from what normalizations learn."""
-    path, _, leaf = name.rpartition(".")
-    owner = submodule(module, path.partition(".parametrizations.")[0])
+    leaf = name.rpartition(".")[2]
+    owner = submodule(module, _module_of(name))
     if "norm" in type(owner).__name__.lower():
         return "norm"
     return "bias" if "bias" in leaf else "kernel"

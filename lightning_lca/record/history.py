@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import summary
-from lightning_lca.record.tables import Floats, Ints, StepTable, WindowTable
+from lightning_lca.record.layers import Layers
+from lightning_lca.record.tables import Floats, Ints, StepTable, WindowTable, layer_of
 
 
 class History:
@@ -23,16 +25,28 @@ class History:
         groups: Name of every group (G,).
         sizes: Number of weights of every group [G].
         group_by: What a group is: "layer", "parameter" or "neuron".
+        layers: The layer that every group belongs to (G,).
+        settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
     """
 
     def __init__(
-        self, groups: Sequence[str], sizes: Sequence[int] | Ints, group_by: str = "layer"
+        self,
+        groups: Sequence[str],
+        sizes: Sequence[int] | Ints,
+        group_by: str = "layer",
+        layers: Sequence[str] | None = None,
     ) -> None:
-        """Starts an empty table."""
+        """Starts an empty table; without layers they are told from the names of the groups."""
         self.groups: tuple[str, ...] = tuple(groups)
         self.sizes: Ints = np.array(sizes, np.int64)
         self.group_by = group_by
+        self.layers: tuple[str, ...] = (
+            tuple(layer_of(group, group_by) for group in groups)
+            if layers is None
+            else tuple(layers)
+        )
+        self.settings: dict[str, Any] = {}
         self.lost = 0
         self._parts: list[StepTable] = [StepTable.none(len(groups))]
         self._windows: dict[str, list[WindowTable]] = {}
@@ -44,6 +58,14 @@ class History:
     def append_windows(self, table: str, windows: WindowTable) -> None:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
+
+    def as_it_is(self) -> History:
+        """Takes a view of what is there now: later rows and windows do not join it."""
+        now = History(self.groups, self.sizes, self.group_by, self.layers)
+        now.settings, now.lost = dict(self.settings), self.lost
+        now._parts = [self.rows]
+        now._windows = {name: [table] for name, table in self.windows.items()}
+        return now
 
     @property
     def last_step(self) -> int:
@@ -57,6 +79,11 @@ class History:
             windows = self._table(table)
             if windows is not None:
                 self._windows[table] = [windows[windows.steps <= last_step]]
+
+    @property
+    def shown(self) -> Layers:
+        """What dashboards show as a row: neurons by their layer, other groups as they are."""
+        return Layers.of(self.layers if self.group_by == "neuron" else self.groups)
 
     @property
     def rows(self) -> StepTable:
@@ -80,7 +107,11 @@ class History:
         if self.group_by != "neuron":
             return self._table("neurons")
         return WindowTable(
-            self.groups, self.steps, np.ones(len(self), np.int64), np.asarray(self.allocated)
+            self.groups,
+            self.steps,
+            np.ones(len(self), np.int64),
+            np.asarray(self.allocated),
+            layers=self.layers,
         )
 
     @property
@@ -207,4 +238,4 @@ class History:
 
     def summary(self) -> str:
         """Tells per group its share of the loss change, and how the ledger closes, as text."""
-        return summary.text(self.groups, self.sizes, self.rows)
+        return summary.text(self)

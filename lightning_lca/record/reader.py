@@ -90,6 +90,7 @@ class Reader:
             before = self.histories.get(probe)
             if before is not None and before.measures_like(history):
                 before.cut(first)
+                before.settings, before.layers = history.settings, history.layers
                 fresh[probe] = before
         self.histories, self.meta = fresh, meta
         self._unread += len(self._open)
@@ -110,7 +111,9 @@ class Reader:
 
 def _empty(meta: dict[str, Any]) -> History:
     """Makes the table that a session's description asks for."""
-    history = History(meta["groups"], meta["sizes"], meta.get("group_by", "layer"))
+    group_by, layers = meta.get("group_by", "layer"), meta.get("layers")
+    history = History(meta["groups"], meta["sizes"], group_by, layers)
+    history.settings = dict(meta.get("settings") or {})
     tables = window_tables(meta.get("windows", {}), meta.get("shapes", {}))
     for name, table in tables.items():
         history.append_windows(name, table)

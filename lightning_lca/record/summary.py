@@ -1,19 +1,111 @@
-"""The run in one table: every group's share of the loss change, and how the ledger closes."""
+"""The run in one table: every group's share of the loss change, how the ledger closes, and trust.
+
+One rule for a step that is not finite: it is left out of every sum, of every group, and counted.
+
+Residuals of both signs cancel in a sum, and so do credits. So the residual is judged by Σ|residual|
+against Σ over steps and layers of |A|.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_lca.record.tables import Ints, StepTable
+from lightning_lca.record.layers import Layers
 
-LARGE = 0.01  # A residual beyond this share of the loss change is pointed out.
+if TYPE_CHECKING:
+    from lightning_lca.record.history import History
+
+LARGE = 0.01  # A residual beyond this share of all credit is pointed out.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
-NOT_FINITE = "In {count} of {all} steps loss or credit was not finite; no sum counts these."
-REMEDY = "The residual is large. Set a tolerance, e.g. 1e-3, or lower every_n_steps."
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the steps of a record leave unexplained.
+
+    Attributes:
+        measured: Number of steps.
+        not_finite: Number of steps whose loss or credit is not finite; no sum counts these.
+        unconverged: Number of steps beyond the tolerance, or not finite.
+        unmoved: Number of steps that moved no weight.
+        unexplained: Σ|residual| / Σ_t Σ_layers |A|; None where there is neither.
+        settings: What the callback was asked for, as far as the record says it.
+    """
+
+    measured: int
+    not_finite: int
+    unconverged: int
+    unmoved: int
+    unexplained: float | None
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, history: History, rows: slice = slice(None)) -> Trust:
+        """Looks at some steps of a history."""
+        table = history.rows[rows]
+        finite = table[table.finite]
+        layers = Layers.of(history.layers)
+        moved = float(np.abs(layers.sums(finite.allocated.astype(np.float64))).sum())
+        missed = float(np.abs(finite.residual).sum())
+        return cls(
+            measured=len(table),
+            not_finite=len(table) - len(finite),
+            unconverged=int((~table.converged).sum()),
+            unmoved=int(table.unmoved.sum()),
+            unexplained=missed / moved if moved else math.inf if missed else None,
+            settings=history.settings,
+        )
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the residual is worth a remark."""
+        return self.unexplained is not None and self.unexplained > LARGE
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must be told, a sentence each."""
+        told = []
+        if self.is_large:
+            told.append(f"The residual is large. {self._remedy}")
+        if self.not_finite:
+            told.append(
+                f"In {self.not_finite} of {self.measured} steps loss or credit was not finite; no "
+                "sum counts these."
+            )
+        if self.unmoved:
+            told.append(
+                f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
+                "steps whose gradient overflows)."
+            )
+        return told
+
+    @property
+    def _remedy(self) -> str:
+        """Names what helps here."""
+        every = self.settings.get("every_n_steps") or 1
+        if self.settings.get("tolerance") is not None:
+            if self.unconverged > self.not_finite:
+                return (
+                    "Halving the steps did not bring it below the tolerance everywhere: where it "
+                    "does not help, the gradient is not the derivative of the loss (detach(), "
+                    "custom backward passes), or the loss has jumps."
+                )
+            return "It is within the tolerance that was set; a smaller one makes it smaller."
+        if every > 1:
+            return (
+                f"A chord of {every} steps cuts across the bends of the path: lower every_n_steps."
+            )
+        if self.settings.get("quadrature", "simpson") != "simpson":
+            return 'Choose quadrature="simpson".'
+        return (
+            "If the loss is smooth, a tolerance helps, e.g. tolerance=1e-3; if the gradient is not "
+            "its derivative (detach(), custom backward passes), nothing does."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,20 +138,18 @@ class Ledger:
     residual: float
     drift: float
     largest: float
-    measured: int
-    unconverged: int
-    unmoved: int
-    not_finite: int
+    trust: Trust
 
     @classmethod
-    def of(cls, groups: Sequence[str], sizes: Ints, rows: StepTable) -> Ledger:
-        """Sums at least one measured step."""
-        finite, drift = rows[rows.finite], rows.drift[np.isfinite(rows.drift)]
+    def of(cls, history: History, rows: slice = slice(None)) -> Ledger:
+        """Sums at least one measured step of a history."""
+        groups, sizes, table = history.groups, history.sizes, history.rows[rows]
+        finite, drift = table[table.finite], table.drift[np.isfinite(table.drift)]
         credit = finite.allocated.sum(0, dtype=float)
-        first, last = float(rows.loss_before[0]), float(rows.loss_after[-1])
-        weights = np.maximum(sizes, 1)
-        helping = (rows.helping / weights).mean(0)
-        hurting = (rows.hurting / weights).mean(0)
+        first, last = float(table.loss_before[0]), float(table.loss_after[-1])
+        counted = np.maximum(sizes, 1) * max(1, len(finite))
+        helping = finite.helping.sum(0, dtype=np.int64) / counted
+        hurting = finite.hurting.sum(0, dtype=np.int64) / counted
         rank = np.empty(len(credit), int)
         rank[np.argsort(credit, kind="stable")] = np.arange(1, len(credit) + 1)
         return cls(
@@ -81,10 +171,7 @@ class Ledger:
             residual=float(finite.residual.sum()),
             drift=float(drift.sum()),
             largest=float(np.abs(finite.residual).max(initial=0)),
-            measured=len(rows),
-            unconverged=int((~rows.converged).sum()),
-            unmoved=int(rows.unmoved.sum()),
-            not_finite=len(rows) - len(finite),
+            trust=Trust.of(history, rows),
         )
 
     @property
@@ -94,31 +181,19 @@ class Ledger:
 
     @property
     def unexplained(self) -> str:
-        """The residual as a share of the change, as text."""
-        share = _share(self.residual, self.change)
-        return "-" if share is None else f"{abs(share):.2%}"
-
-    @property
-    def remarks(self) -> list[str]:
-        """What a reader must be told."""
-        said = [SIGN]
-        if abs(self.residual) > LARGE * abs(self.change):
-            said.append(REMEDY)
-        if self.not_finite:
-            said.append(NOT_FINITE.format(count=self.not_finite, all=self.measured))
-        if self.unmoved:
-            said.append(
-                f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
-                "steps whose gradient overflows)."
-            )
-        return said
+        """The residuals as a share of all credit, as text."""
+        share = self.trust.unexplained
+        if share is None:
+            return "-"
+        return f"{share:.2%}" if math.isfinite(share) else "all"
 
 
-def text(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
+def text(history: History) -> str:
     """Draws the table for a terminal."""
-    if not len(rows):
+    if not len(history):
         return "LCA: no step was measured yet."
-    ledger = Ledger.of(groups, sizes, rows)
+    ledger = Ledger.of(history)
+    trust = ledger.trust
     width = max(5, *(len(line.name) for line in ledger.lines))
     head = (
         f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'share':>7}  {'helping':>7}  "
@@ -131,22 +206,23 @@ def text(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
     ]
     ends = f"{ledger.first_loss:.6f} -> {ledger.last_loss:.6f}"
     sums = [
-        f"true loss change   {ledger.change:+.6f}   ({ends}, {ledger.measured} measured steps)",
+        f"true loss change   {ledger.change:+.6f}   ({ends}, {trust.measured} measured steps)",
         f"  allocated        {ledger.allocated:+.6f}",
-        f"  residual         {ledger.residual:+.6f}   ({ledger.unexplained} of the change; "
-        f"largest in one step {ledger.largest:.2g})",
+        f"  residual         {ledger.residual:+.6f}   (Σ|residual| is {ledger.unexplained} "
+        f"of Σ|LCA|; largest in one step {ledger.largest:.2g})",
         f"  drift            {ledger.drift:+.6f}   (changes by other code than the optimizer)",
-        f"  unconverged      {ledger.unconverged} of {ledger.measured} steps (beyond the "
+        f"  unconverged      {trust.unconverged} of {trust.measured} steps (beyond the "
         "tolerance, if one was set, or not finite)",
     ]
-    return "\n".join([head, *lines, "", *sums, *ledger.remarks])
+    return "\n".join([head, *lines, "", *sums, SIGN, *trust.remarks])
 
 
-def markdown(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
+def markdown(history: History) -> str:
     """Draws the same table for TensorBoard's Text tab."""
-    if not len(rows):
+    if not len(history):
         return "LCA: no step was measured yet."
-    ledger = Ledger.of(groups, sizes, rows)
+    ledger = Ledger.of(history)
+    trust = ledger.trust
     lines = [
         "| layer | weights | LCA | share of the change | helping | hurting | rank |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -161,14 +237,15 @@ def markdown(groups: Sequence[str], sizes: Ints, rows: StepTable) -> str:
         "| ledger | loss | |",
         "|---|---:|---|",
         f"| **true loss change** | **{ledger.change:+.6f}** | {ledger.first_loss:.6f} → "
-        f"{ledger.last_loss:.6f} in {ledger.measured} measured steps |",
+        f"{ledger.last_loss:.6f} in {trust.measured} measured steps |",
         f"| allocated | {ledger.allocated:+.6f} | sum of the LCA above |",
-        f"| residual | {ledger.residual:+.6f} | {ledger.unexplained} of the change; largest in one "
-        f"step {ledger.largest:.2g} |",
+        f"| residual | {ledger.residual:+.6f} | Σ\\|residual\\| is {ledger.unexplained} of "
+        f"Σ\\|LCA\\|; largest in one step {ledger.largest:.2g} |",
         f"| drift | {ledger.drift:+.6f} | changes by other code than the optimizer |",
-        f"| unconverged | {ledger.unconverged} | of {ledger.measured} steps |",
+        f"| unconverged | {trust.unconverged} | of {trust.measured} steps |",
         "",
-        *ledger.remarks,
+        SIGN,
+        *trust.remarks,
     ]
     return "\n".join(lines)
 

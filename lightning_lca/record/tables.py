@@ -152,6 +152,7 @@ class WindowTable:
         measured: Number of measured steps in every window [W].
         allocated: Credit within every window [W, N], in loss units; negative = helped.
         helping: Single weights only: number of measured steps in which each one helped [W, N].
+        layers: Parameters and neurons only: the layer that each belongs to (N,).
         kinds: Parameters only: "kernel", "bias" or "norm" (N,).
         sampled_from: Single weights only: the number of weights that these are a sample of.
     """
@@ -163,6 +164,7 @@ class WindowTable:
     helping: Ints | None = None
     kinds: tuple[str, ...] = ()
     sampled_from: int = 0
+    layers: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -183,12 +185,15 @@ class WindowTable:
         *,
         kinds: Sequence[str] = (),
         sampled_from: int = 0,
+        layers: Sequence[str] = (),
     ) -> WindowTable:
         """Makes a table without rows."""
         none = np.empty(0, np.int64)
         wide = np.empty((0, len(names)))
         helping = wide.astype(np.int64) if sampled_from else None
-        return cls(tuple(names), none, none, wide, helping, tuple(kinds), sampled_from)
+        return cls(
+            tuple(names), none, none, wide, helping, tuple(kinds), sampled_from, tuple(layers)
+        )
 
     @classmethod
     def join(cls, parts: Sequence[WindowTable]) -> WindowTable:
@@ -233,15 +238,36 @@ class WindowTable:
         )
 
 
+def layer_of(name: str, what: str) -> str:
+    """Tells the layer from a name, where an older record does not say it.
+
+    Args:
+        name: Of a group.
+        what: "layer", "parameter" or "neuron".
+
+    Example:
+        >>> layer_of("conv.parametrizations.weight.original", "parameter")
+        'conv'
+        >>> layer_of("fc/3", "neuron")
+        'fc'
+    """
+    if what == "neuron":
+        return name.rpartition("/")[0]
+    if what == "parameter":
+        path, _, leaf = name.rpartition(".")
+        return path.partition("parametrizations.")[0].rstrip(".") or leaf
+    return name
+
+
 def window_tables(
     said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, WindowTable]:
     """Makes empty tables of windows from what a session's description says of them.
 
     Args:
-        said: {"parameters": {"names", "kinds"}, "neurons": {"stems": [(layer, neurons)]},
-            "weights": {"indices": {parameter: flat indices}, "of": weights sampled from}}, each
-            where there is such a table.
+        said: {"parameters": {"names", "kinds", "layers"}, "neurons": {"stems": [(stem, neurons)],
+            "layers": of each stem}, "weights": {"indices": {parameter: flat indices}, "of": weights
+            sampled from}}, each where there is such a table.
         shapes: Shape of every parameter.
 
     Example:
@@ -251,10 +277,14 @@ def window_tables(
     """
     tables = {}
     if told := said.get("parameters"):
-        tables["parameters"] = WindowTable.none(told["names"], kinds=told["kinds"])
+        layers = told.get("layers") or [layer_of(name, "parameter") for name in told["names"]]
+        tables["parameters"] = WindowTable.none(told["names"], kinds=told["kinds"], layers=layers)
     if told := said.get("neurons"):
         names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
-        tables["neurons"] = WindowTable.none(names)
+        of_stems = told.get("layers") or [stem for stem, _ in told["stems"]]
+        counts = [count for _, count in told["stems"]]
+        layers = [x for x, n in zip(of_stems, counts, strict=True) for _ in range(n)]
+        tables["neurons"] = WindowTable.none(names, layers=layers)
     if told := said.get("weights"):
         names = [
             f"{name}{[int(i) for i in np.unravel_index(index, tuple(shapes[name]))]}"

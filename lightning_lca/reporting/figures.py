@@ -81,7 +81,7 @@ class Gallery:
         """
         if not len(history):
             return
-        text = summary.markdown(history.groups, history.sizes, history.rows)
+        text = summary.markdown(history)
         for logger in list(self._tensorboard):
             try:
                 logger.experiment.add_text(f"{probe}/summary", text, step)

@@ -46,8 +46,8 @@ class Scalars:
         - ``lca_layer_help/00 name``, ``lca_layer_hurt/00 name``: fraction of the layer's weights,
           mean per step since the last log.
 
-    Steps whose loss or credit is not finite make ``lca/total`` and ``lca/residual`` of their window
-    nan, and are left out of what is summed since the start.
+        - ``lca/not_finite``: steps since the start whose loss or credit was not finite; no sum and
+        no mean counts these.
     """
 
     def __init__(self, groups: list[str], sizes: list[int], prefix: str = "lca") -> None:
@@ -69,16 +69,18 @@ class Scalars:
         self._helping = HelpingFraction(panel_sizes)
         self._hurting = HurtingFraction(panel_sizes)
         self._window: list[StepTable] = []
+        self._not_finite = 0
 
     def update(self, rows: StepTable) -> None:
         """Adds measured steps."""
         if not len(rows):
             return
         self._window.append(rows)
-        credit = rows[rows.finite].allocated @ self._panel_of
-        self._credit.update(torch.from_numpy(credit))
-        self._helping.update(torch.from_numpy(rows.helping @ self._panel_of))
-        self._hurting.update(torch.from_numpy(rows.hurting @ self._panel_of))
+        finite = rows[rows.finite]
+        self._not_finite += len(rows) - len(finite)
+        self._credit.update(torch.from_numpy(finite.allocated @ self._panel_of))
+        self._helping.update(torch.from_numpy(finite.helping @ self._panel_of))
+        self._hurting.update(torch.from_numpy(finite.hurting @ self._panel_of))
 
     @property
     def credit(self) -> Tensor:
@@ -98,6 +100,7 @@ class Scalars:
             rows: What was measured up to then, as far as it is known.
             logged: How many of the rows had been logged.
         """
+        self._not_finite = int((~rows[:logged].finite).sum())
         if len(rows) > logged:
             self.update(rows[logged:])
         self._credit.credit = credit.clone()
@@ -106,17 +109,20 @@ class Scalars:
         """Gives the values and starts a new window; nothing if no step was measured in this one."""
         if not self._window:
             return {}
-        rows, self._window = StepTable.join(self._window), []
+        window, self._window = StepTable.join(self._window), []
+        rows = window[window.finite]
         credit = self._credit.compute()
         trained = np.maximum(rows.trained, 1)
+        counted = max(1, len(rows))
         p = self.prefix
         values = {
             f"{p}/total": float(rows.allocated.sum()),
             f"{p}/residual": float(rows.residual.sum()),
             f"{p}/total_cum": float(credit.sum()),
-            f"{p}/loss": float(rows.loss_after[-1]),
-            f"{p}/help": float((rows.helping.sum(1) / trained).mean()),
-            f"{p}/hurt": float((rows.hurting.sum(1) / trained).mean()),
+            f"{p}/loss": float(window.loss_after[-1]),
+            f"{p}/help": float((rows.helping.sum(1) / trained).sum() / counted),
+            f"{p}/hurt": float((rows.hurting.sum(1) / trained).sum() / counted),
+            f"{p}/not_finite": float(self._not_finite),
         }
         for key, column in (
             ("cum", credit),

@@ -11,11 +11,10 @@ from typing import Any
 
 from lightning_lca.record.tables import StepTable
 from lightning_lca.tensorboard import views
-from lightning_lca.tensorboard.bins import Range
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query
 from lightning_lca.tensorboard.runs import Store
-from lightning_lca.tensorboard.snapshot import Table
+from lightning_lca.tensorboard.snapshot import Range, Table
 
 _LEDGER = ("loss_before", "loss_after", "residual", "drift", "splits", "converged", "seconds")
 _BLOCK = 512  # Rows that are turned to text at once.

@@ -8,10 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from lightning_lca.analysis.bins import Bins, spacing
 from lightning_lca.record.history import History
+from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
-from lightning_lca.tensorboard.query import QueryError, show
+from lightning_lca.tensorboard.query import MOST_BINS, QueryError, show
 
 
 @dataclass(frozen=True)
@@ -20,55 +23,47 @@ class Table:
 
     Attributes:
         key: Tells tables apart: run, stamp and probe.
-        groups: Name of every column of the rows (G,).
-        sizes: Number of weights of every group [G].
-        group_by: What a group is: "layer", "parameter" or "neuron".
+        history: As it was: rows that come later go to new arrays.
         rows: One row for each measured step.
         neurons: Credit of channels over windows of steps; None if they were not recorded.
+        shown: Which groups make up each row that is shown.
     """
 
     key: tuple[str, ...]
-    groups: tuple[str, ...]
-    sizes: Ints
-    group_by: str
+    history: History
     rows: StepTable
     neurons: WindowTable | None
+    shown: Layers
 
     @classmethod
     def of(cls, history: History, *key: str) -> Table:
-        """Takes what a history holds now; rows that come later go to new arrays."""
+        """Takes what a history holds now."""
+        now = history.as_it_is()
         # The rows of neurons are windows already; as such they would be copied to float64.
-        neurons = None if history.group_by == "neuron" else history.neurons
-        return cls(key, history.groups, history.sizes, history.group_by, history.rows, neurons)
+        neurons = None if history.group_by == "neuron" else now.neurons
+        return cls(key, now, now.rows, neurons, now.shown)
 
-    @cached_property
-    def columns(self) -> dict[str, list[int]]:
-        """Gives the columns that make up each layer shown; neurons are shown as their layer."""
-        columns: dict[str, list[int]] = {}
-        for column, group in enumerate(self.groups):
-            layer = group.rpartition("/")[0] if self.group_by == "neuron" else group
-            columns.setdefault(layer, []).append(column)
-        return columns
+    @property
+    def group_by(self) -> str:
+        """What a group is: "layer", "parameter" or "neuron"."""
+        return self.history.group_by
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers shown, in network order."""
-        return list(self.columns)
+        return list(self.shown.names)
 
     @cached_property
     def layer_sizes(self) -> Ints:
         """Number of weights of every layer shown [L]."""
-        sizes: Ints = self.by_layer(self.sizes)
-        return sizes
+        return self.shown.sums(self.history.sizes)
 
     def by_layer(self, values: Any) -> Any:
         """Adds what belongs to one layer: [..., G] -> [..., L]."""
-        if len(self.columns) == len(self.groups):
-            return values
-        return np.stack([values[..., c].sum(-1) for c in self.columns.values()], -1)
+        return self.shown.sums(values)
 
     def find(self, layer: str) -> int:
-        """Gives a layer's place among those shown.
+        """Finds a layer's place among those shown.
 
         Raises:
             QueryError: No such layer.
@@ -77,6 +72,11 @@ class Table:
             return self.layers.index(layer)
         except ValueError:
             raise QueryError(f"No layer {show(layer)}. {listing('layers', self.layers)}") from None
+
+    @cached_property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Which rows sums count [T]."""
+        return self.rows.finite
 
     @cached_property
     def spacing(self) -> int:
@@ -99,6 +99,43 @@ class Table:
         columns = [getattr(self.rows, f.name) for f in fields(self.rows)]
         columns += [] if self.neurons is None else [self.neurons.allocated]
         return sum(column.nbytes for column in columns)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which steps to show, and how finely; None for an open end."""
+
+    start: int | None = None
+    stop: int | None = None
+    bins: int = MOST_BINS // 4
+
+    def of(self, *tables: Table) -> tuple[int, int]:
+        """Finds the first and last step for these tables.
+
+        Raises:
+            QueryError: One end was given, and lies beyond the other one.
+        """
+        first = min(t.first_step for t in tables) if self.start is None else self.start
+        last = max(t.last_step for t in tables) if self.stop is None else self.stop
+        if first > last:
+            given, found = ("start", first) if self.stop is None else ("stop", last)
+            raise QueryError(
+                f"{given}={found} lies outside the measured steps, {tables[0].first_step} to "
+                f"{tables[0].last_step}. Give a step within them, or both ends."
+            )
+        return first, last
+
+    def tile(self, table: Table) -> Bins:
+        """Tiles the range for the rows of a table."""
+        first, last = self.of(table)
+        steps = table.rows.steps
+        return Bins.by_steps(steps, first, last, self.bins, table.spacing, table.finite)
+
+    def tile_for(self, table: Table, steps: Ints, finite: npt.NDArray[np.bool_] | None) -> Bins:
+        """Tiles the range for other rows than those of the table, as windows of steps."""
+        first, last = self.of(table)
+        least = max(table.spacing, spacing(steps))
+        return Bins.by_steps(steps, first, last, self.bins, least, finite)
 
 
 @dataclass(frozen=True)
@@ -170,11 +207,6 @@ class Run:
             "settings": meta.get("settings") or {},
             "error": self.error,
         }
-
-
-def spacing(steps: Ints) -> int:
-    """Gives the usual distance between steps. [T] -> at least 1."""
-    return max(1, int(np.median(np.diff(steps)))) if len(steps) > 1 else 1
 
 
 def listing(what: str, names: Sequence[str], most: int = 12) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from lightning_lca.analysis.bins import Bins, counted
 from lightning_lca.analysis.synchrony import rates
 from lightning_lca.analysis.synchrony import synchrony as measure
+from lightning_lca.record.summary import Trust
 from lightning_lca.record.tables import Floats, Ints
-from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.query import QueryError, show
-from lightning_lca.tensorboard.snapshot import Table, spacing
+from lightning_lca.tensorboard.snapshot import Range, Table
 
 _CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
 _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.
@@ -30,15 +31,16 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
         "layers": table.layers,
         "sizes": table.layer_sizes.tolist(),
         "credit": plain(_credit(table, tiles)),
-        "before": plain(table.by_layer(rows.allocated[before].astype(np.float64).sum(0))),
+        "before": plain(table.by_layer(_total(table, rows.allocated, before))),
         "loss": plain(_loss_at_edges(table, tiles)),
         "loss_first": plain(rows.loss_before[0]),
         "residual": plain(tiles.sums(rows.residual)),
         "drift": plain(tiles.sums(rows.drift)),
         "measured": tiles.measured.tolist(),
-        "unconverged": tiles.sums(~rows.converged, np.int64).tolist(),
-        "residual_before": plain(rows.residual[before].sum()),
-        "drift_before": plain(rows.drift[before].sum()),
+        "not_finite": tiles.not_finite.tolist(),
+        "unconverged": _unconverged(table, tiles).tolist(),
+        "residual_before": plain(_total(table, rows.residual, before)),
+        "drift_before": plain(_total(table, rows.drift, before)),
     }
 
 
@@ -48,15 +50,15 @@ def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
     helped, hurt = (_counts(values, tiles, slice(None)) for values in (rows.helping, rows.hurting))
     answer = {
         "edges": tiles.edges.tolist(),
-        "measured": tiles.measured.tolist(),
+        "measured": tiles.counted.tolist(),
         "network": _shares(helped, hurt, tiles.sums(rows.trained, np.int64)),
         "layer": None,
     }
     if layer is not None:
         place = table.find(layer)
-        columns = table.columns[layer]
+        columns = table.shown.columns(place)
         helped, hurt = (_counts(values, tiles, columns) for values in (rows.helping, rows.hurting))
-        answer["layer"] = _shares(helped, hurt, tiles.measured * table.layer_sizes[place])
+        answer["layer"] = _shares(helped, hurt, tiles.counted * table.layer_sizes[place])
     return answer
 
 
@@ -66,23 +68,31 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
     Raises:
         QueryError: The record has no channels, or no such layer.
     """
+    finite: Any = None
     if table.group_by == "neuron":
-        names, steps, credit = table.groups, table.rows.steps, table.rows.allocated
+        names, layers, finite = table.history.groups, table.history.layers, table.finite
+        steps, credit = table.rows.steps, table.rows.allocated
     elif table.neurons is not None:
-        names, steps, credit = table.neurons.names, table.neurons.steps, table.neurons.allocated
+        names, layers = table.neurons.names, table.neurons.layers
+        steps, credit = table.neurons.steps, table.neurons.allocated
     else:
         raise QueryError(
             "This record has no channels: it was made without them. Train with "
             "LCACallback(neurons=True) to see the channels of a layer."
         )
-    table.find(layer)
-    own = _channels_of(table, names, layer)
+    place = table.find(layer)
+    # The channels of a parameter are those of its layer.
+    owner = table.history.layers[place] if table.group_by == "parameter" else layer
+    own = np.flatnonzero([name == owner for name in layers])
+    if not len(own):  # Older records name the channels of a recurrent network rnn.l0, rnn.l1.
+        own = np.flatnonzero([name.startswith(f"{owner}.") for name in layers])
     if not len(own):
         raise QueryError(f"Layer {show(layer)} has no channels. Choose another one.")
     finest = max(1, _CELLS // min(_CHANNELS, len(own)))
     coarser = Range(asked.start, asked.stop, min(asked.bins, finest))
-    tiles = coarser.tile(table, steps, spacing(steps))
-    total = credit[tiles.rows][:, own].astype(np.float64).sum(0)
+    tiles = coarser.tile_for(table, steps, finite)
+    total = tiles.sums(credit[:, own])
+    total = np.where(np.isfinite(total), total, 0).sum(0)
     order = np.argsort(total, kind="stable")
     if len(order) > _CHANNELS:
         order = np.concatenate([order[: _CHANNELS // 2], order[-_CHANNELS // 2 :]])
@@ -102,19 +112,23 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
     """The ledger of the range: what every layer gave, and what the credits leave over."""
     span = asked.tile(shown).rows
     rows = shown.rows[span]
-    credit = shown.by_layer(rows.allocated.astype(np.float64).sum(0))
+    trust = Trust.of(shown.history, span)
+    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
     helped, hurt = (
-        shown.by_layer(counts.sum(0, dtype=np.int64)) for counts in (rows.helping, rows.hurting)
+        shown.by_layer(_total(shown, counts, span, np.int64))
+        for counts in (shown.rows.helping, shown.rows.hurting)
     )
     start, stop = _loss_before(shown, span.start), _loss_before(shown, span.stop)
+    weights = shown.layer_sizes * (trust.measured - trust.not_finite)
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = {
             "credit": plain(credit),
             "share": plain(credit / (stop - start)),
-            "helping": plain(helped / (shown.layer_sizes * len(rows))),
-            "hurting": plain(hurt / (shown.layer_sizes * len(rows))),
+            "helping": plain(helped / weights),
+            "hurting": plain(hurt / weights),
         }
     sizes = shown.layer_sizes.tolist()
+    residual = rows.residual[rows.finite]
     return {
         "layers": [
             {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
@@ -122,11 +136,15 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
         ],
         "true_change": plain(stop - start),
         "allocated": plain(credit.sum()),
-        "residual": plain(rows.residual.sum()),
-        "drift": plain(rows.drift.sum()),
-        "rows": len(rows),
-        "unconverged": int((~rows.converged).sum()),
-        "largest_residual": plain(np.abs(rows.residual).max(initial=0.0)),
+        "residual": plain(residual.sum()),
+        "drift": plain(_total(shown, shown.rows.drift, span)),
+        "rows": trust.measured,
+        "unconverged": trust.unconverged,
+        "not_finite": trust.not_finite,
+        "unexplained": plain(np.nan if trust.unexplained is None else trust.unexplained),
+        "is_large": trust.is_large,
+        "remarks": trust.remarks,
+        "largest_residual": plain(np.abs(residual).max(initial=0.0)),
         "first_step": int(rows.steps[0]) if len(rows) else None,
         "last_step": int(rows.steps[-1]) if len(rows) else None,
     }
@@ -136,30 +154,38 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     """Credit of the layers that two tables share, on common bins."""
     first, last = asked.of(a, b)
     width = max(a.spacing, b.spacing)
-    both = [name for name in a.layers if name in b.columns]
+    both = [name for name in a.layers if name in b.layers]
     answer: dict[str, Any] = {"layers": both}
     for letter, one in (("a", a), ("b", b)):
-        tiles = Bins.of(one.rows.steps, first, last, asked.bins, width)
+        tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
         places = [one.find(name) for name in both]
-        before = one.rows.allocated[: tiles.rows.start].astype(np.float64).sum(0)
+        before = _total(one, one.rows.allocated, slice(0, tiles.rows.start))
         answer["edges"] = tiles.edges.tolist()
         answer[letter] = plain(_credit(one, tiles)[places])
         answer[f"before_{letter}"] = plain(one.by_layer(before)[places])
-    answer["only_a"] = [name for name in a.layers if name not in b.columns]
-    answer["only_b"] = [name for name in b.layers if name not in a.columns]
+    answer["only_a"] = [name for name in a.layers if name not in b.layers]
+    answer["only_b"] = [name for name in b.layers if name not in a.layers]
     return answer
 
 
-def _channels_of(shown: Table, names: tuple[str, ...], layer: str) -> Ints:
-    """Finds a layer's own channels among all, by their names."""
-    if shown.group_by == "parameter":  # Its channels are those of its layer.
-        path, _, leaf = layer.rpartition(".")
-        layer = path.partition("parametrizations.")[0].rstrip(".") or leaf
-    stems = [name.rpartition("/")[0] for name in names]
-    own = [i for i, stem in enumerate(stems) if stem == layer]
-    # A recurrent network is one layer here, with channels in each of its own: rnn.l0, rnn.l1.
-    own = own or [i for i, stem in enumerate(stems) if stem.startswith(f"{layer}.")]
-    return np.array(own, np.int64)
+def plain(values: Any) -> Any:
+    """Turns numbers into what JSON can hold, with None for what is not finite."""
+    numbers: Any = np.asarray(values, np.float64)
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        numbers = np.where(finite, numbers.astype(object), None)
+    return numbers.tolist()
+
+
+def _total(shown: Table, values: Any, rows: slice, dtype: Any = np.float64) -> Any:
+    """Adds up the rows of a range that sums count: [T, ...] -> [...]."""
+    return counted(values[rows], shown.finite[rows]).sum(0, dtype=dtype)
+
+
+def _unconverged(shown: Table, tiles: Bins) -> Ints:
+    """Counts the steps of every bin beyond the tolerance, or not finite [B]."""
+    running = np.concatenate([[0], np.cumsum(~shown.rows.converged, dtype=np.int64)])
+    return np.diff(running[tiles.cuts])
 
 
 def _credit(shown: Table, tiles: Bins) -> Floats:
@@ -182,6 +208,7 @@ def _loss_at_edges(shown: Table, tiles: Bins) -> Floats:
 
 def _counts(counts: Ints, tiles: Bins, columns: Any) -> Ints:
     """Counts weights of these columns per bin [B]."""
+    counts = counted(counts, tiles.finite)
     parts = (counts[a:b] for a, b in zip(tiles.cuts, tiles.cuts[1:], strict=False))
     return np.array([part[:, columns].sum(dtype=np.int64) for part in parts], np.int64)
 

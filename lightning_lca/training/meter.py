@@ -46,6 +46,13 @@ class _Pending:
     row: Tensor
 
 
+@dataclass(frozen=True)
+class _Sums(GroupSums):
+    """Sums over groups and, where they are asked for, over neurons [neurons]."""
+
+    neurons: Tensor
+
+
 class Meter:
     """Measures segments with one probe.
 
@@ -79,7 +86,7 @@ class Meter:
             ranks: The processes that share the probe.
         """
         self.probe = probe
-        self.history = History(grouping.names, grouping.sizes, grouping.by)
+        self.history = History(grouping.names, grouping.sizes, grouping.by, grouping.layers)
         self._fine = FineSums(
             module,
             grouping,
@@ -88,6 +95,7 @@ class Meter:
             seed=settings.seed,
             process=ranks.process,
         )
+        self.history.settings = settings.describe()
         for name, table in self._fine.tables.items():
             self.history.append_windows(name, table)
         self.windows = self._fine.metadata
@@ -128,6 +136,8 @@ class Meter:
         values = credit(gradient, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
+        finite = torch.isfinite(torch.cat([losses, sums.credit])).all()
+        self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
             self._spread = self._distributions.of(values)
         drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
@@ -135,7 +145,7 @@ class Meter:
         row = torch.cat(
             [losses, drift, sums.credit, sums.helping.to(losses), sums.hurting.to(losses)]
         )
-        self._track(values, ends, torch.isfinite(torch.cat([losses, sums.credit])).all())
+        self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer.sums)
         self._pending.append(
             _Pending(
@@ -230,6 +240,7 @@ class Meter:
         if history is None:
             return None
         if history.measures_like(self.history):
+            history.settings, history.layers = self.history.settings, self.history.layers
             self.history = history
             return history
         warnings.warn(
@@ -239,7 +250,7 @@ class Meter:
         )
         return None
 
-    def _sum(self, values: Weights, losses: Tensor) -> GroupSums:
+    def _sum(self, values: Weights, losses: Tensor) -> _Sums:
         """Sums credits over groups and ranks; completes the losses at both ends [2], in place."""
         whole = self._grouping.is_whole
         if whole and self._tolerance is None:
@@ -252,9 +263,8 @@ class Meter:
             losses /= self._ranks.copies if self._tolerance is None else self._ranks.processes
             helping, hurting = sums.helping.to(losses), sums.hurting.to(losses)
             self._ranks.sum([losses, sums.credit, helping, hurting, sums.parameters, neurons])
-            sums = GroupSums(sums.credit, helping, hurting, sums.parameters)
-        self._fine.update(values, sums.parameters, neurons)
-        return sums
+            return _Sums(sums.credit, helping, hurting, sums.parameters, neurons)
+        return _Sums(sums.credit, sums.helping, sums.hurting, sums.parameters, neurons)
 
     def _add_up(self, names: list[str], sums: Tensor) -> Tensor:
         """Sums numbers of single parameters [names] -> [] over all processes that hold parts."""

@@ -268,6 +268,7 @@ class Training:
             "group_by": self._settings.group_by,
             "groups": self._grouping.names,
             "sizes": self._grouping.sizes,
+            "layers": self._grouping.layers,
             "shapes": {n: list(p.shape) for n, p in named_parameters(module).items()},
             "windows": next(iter(self.meters.values())).windows,
             "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
@@ -290,8 +291,7 @@ class Training:
             self.reporter.go_on(name, taken, state, kept["record"])
         self._counter.resume(kept["steps"])
         if self._chords.every is None and kept.get("every_n_steps") is not None:
-            self._chords.choose(int(kept["every_n_steps"]))
-            self.reporter.note(every_n_steps=self._chords.every)
+            self._settle(int(kept["every_n_steps"]))
 
     # -- what it means ----------------------------------------------------------------------------
 
@@ -315,10 +315,16 @@ class Training:
         if every is None:
             return False
         tell(trainer, budget.line(every))
-        self._chords.choose(every)
-        self.reporter.note(every_n_steps=every)
+        self._settle(every)
         self._budget, self._timer = None, StepTimer(budget.device)
         return True
+
+    def _settle(self, every: int) -> None:
+        """Goes on with an every_n_steps, and records it."""
+        self._chords.choose(every)
+        for meter in self.meters.values():
+            meter.history.settings["every_n_steps"] = every
+        self.reporter.note(every_n_steps=every)
 
     def _trial(self, module: Any, weights: dict[str, Tensor], step: int) -> int:
         """Measures the open segment for the time that it takes; the rows wait for `_commit`.

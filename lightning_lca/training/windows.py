@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
-from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.groups import Grouping, layer_of
 from lightning_lca.measure.parameters import named_parameters
 from lightning_lca.measure.tensors import wide
 from lightning_lca.record.tables import WindowTable, window_tables
@@ -57,7 +57,6 @@ class FineSums:
         shapes = {n: p.shape for n, p in named_parameters(module).items()}
         self.tables = window_tables(self.metadata, shapes)
         self._sums: dict[str, Tensor] = {}
-        self._measured = 0
 
     def neurons(self, values: Weights) -> Tensor:
         """Sums credits {name: [*shape]} per neuron: [neurons] float64; [0] if nobody asked."""
@@ -66,33 +65,34 @@ class FineSums:
             return some.new_zeros(0, dtype=wide(some))
         return self._neurons.sums(values).credit
 
-    def update(self, values: Weights, parameters: Tensor, neurons: Tensor) -> None:
-        """Adds one measured step.
+    def update(self, values: Weights, parameters: Tensor, neurons: Tensor, finite: Tensor) -> None:
+        """Adds one measured step, unless it is not finite.
 
         Args:
             values: Credits {name: [*shape]}.
             parameters: Their sums per parameter [parameters].
             neurons: What `neurons` makes of them, summed over processes.
+            finite: Whether loss and all credits are finite [] bool; no sum counts a step otherwise.
         """
-        self._measured += 1
-        self._add("parameters", parameters)
+        self._add("measured", torch.ones_like(finite, dtype=torch.long), finite)
+        self._add("parameters", parameters, finite)
         if self._neurons is not None:
-            self._add("neurons", neurons)
+            self._add("neurons", neurons, finite)
         if self._sample:
             credit = self._gather(values)
-            self._add("weights", credit)
-            self._add("helping", (credit < 0).long())
+            self._add("weights", credit, finite)
+            self._add("helping", (credit < 0).long(), finite)
 
     def take(self, step: int) -> dict[str, WindowTable]:
         """Copies the window that ends at this step to the host, and starts the next.
 
         Gives nothing if no step was measured in it.
         """
-        if not self._measured:
+        if not self._sums:
             return {}
         host = {name: total.cpu().numpy()[None] for name, total in self._sums.items()}
-        ends = np.array([step]), np.array([self._measured])
-        self._sums, self._measured = {}, 0
+        ends = np.array([step]), host["measured"]
+        self._sums = {}
         return {
             name: WindowTable(
                 table.names,
@@ -101,24 +101,34 @@ class FineSums:
                 None if table.helping is None else host["helping"],
                 table.kinds,
                 table.sampled_from,
+                table.layers,
             )
             for name, table in self.tables.items()
         }
 
     def _describe(self, module: nn.Module, grouping: Grouping) -> dict[str, Any]:
         metadata: dict[str, Any] = {
-            "parameters": {"names": grouping.parameters, "kinds": grouping.kinds}
+            "parameters": {
+                "names": grouping.parameters,
+                "kinds": grouping.kinds,
+                "layers": [layer_of(name) for name in grouping.parameters],
+            }
         }
         if self._neurons is not None:
-            metadata["neurons"] = {"stems": self._neurons.stems}
+            stems = self._neurons.stems
+            metadata["neurons"] = {
+                "stems": [(stem, count) for stem, count, _ in stems],
+                "layers": [layer for *_, layer in stems],
+            }
         if self._sample:
             indices = {n: i.tolist() for n, i in self._sample.items()}
             weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
             metadata["weights"] = {"indices": indices, "of": weights}
         return metadata
 
-    def _add(self, name: str, values: Tensor) -> None:
-        self._sums[name] = self._sums[name] + values if name in self._sums else values
+    def _add(self, name: str, values: Tensor, finite: Tensor) -> None:
+        counted = torch.where(finite.to(values.device), values, 0)
+        self._sums[name] = self._sums[name] + counted if name in self._sums else counted
 
     def _gather(self, values: Weights) -> Tensor:
         """Picks the sampled weights' credits: {name: [*shape]} -> [sample] float64 if possible."""
