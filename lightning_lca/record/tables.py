@@ -69,8 +69,9 @@ class StepTable:
 
     @property
     def finite(self) -> npt.NDArray[np.bool_]:
-        """Whether loss and credit of each step are finite, so that sums may count it [T]."""
-        return np.isfinite(self.residual)
+        """Whether losses and credits of each step are finite, so that sums count it [T]."""
+        ends = np.isfinite(self.loss_before) & np.isfinite(self.loss_after)
+        return ends & np.isfinite(self.residual) & np.isfinite(self.allocated).all(axis=1)
 
     @property
     def unmoved(self) -> npt.NDArray[np.bool_]:
@@ -165,6 +166,13 @@ class WindowTable:
     kinds: tuple[str, ...] = ()
     sampled_from: int = 0
     layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Tells the layers from the names, where nobody said them."""
+        if not self.layers and not self.sampled_from:
+            what = "parameter" if self.kinds else "neuron"
+            layers = tuple(layer_of(name, what) for name in self.names)
+            object.__setattr__(self, "layers", layers)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -277,8 +285,9 @@ def window_tables(
     """
     tables = {}
     if told := said.get("parameters"):
-        layers = told.get("layers") or [layer_of(name, "parameter") for name in told["names"]]
-        tables["parameters"] = WindowTable.none(told["names"], kinds=told["kinds"], layers=layers)
+        tables["parameters"] = WindowTable.none(
+            told["names"], kinds=told["kinds"], layers=told.get("layers", ())
+        )
     if told := said.get("neurons"):
         names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
         of_stems = told.get("layers") or [stem for stem, _ in told["stems"]]

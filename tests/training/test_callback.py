@@ -241,6 +241,7 @@ def test_an_iterator_of_batches_serves_two_fits(tmp_path):
 # -- scalars --------------------------------------------------------------------------------------
 
 NETWORK = {"lca/total", "lca/residual", "lca/total_cum", "lca/loss", "lca/help", "lca/hurt"}
+NETWORK |= {"lca/not_finite"}
 LAYERS = {
     f"lca_layer_{what}/{i:02d} net.{2 * i}" for what in ("cum", "help", "hurt") for i in range(3)
 }
@@ -404,10 +405,11 @@ def test_the_cost_line_suggests_a_chord_only_where_that_is_good_advice(
 
 
 def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
-    advice = "The residual is large. Set a tolerance"
     rough = fit(tmp_path, quadrature="euler", steps=40).lca
-    assert advice in rough.summary()
-    assert advice not in fit(tmp_path, steps=40).lca.summary()
+    assert 'The residual is large. Choose quadrature="simpson".' in rough.summary()
+    rough = fit(tmp_path, every_n_steps=20, steps=40).lca
+    assert "A chord of 20 steps cuts across the bends of the path" in rough.summary()
+    assert "The residual is large" not in fit(tmp_path, steps=40).lca.summary()
 
 
 def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):
