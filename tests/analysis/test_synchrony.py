@@ -61,6 +61,7 @@ def test_moments_are_those_of_a_plain_loop(strongest, digits):
     assert expected.any(0).all()
 
 
+@pytest.mark.slow
 def test_the_expected_coincidences_and_their_band_are_those_of_many_random_shifts():
     found = synchrony(together(1, 60, 8), strongest=6)
     random = np.random.default_rng(0)
@@ -70,6 +71,7 @@ def test_the_expected_coincidences_and_their_band_are_those_of_many_random_shift
     np.testing.assert_allclose((found.band - found.expected) / 2, draws.std(0), atol=0.03)
 
 
+@pytest.mark.slow
 def test_the_drawn_counts_are_those_of_random_shifts():
     found = synchrony(together(1, 60, 8), strongest=6, draws=20_000)
     random = np.random.default_rng(0)

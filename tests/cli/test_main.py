@@ -16,6 +16,8 @@ from support.training import fit
 from lightning_lca import History, LCACallback
 from lightning_lca.cli.main import main
 
+pytestmark = pytest.mark.xdist_group("main")
+
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
@@ -99,6 +101,7 @@ def test_npz_and_parquet_hold_the_history_exactly(logs, tmp_path, capsys, monkey
     assert long["layer"][:3] == list(history.groups)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_for_every_run_and_probe(logs, tmp_path, capsys):
     status, _, err = run("figures", logs[0], "--out", tmp_path, "--dpi", 40, capsys=capsys)
     assert status == 0
@@ -159,6 +162,7 @@ def test_a_damaged_record_is_read_as_far_as_it_goes_and_the_loss_is_told(
     assert "damaged at its beginning" in err
 
 
+@pytest.mark.slow
 def test_the_installed_command_makes_a_demo_to_look_at(tmp_path):
     command = Path(sys.executable).with_name("lightning-lca")
     done = subprocess.run(

@@ -406,6 +406,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_everything_written_is_large_enough_and_nothing_is_cut_off_or_overlaps(run):
     for name, figure in every_figure(RUNS[run]()):

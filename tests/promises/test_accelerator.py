@@ -46,7 +46,7 @@ def train(path, lca, net=convnet, steps=8):
     [
         {},
         {"quadrature": "midpoint"},
-        {"tolerance": 1e-8},
+        pytest.param({"tolerance": 1e-8}, marks=pytest.mark.slow),
         {"group_by": "neuron"},
         {"neurons": True, "every_n_steps": 3},
     ],

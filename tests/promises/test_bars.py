@@ -23,6 +23,8 @@ from support.models import Classifier, pl, toy_loader
 from support.training import make_trainer
 from lightning_lca import LCACallback
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bars")]
+
 class Wanders(Classifier):
     '''Its loss depends on the step number, which the callback warns of, once.'''
 

@@ -37,6 +37,7 @@ def test_every_row_says_how_it_stands_and_names_a_test():
         assert remark or status == "yes", f"{setup}: {status}, and why?"
 
 
+@pytest.mark.slow
 def test_every_test_that_the_page_names_exists(collected):
     for setup, *_, held in rows():
         node = held.strip("`")

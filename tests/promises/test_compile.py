@@ -95,6 +95,7 @@ def fit(path, model, *callbacks):
 NAMES = [name for name, _ in made().named_parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "options"), ROWS)
 def test_a_compiled_module_trains_bitwise_the_same_and_its_credits_are_the_twins(
     tmp_path, way, options

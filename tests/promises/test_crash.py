@@ -25,6 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_lca import History
 from lightning_lca.record import eventfile as record
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crash")]
+
 SCRIPT = TESTS / "scripts" / "train_and_crash.py"
 TIMES = {"probe": 2 * STEPS, "record": 8, "checkpoint": 4, "snapshot": STEPS - 1}  # At least.
 EXACT = ("steps", "helping", "hurting", "loss_before", "loss_after", "residual", "drift", "splits")

@@ -17,6 +17,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_lca import History
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+
 SCRIPT = TESTS / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")
 OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn", "ddp+budget")

@@ -23,6 +23,7 @@ def run(script, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tolerance", "share"), [(None, 0.01), (1e-4, 0.001)])
 def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
     options = ["--tolerance", tolerance] if tolerance else []
@@ -41,6 +42,7 @@ def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
     assert re.match(r"LCA: \d probe gradients first", line), "nothing else scrolls by"
 
 
+@pytest.mark.slow
 def test_the_loop_without_lightning_closes_its_ledger():
     result = run("plain_torch.py")
     assert result.returncode == 0, result.stderr
@@ -53,6 +55,7 @@ def test_the_loop_without_lightning_closes_its_ledger():
     assert abs(number["residual"]) < 0.01 * abs(number["true loss change"])
 
 
+@pytest.mark.slow
 def test_fashion_mnist_without_its_data_says_where_to_get_them(tmp_path):
     result = run("fashion_mnist.py", "--data", tmp_path)
     assert result.returncode != 0

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import LCACallback
 
-SEEDS = 200
+SEEDS, QUICK = 200, 20
 CLASSES = 3
 
 
@@ -260,7 +260,13 @@ class Credits(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore:LCA. .*round")  # Half-precision weights are warned of.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # Once in a process, by Adagrad.
-@pytest.mark.parametrize("seed", range(SEEDS), ids=[f"seed{i}x" for i in range(SEEDS)])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(i, id=f"seed{i}x", marks=[pytest.mark.slow] if i >= QUICK else [])
+        for i in range(SEEDS)
+    ],
+)
 def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
     plain, recorder = train(tmp_path, case(seed))
     drawn = case(seed)

@@ -537,13 +537,18 @@ OPTIONS = {
 }
 
 
+# Quick: all at once, and every option of the callback; the others single out the cause.
+MARKS = dict.fromkeys(["everything at once", *OPTIONS], ())
+MARKS["every dashboard"] = [pytest.mark.figures, pytest.mark.slow]
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # fork, Python >= 3.12
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(c, id=i, marks=[pytest.mark.figures] if i == "every dashboard" else [])
-        for i, c in (MODELS | SETTINGS | OPTIONS).items()
+        pytest.param(case, id=name, marks=MARKS.get(name, pytest.mark.slow))
+        for name, case in (MODELS | SETTINGS | OPTIONS).items()
     ],
 )
 def test_training_is_bitwise_the_same_with(case, tmp_path, capsys):

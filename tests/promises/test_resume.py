@@ -55,9 +55,16 @@ def train(path, version, steps, resume=None, save_at=(), **options):
     )
 
 
-@pytest.mark.parametrize("into", ["the same directory", "a new directory"])
 @pytest.mark.parametrize(
-    ("every", "stop"), [(1, 1), (1, 4), (1, 9), (3, 7), (3, 6), (5, 22)], ids=str
+    "into", ["the same directory", pytest.param("a new directory", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("every", "stop"),
+    [
+        *(pytest.param(1, stop, marks=pytest.mark.slow) for stop in (1, 4, 9)),
+        *((3, 7), (3, 6), (5, 22)),
+    ],
+    ids=str,
 )
 def test_a_resumed_training_has_the_history_of_the_unbroken_one(tmp_path, every, stop, into):
     options = {

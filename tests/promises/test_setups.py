@@ -361,6 +361,7 @@ def test_training_is_bitwise_the_same_beside(tmp_path, capsys, setup):
     assert_same(plain, measured)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(plc, "EMAWeightAveraging"), reason="Lightning before 2.6")
 def test_averages_swapped_in_for_validation_are_swapped_out_again(tmp_path, capsys):
     case = Case(

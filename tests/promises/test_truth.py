@@ -214,7 +214,13 @@ def train(path, net, *callbacks, dtype=torch.float32, steps=14, loader=None, **a
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "relative"),
+    [
+        pytest.param(torch.float64, 1e-9, marks=pytest.mark.slow),
+        (torch.float32, 1e-5),
+    ],
+)
 def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, relative):
     lca, *_ = train(tmp_path, net, dtype=dtype, **run)
     history = lca.history

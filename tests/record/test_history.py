@@ -246,6 +246,7 @@ def test_a_file_cut_anywhere_loads_up_to_the_cut(tmp_path, monkeypatch):
     assert all(n % 4 == 0 for n in rows)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(

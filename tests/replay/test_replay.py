@@ -26,6 +26,8 @@ from lightning_lca.cli.main import main
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
 
+pytestmark = pytest.mark.xdist_group("replay")
+
 STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")
 LOSSES = ("loss_before", "loss_after")
@@ -226,6 +228,7 @@ def assert_identical(a, b):
     assert events(a) == events(b)
 
 
+@pytest.mark.slow
 def test_several_runs_in_one_call_get_a_record_each(trained, runs, tmp_path, capsys):
     live = History.load(trained[1].log_dir)
     status, err = run(runs, *NAMES, "--log_every_n_steps", 4, capsys=capsys)
@@ -244,6 +247,7 @@ def test_several_runs_in_one_call_get_a_record_each(trained, runs, tmp_path, cap
         assert_same(History.load(tmp_path / "out" / name), live)
 
 
+@pytest.mark.slow
 def test_a_replay_that_was_killed_goes_on_as_if_unbroken(runs, monkeypatch):
     options = (*NAMES, "--loss_fn", "scripts.replayed.loss_until_saved", "--log_every_n_steps", "2")
     command = [sys.executable, "-m", "lightning_lca", "replay", runs / "a", *options]

@@ -30,6 +30,8 @@ from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
 from lightning_lca.record import writer as board
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("routes")]
+
 STATIC = Path(lightning_lca.tensorboard.__file__).parent / "static"
 LAUNCH = "from tensorboard.main import run_main; run_main()"
 HIDDEN = "import tensorboard.default as d; d.get_dynamic_plugins = lambda: []; "
