@@ -49,7 +49,8 @@ class LCACallback(LightningCallback):
             missed, at 1/n of the cost, but what happens within a chord is not resolved. The
             attribute of this name is what max_overhead chose, and None until it did.
         max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
-            so that measuring slows training down by at most this share (0.1: a tenth). It is chosen
+            so that measuring slows training down by at most this share (0.1: a tenth; at most 1). It
+            is chosen
             once, logged, recorded, and the callback's ``every_n_steps`` from then on: a training
             that is told that number has the same history. What loggers take to write, and figures
             to draw, is not in it.
