@@ -49,9 +49,8 @@ class LCACallback(LightningCallback):
             missed, at 1/n of the cost, but what happens within a chord is not resolved. The
             attribute of this name is what max_overhead chose, and None until it did.
         max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
-            so that measuring slows training down by at most this share (0.1: a tenth; at most 1). It
-            is chosen
-            once, logged, recorded, and the callback's ``every_n_steps`` from then on: a training
+            so that measuring slows training down by at most this share, up to 1 (0.1: a tenth). It
+            is chosen once, logged, recorded, and ``every_n_steps`` from then on: a training
             that is told that number has the same history. What loggers take to write, and figures
             to draw, is not in it.
         segments: "batch": a segment goes from the begin to the end of a batch. "step": where manual
@@ -62,8 +61,8 @@ class LCACallback(LightningCallback):
         tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
             is met. Needs Simpson's rule. None: no refinement; the residual is reported all the
             same.
-        max_splits: Most panels of a refinement; a step that needs more is flagged in
-            ``history.converged``.
+        max_splits: Most panels of a refinement, a power of two; a step that needs more is flagged
+            in ``history.converged``.
         group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
         log_every_n_steps: Interval of the scalars; None: that of the Trainer.
         seed: Draws the probe's batches and seeds its random numbers.

@@ -75,7 +75,7 @@ MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
         ({"probe": []}, ValueError, "The probe is empty: got 0 batches"),
         ({"probe": {"a": iter(())}}, ValueError, "The probe 'a' is empty"),
         ({"probe_mode": ["eval"]}, ValueError, "probe_mode must be one of"),
-        ({"tolerance": 0.0}, ValueError, "tolerance must be a positive number in loss units"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be a positive number, in loss units"),
         (
             {"tolerance": 1e-3, "quadrature": "boole"},
             ValueError,
@@ -131,7 +131,7 @@ class Stream(IterableDataset):
     [
         (Manual, {}, "Tell which loss is meant: LCACallback\\(loss_fn="),
         (Frozen, {}, "The model has no trainable weight"),
-        (Classifier, {"probe": []}, "The probe is empty: got 0 batches"),
+        (Classifier, {"probe": DataLoader([])}, "The probe is empty: got 0 batches"),
         (
             lambda: Returns(lambda loss: None),
             {},
