@@ -7,6 +7,7 @@ it. So the rooms behind the routes wait for `load`, whose errors TensorBoard cat
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tensorboard.plugins import base_plugin
 
 NAME = "lca"
+_LOG = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -80,10 +82,15 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             source = Source(self._provider, context, experiment)
             try:
                 answer = ANSWERS[name](self._store, source, Query(request.args))
+                if isinstance(answer, dict):
+                    text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
             except QueryError as error:
                 return _refuse(request, str(error), 400)
+            except Exception as error:
+                _LOG.exception("LCA: /%s cannot be answered.", name)
+                why = f"This cannot be answered: {type(error).__name__}: {error}"
+                return _refuse(request, f"{why}. Is the record damaged? Please report it.", 500)
             if isinstance(answer, dict):
-                text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
                 return http_util.Respond(request, text, "application/json")
             # A table may be long: it is written while it is sent.
             return Response(
