@@ -55,11 +55,11 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Gives a handler for every route: the answers, and the page's files by name."""
+        """Gives a handler for every route: the answers, and the page's files by their paths."""
         from lightning_lca.tensorboard.routes import ANSWERS
 
-        files = [path for path in _STATIC.glob("*") if path.is_file()]
-        apps = {f"/{path.name}": _file(path) for path in files}
+        files = [path for path in _STATIC.rglob("*") if path.is_file()]
+        apps = {f"/{path.relative_to(_STATIC).as_posix()}": _file(path) for path in files}
         return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
 
     def _answer(self, name: str) -> App:

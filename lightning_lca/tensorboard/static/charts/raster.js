@@ -1,9 +1,9 @@
 /** Moments of learning: a mark per layer and step; those that layers share stand out. */
 
+import { count, plural } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
 import { FONT_SMALL } from "./axes.js";
-import { count, plural } from "./format.js";
 import { Grid } from "./grid.js";
-import { colors } from "./theme.js";
 
 /** Beside a grid's view it takes `moments` [[row, step]]. */
 export class Raster extends Grid {

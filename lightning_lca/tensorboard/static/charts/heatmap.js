@@ -1,9 +1,9 @@
 /** Credit by row and bin of steps: blue helps, red hurts. */
 
+import { count, elide, number, percent, signed, steps } from "../lib/format.js";
+import { colors, diverging, rgb } from "../lib/theme.js";
 import { FONT_BOLD, FONT_SMALL } from "./axes.js";
-import { count, elide, number, percent, signed, steps } from "./format.js";
 import { Grid } from "./grid.js";
-import { colors, diverging, rgb } from "./theme.js";
 
 /** The 99 % quantile of |value| over all cells with some credit: the end of the colour scale. */
 export function colorLimit(...matrices) {

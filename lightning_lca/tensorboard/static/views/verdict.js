@@ -1,8 +1,8 @@
 /** The answer in five seconds: did the loss fall, by which layers, together, and is it to be trusted? */
 
-import { el } from "./dom.js";
-import { count, number, percent, plural, signed, steps } from "./format.js";
-import { synchronyWords } from "./view-synchrony.js";
+import { el } from "../lib/dom.js";
+import { count, number, percent, plural, signed, steps } from "../lib/format.js";
+import { synchronyWords } from "./synchrony.js";
 
 /** Residual above this share of the true change deserves a warning. */
 const LARGE = 0.01;

@@ -1,7 +1,7 @@
 /** The layers of the range as a table, sorted by any column. */
 
-import { el } from "./dom.js";
-import { count, percent, signed } from "./format.js";
+import { el } from "../lib/dom.js";
+import { count, percent, signed } from "../lib/format.js";
 import { Section } from "./section.js";
 
 const COLUMNS = [

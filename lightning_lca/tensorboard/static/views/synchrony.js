@@ -1,14 +1,14 @@
 /** Whether layers learn at the same moments, more often than chance would have it. */
 
-import { Chart } from "./chart.js";
-import { el } from "./dom.js";
-import { count, number, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { bars, extent, rule, steppedBand } from "./marks.js";
-import { Raster } from "./raster.js";
+import { Chart } from "../charts/chart.js";
+import { binAt } from "../charts/heatmap.js";
+import { bars, extent, rule, steppedBand } from "../charts/marks.js";
+import { Raster } from "../charts/raster.js";
+import { el } from "../lib/dom.js";
+import { count, number, steps } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
+import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { colors } from "./theme.js";
-import { rowHeight } from "./view-layers.js";
 
 /** "p < 0.001" where no draw came near, else "p = 0.03". */
 function pWords({ p_pairs: p, draws }) {

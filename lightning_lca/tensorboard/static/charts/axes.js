@@ -1,7 +1,7 @@
 /** What all plots share, so that steps stand below each other: margins, ticks and side labels. */
 
-import { count, elide, number } from "./format.js";
-import { FONT } from "./theme.js";
+import { count, elide, number } from "../lib/format.js";
+import { FONT } from "../lib/theme.js";
 
 export const FONT_SMALL = `11px ${FONT}`;
 export const FONT_BOLD = `bold 11px ${FONT}`;

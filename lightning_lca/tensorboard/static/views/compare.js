@@ -1,13 +1,13 @@
 /** Two probes of a run, or two runs, side by side: each, their difference, and one layer's sums. */
 
-import { Chart } from "./chart.js";
-import { count, plural, signed } from "./format.js";
-import { Heatmap, colorLimit } from "./heatmap.js";
-import { extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { Heatmap, colorLimit } from "../charts/heatmap.js";
+import { extent, rule } from "../charts/marks.js";
+import { count, plural, signed } from "../lib/format.js";
+import { added, end, nearestEdge, running } from "../lib/sums.js";
+import { colors } from "../lib/theme.js";
+import { binUnit, heatRows, rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { added, end, nearestEdge, running } from "./sums.js";
-import { colors } from "./theme.js";
-import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 
 /** What tells two measurements apart: the probe within a run, else the run (and probe). */
 export function pairNames({ run, probe }, { run: otherRun, probe: otherProbe }) {

@@ -1,11 +1,11 @@
 /** What each layer has done to the loss so far. */
 
-import { Chart } from "./chart.js";
-import { count, signed } from "./format.js";
-import { extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { extent, rule } from "../charts/marks.js";
+import { count, signed } from "../lib/format.js";
+import { added, end, nearestEdge, sumsOf } from "../lib/sums.js";
+import { colors, sequence } from "../lib/theme.js";
 import { Section } from "./section.js";
-import { added, end, nearestEdge, sumsOf } from "./sums.js";
-import { colors, sequence } from "./theme.js";
 
 /** A switch for all running sums: from the run's start, or from that of the range. */
 export function originToggle(app, section) {

@@ -1,11 +1,11 @@
 /** How narrow the majority of helping weights is, against what chance would give. */
 
-import { Chart } from "./chart.js";
-import { percent, percentLabels, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { extent, rule, steppedBand } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { binAt } from "../charts/heatmap.js";
+import { extent, rule, steppedBand } from "../charts/marks.js";
+import { percent, percentLabels, steps } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
 import { Section } from "./section.js";
-import { colors } from "./theme.js";
 
 /** The mean of the values that are there, weighted by rows. */
 function mean(values, weights) {

@@ -1,13 +1,13 @@
 /** Whether the credits add up to the true change of the loss: total, truth and what is left over. */
 
-import { Chart } from "./chart.js";
-import { count, number, percent, signed, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { bars, extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { binAt } from "../charts/heatmap.js";
+import { bars, extent, rule } from "../charts/marks.js";
+import { count, number, percent, signed, steps } from "../lib/format.js";
+import { end, nearestEdge, sumsOf } from "../lib/sums.js";
+import { colors } from "../lib/theme.js";
+import { originToggle } from "./cumulative.js";
 import { Section } from "./section.js";
-import { end, nearestEdge, sumsOf } from "./sums.js";
-import { colors } from "./theme.js";
-import { originToggle } from "./view-cumulative.js";
 
 export function ledgerView(app) {
   const section = new Section(app.main, {

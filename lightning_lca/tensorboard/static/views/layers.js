@@ -1,7 +1,7 @@
 /** Which layers help or hurt, and when: layers × steps, in network order. */
 
-import { count, plural } from "./format.js";
-import { Heatmap, colorLimit } from "./heatmap.js";
+import { Heatmap, colorLimit } from "../charts/heatmap.js";
+import { count, plural } from "../lib/format.js";
 import { Section } from "./section.js";
 
 /** What a cell holds, in words: bins of one width, of which only the last may be narrower. */

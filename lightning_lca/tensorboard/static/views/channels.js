@@ -1,9 +1,9 @@
 /** Inside one layer: its channels over time, the most helpful first. */
 
-import { count, plural } from "./format.js";
-import { Heatmap, colorLimit } from "./heatmap.js";
+import { Heatmap, colorLimit } from "../charts/heatmap.js";
+import { count, plural } from "../lib/format.js";
+import { binUnit, heatRows, rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 
 export function channelsView(app) {
   const section = new Section(app.main, {

@@ -1,10 +1,10 @@
 /** Lines over the step axis, by uPlot, with the margins of all plots. */
 
+import { el } from "../lib/dom.js";
+import { colors } from "../lib/theme.js";
+import uPlot from "../vendor/uPlot.esm.js";
 import { FONT_SMALL, margins, sideLabels, stepTicks, tickLabels, valueTicks } from "./axes.js";
-import { el } from "./dom.js";
-import { colors } from "./theme.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
-import uPlot from "./uPlot.esm.js";
 import { cursor, zoomable } from "./zoom.js";
 
 const YAXIS = 76; // Ticks and title of the y axis.
