@@ -1,6 +1,6 @@
-/** What all plots share, so that steps stand below each other: margins, ticks and side labels. */
+/** What all plots share, so that steps stand below each other: margins and side labels. */
 
-import { count, elide, number } from "../lib/format.js";
+import { elide } from "../lib/format.js";
 import { FONT } from "../lib/theme.js";
 
 export const FONT_SMALL = `11px ${FONT}`;
@@ -14,61 +14,9 @@ export function margins(width) {
   };
 }
 
-/** Round steps of about the wanted number in [low, high]. */
-export function niceStep(span, wanted) {
-  const rough = span / Math.max(1, wanted);
-  const power = 10 ** Math.floor(Math.log10(rough));
-  return power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
-}
-
-/** Ticks of the step axis: {at, label}; the cell of step s lies between s − 1 and s. */
-export function stepTicks(low, high, pixels) {
-  const label = 16 + 6.5 * count(high).length;
-  const cell = pixels / (high - low);
-  if (cell >= label) {
-    return Array.from({ length: high - low }, (_, i) => ({
-      at: low + i + 0.5,
-      label: count(low + i + 1),
-    }));
-  }
-  const every = Math.max(1, niceStep(high - low, Math.min(12, pixels / Math.max(label, 60))));
-  const ticks = [];
-  for (let s = Math.max(every, Math.ceil(low / every) * every); s <= high; s += every) {
-    ticks.push({ at: cell > 8 ? s - 0.5 : s, label: count(s) });
-  }
-  return ticks;
-}
-
-/** Round values between two bounds. */
-export function valueTicks(low, high, wanted) {
-  const every = niceStep(high - low, wanted);
-  const ticks = [];
-  for (let k = Math.ceil(low / every - 1e-9); k * every <= high + every * 1e-9; k++)
-    ticks.push(k * every);
-  return ticks;
-}
-
-/** Ticks as text with the decimals that their distance needs: -1.0, -0.5, 0. */
-export function tickLabels(ticks) {
-  if (ticks.length < 2) return ticks.map((v) => number(v, 2));
-  const every = Math.abs(ticks[1] - ticks[0]);
-  const most = Math.max(...ticks.map(Math.abs));
-  const tiny = most < 1e-3 || most >= 1e6;
-  const unit = tiny ? 10 ** Math.floor(Math.log10(most)) : 1;
-  const places = Math.max(0, -Math.floor(Math.log10((every / unit) * 1.0001)));
-  return ticks.map((v) => {
-    if (Math.abs(v) < every / 1e6) return "0";
-    const text = (v / unit).toFixed(places) + (tiny ? `e${Math.round(Math.log10(unit))}` : "");
-    return text.replaceAll("-", "\u2212");
-  });
-}
-
-/** Writes names beside a plot at their heights, moved apart where they would overlap. */
-export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) {
-  const room = Math.max(1, Math.floor((bottom - top) / gap));
-  const kept = [...items].sort((a, b) => b.rank - a.rank).slice(0, room);
-  kept.sort((a, b) => a.y - b.y);
-  const at = kept.map((item) => Math.min(bottom - gap / 2, Math.max(top + gap / 2, item.y)));
+/** Moves rising places apart to a gap, as little as needed, and into [top, bottom]. */
+export function spread(places, top, bottom, gap) {
+  const at = places.map((y) => Math.min(bottom - gap / 2, Math.max(top + gap / 2, y)));
   for (let pass = 0; pass < 60; pass++) {
     let moved = false;
     for (let i = 1; i < at.length; i++) {
@@ -86,6 +34,20 @@ export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) 
     }
     if (!moved) break;
   }
+  return at;
+}
+
+/** Writes names beside a plot at their heights, moved apart where they would overlap. */
+export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) {
+  const room = Math.max(1, Math.floor((bottom - top) / gap));
+  const kept = [...items].sort((a, b) => b.rank - a.rank).slice(0, room);
+  kept.sort((a, b) => a.y - b.y);
+  const at = spread(
+    kept.map((item) => item.y),
+    top,
+    bottom,
+    gap,
+  );
   context.textAlign = "left";
   context.textBaseline = "middle";
   kept.forEach((item, i) => {

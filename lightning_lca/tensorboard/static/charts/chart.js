@@ -2,8 +2,9 @@
 
 import { el } from "../lib/dom.js";
 import { colors } from "../lib/theme.js";
+import { stepTicks, tickLabels, valueTicks } from "../lib/ticks.js";
 import uPlot from "../vendor/uPlot.esm.js";
-import { FONT_SMALL, margins, sideLabels, stepTicks, tickLabels, valueTicks } from "./axes.js";
+import { FONT_SMALL, margins, sideLabels } from "./axes.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
 import { cursor, zoomable } from "./zoom.js";
 

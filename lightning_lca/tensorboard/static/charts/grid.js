@@ -3,7 +3,8 @@
 import { el } from "../lib/dom.js";
 import { elide } from "../lib/format.js";
 import { colors } from "../lib/theme.js";
-import { FONT_BOLD, FONT_SMALL, margins, stepTicks } from "./axes.js";
+import { stepTicks } from "../lib/ticks.js";
+import { FONT_BOLD, FONT_SMALL, margins } from "./axes.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
 import { cursor, zoomable } from "./zoom.js";
 

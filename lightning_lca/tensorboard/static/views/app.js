@@ -172,7 +172,7 @@ export class App {
       table,
       bins: sources.bins.data,
       synchrony: sources.synchrony.data,
-      change: table?.true_change,
+      shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
       own: { run: state.run, probe: state.probe },
       other:
