@@ -57,11 +57,15 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Gives a handler for every route: the answers, and the page's files by name."""
+        """Gives a handler for every route: the answers, the files of the page, and its colours."""
         from lightning_lca.tensorboard.routes import ANSWERS
 
-        files = [path for path in _STATIC.glob("*") if path.is_file()]
-        apps = {f"/{path.name}": _file(path) for path in files}
+        files = [path for path in _STATIC.rglob("*") if path.is_file()]
+        apps = {
+            f"/{path.relative_to(_STATIC).as_posix()}": _text(path.read_bytes, path.suffix)
+            for path in files
+        }
+        apps["/colours.js"] = _text(lambda: colours().encode(), ".js")
         return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
 
     def _answer(self, name: str) -> App:
@@ -114,7 +118,14 @@ def _refuse(request: Any, why: str, code: int) -> Any:
     return http_util.Respond(request, text, "application/json", code=code, headers=headers)
 
 
-def _file(path: Path) -> App:
+def colours() -> str:
+    """Writes the module with the colours that the page shares with the figures."""
+    from lightning_lca.analysis.colours import DARK, LIGHT
+
+    return f"export const LIGHT = {json.dumps(LIGHT)};\nexport const DARK = {json.dumps(DARK)};\n"
+
+
+def _text(read: Callable[[], bytes], suffix: str) -> App:
     from tensorboard.backend import http_util
     from werkzeug import Request
 
@@ -122,6 +133,6 @@ def _file(path: Path) -> App:
     def app(request: Request) -> Any:
         if request.method not in ("GET", "HEAD"):
             return _refuse(request, f"{request.method} is not answered here. Use GET.", 405)
-        return http_util.Respond(request, path.read_bytes(), _TYPES.get(path.suffix, "text/plain"))
+        return http_util.Respond(request, read(), _TYPES.get(suffix, "text/plain"))
 
     return app
