@@ -233,7 +233,7 @@ def _pairs(counts: Ints) -> Ints:
 
 
 def _band(moments: Bools) -> tuple[Floats, Floats]:
-    """Gives the null's exact mean, and mean plus two sd, of the coincidences. [T, G] -> [T] twice.
+    """Returns the null's exact mean and mean plus two sd of the coincidences. [T, G] -> [T] twice.
 
     A layer's moments move together, so that only one can land on an iteration in a draw: a layer is
     one coin, of chance 1/4 per moment in reach.

@@ -39,7 +39,7 @@ class SpiralNet(pl.LightningModule):
         return scores
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """Gives the cross-entropy, and logs it."""
+        """Returns the cross-entropy, and logs it."""
         loss = F.cross_entropy(self(batch[0]), batch[1])
         self.log("train_loss", loss)
         return loss

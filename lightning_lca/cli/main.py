@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given: dict[str, dict[str, Any]] = {}
         if typed[:1] == ["replay"]:
             typed, given = replay_command.given(typed)
-        asked = parser.parse_args(typed, argparse.Namespace(given=given))
-        asked.run(asked)
+        options = parser.parse_args(typed, argparse.Namespace(given=given))
+        options.run(options)
     except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -85,75 +85,75 @@ def _takes_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe", help="which probe, where several were measured (all, or first)")
 
 
-def _summary(asked: argparse.Namespace) -> None:
-    runs = _runs(asked.logdir)
+def _summary(options: argparse.Namespace) -> None:
+    runs = _runs(options.logdir)
     several = len(runs) > 1
     for i, (name, reader) in enumerate(runs.items()):
-        for probe, history in _histories(reader, asked.probe, name).items():
+        for probe, history in _histories(reader, options.probe, name).items():
             title = " ".join([name] * several + [f"probe {probe!r}"] * (len(reader.histories) > 1))
             print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary())
 
 
-def _figures(asked: argparse.Namespace) -> None:
+def _figures(options: argparse.Namespace) -> None:
     from lightning_lca import figures
 
-    if asked.dpi < 10:
-        raise InputError(f"--dpi must be at least 10, got {asked.dpi}.")
-    runs = _runs(asked.logdir)
+    if options.dpi < 10:
+        raise InputError(f"--dpi must be at least 10, got {options.dpi}.")
+    runs = _runs(options.logdir)
     for name, reader in runs.items():
-        histories = _histories(reader, asked.probe, name)
+        histories = _histories(reader, options.probe, name)
         for probe, history in histories.items():
             if not len(history):
-                say(f"{name or asked.logdir}: no step was measured yet, nothing to draw.")
+                say(f"{name or options.logdir}: no step was measured yet, nothing to draw.")
                 continue
-            directory = asked.out / name if len(runs) > 1 else asked.out
+            directory = options.out / name if len(runs) > 1 else options.out
             directory = directory / _as_file(probe) if len(histories) > 1 else directory
             directory.mkdir(parents=True, exist_ok=True)
             for file, make in progress(figures.available(history).items(), "figure"):
-                make(history).savefig(directory / f"{file.replace('/', '_')}.png", dpi=asked.dpi)
+                make(history).savefig(directory / f"{file.replace('/', '_')}.png", dpi=options.dpi)
             say(f"Figures are in {directory}.")
 
 
-def _export(asked: argparse.Namespace) -> None:
-    suffix = asked.to.suffix.lower()
+def _export(options: argparse.Namespace) -> None:
+    suffix = options.to.suffix.lower()
     if suffix not in export.FORMATS:
-        raise InputError(f"--to must end in {', '.join(export.FORMATS)}; got {asked.to.name!r}.")
-    if suffix == ".npz" and asked.long:
+        raise InputError(f"--to must end in {', '.join(export.FORMATS)}; got {options.to.name!r}.")
+    if suffix == ".npz" and options.long:
         raise InputError("--long is for .csv and .parquet; .npz holds arrays.")
-    runs = _runs(asked.logdir)
+    runs = _runs(options.logdir)
     if len(runs) > 1:
         raise InputError(
-            f"{asked.logdir} holds {len(runs)} runs ({_some(runs)}). Give the directory of one."
+            f"{options.logdir} holds {len(runs)} runs ({_some(runs)}). Give the directory of one."
         )
     ((name, reader),) = runs.items()
-    history = next(iter(_histories(reader, asked.probe, name).values()))
+    history = next(iter(_histories(reader, options.probe, name).values()))
     try:
-        asked.to.parent.mkdir(parents=True, exist_ok=True)
+        options.to.parent.mkdir(parents=True, exist_ok=True)
         if suffix == ".npz":
-            np.savez_compressed(asked.to, **export.arrays(history))  # type: ignore[arg-type]
+            np.savez_compressed(options.to, **export.arrays(history))  # type: ignore[arg-type]
         else:
-            columns = export.long(history) if asked.long else export.wide(history)
+            columns = export.long(history) if options.long else export.wide(history)
             parts = progress(list(export.blocks(columns)), "block")
             if suffix == ".csv":
-                export.write_csv(asked.to, columns, parts)
+                export.write_csv(options.to, columns, parts)
             else:
-                export.write_parquet(asked.to, parts)
+                export.write_parquet(options.to, parts)
     except ModuleNotFoundError as error:
         raise InputError(
             f"Parquet needs pyarrow ({error}). Run: pip install pyarrow, or choose a .csv file."
         ) from error
     except OSError as error:
-        raise InputError(f"{asked.to} cannot be written: {error.strerror or error}.") from error
-    say(f"{len(history)} measured steps are in {asked.to}.")
+        raise InputError(f"{options.to} cannot be written: {error.strerror or error}.") from error
+    say(f"{len(history)} measured steps are in {options.to}.")
 
 
-def _demo(asked: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> None:
     from lightning_lca.cli import demo
 
     say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
-    lca = demo.train(asked.out)
+    lca = demo.train(options.out)
     print(lca.history.summary())
-    print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(asked.out))}")
+    print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(options.out))}")
     print("and open its LCA tab.")
 
 

@@ -105,15 +105,15 @@ def given(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]
     return left, found
 
 
-def _run(asked: argparse.Namespace) -> None:
+def _run(typed: argparse.Namespace) -> None:
     sys.path.insert(0, "")  # Where the user is, as with `python -m`.
-    model = resolve(asked.model, "--model")
-    data = asked.data and resolve(asked.data, "--data")
-    if asked.given.get("data") and not callable(data):
+    model = resolve(typed.model, "--model")
+    data = typed.data and resolve(typed.data, "--data")
+    if typed.given.get("data") and not callable(data):
         raise InputError("--data.ARGUMENT needs --data, which names a class or function.")
-    options = {name: getattr(asked, name) for name in _PASSED_ON}
-    options["loss_fn"] = asked.loss_fn and resolve(asked.loss_fn, "--loss_fn")
-    options["probe"] = _probe(asked.probe or ["train"])
+    options = {name: getattr(typed, name) for name in _PASSED_ON}
+    options["loss_fn"] = typed.loss_fn and resolve(typed.loss_fn, "--loss_fn")
+    options["probe"] = _probe(typed.probe or ["train"])
     from lightning_lca.replay.checkpoints import ReplayError
     from lightning_lca.replay.runs import replay
     from lightning_lca.training.callback import LCACallback
@@ -127,15 +127,15 @@ def _run(asked: argparse.Namespace) -> None:
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(f"lightning-lca: {message}")
             histories = replay(
-                asked.runs,
+                typed.runs,
                 model,
                 data,
-                out=asked.out,
-                model_arguments=asked.given.get("model"),
-                data_arguments=asked.given.get("data"),
-                accelerator=asked.accelerator,
-                precision=asked.precision,
-                weights_only=asked.weights_only,
+                out=typed.out,
+                model_arguments=typed.given.get("model"),
+                data_arguments=typed.given.get("data"),
+                accelerator=typed.accelerator,
+                precision=typed.precision,
+                weights_only=typed.weights_only,
                 **options,
             )
     except ReplayError as error:
@@ -148,7 +148,7 @@ def _run(asked: argparse.Namespace) -> None:
 
 
 def _probe(names: Sequence[str]) -> Any:
-    """Gives the argument ``probe`` of `LCACallback`."""
+    """Returns the argument ``probe`` of `LCACallback`."""
     sources = {}
     for name in names:
         source: Any = name

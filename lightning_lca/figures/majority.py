@@ -173,5 +173,5 @@ def _votes(history: History) -> tuple[Shown, Shown]:
 
 
 def _percent(part: Array, whole: Array) -> Floats:
-    """Gives nan where nothing moved."""
+    """Returns nan where nothing moved."""
     return 100 * part / np.where(whole > 0, whole, np.nan)

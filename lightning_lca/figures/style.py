@@ -37,7 +37,7 @@ _NAME = 18  # Letters of a layer's name.
 
 @contextmanager
 def page(height: float = HEIGHT) -> Iterator[Figure]:
-    """Gives an empty figure, and the look while it is filled. Matplotlib is imported here."""
+    """Returns an empty figure, and the look while it is filled. Matplotlib is imported here."""
     from lightning_lca.figures import canvas
 
     with canvas.look():

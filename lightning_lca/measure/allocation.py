@@ -97,7 +97,7 @@ class Position:
                 torch.lerp(start[name], stop[name], self.s, out=weight)
 
     def weights(self) -> dict[str, Tensor]:
-        """Gives the weights here as fresh leaves that require grad: {name: [*shape]}."""
+        """Returns the weights here as fresh leaves that require grad: {name: [*shape]}."""
         fresh = {name: torch.empty_like(start) for name, start in self.segment.start.items()}
         self.write(fresh)
         return {name: weight.requires_grad_() for name, weight in fresh.items()}
@@ -160,7 +160,7 @@ class Buffer:
         return cls({n: accumulator(w) for n, w in segment.start.items()})
 
     def take_first(self) -> Sample | None:
-        """Gives the sample at the start away, so that its memory can be freed."""
+        """Returns the sample at the start away, so that its memory can be freed."""
         first, self.first = self.first, None
         return first
 

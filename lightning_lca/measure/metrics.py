@@ -46,7 +46,7 @@ class GroupCredit(Metric):
         self.credit = self.credit + credit.reshape(-1, len(self.credit)).sum(0)
 
     def compute(self) -> Tensor:
-        """Gives the summed credit [groups]; negative = helped."""
+        """Returns the summed credit [groups]; negative = helped."""
         return self.credit
 
 
@@ -85,7 +85,7 @@ class GroupFraction(Metric):
         self.steps = self.steps + len(rows)
 
     def compute(self) -> Tensor:
-        """Gives the mean fraction [groups] in [0, 1]; zero where a group is empty."""
+        """Returns the mean fraction [groups] in [0, 1]; zero where a group is empty."""
         return self.counted / (self.steps * self.sizes).clamp_min(1)
 
 

@@ -74,7 +74,7 @@ def any_cut(module: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Gives the part that this process holds, in the same memory; a whole tensor is its own."""
+    """Returns the part that this process holds, in the same memory; a whole tensor is its own."""
     if not is_cut(tensor):
         return tensor
     cut: Any = tensor
@@ -84,13 +84,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def parts(weights: Weights) -> dict[str, Tensor]:
-    """Gives the parts of weights {name: [*shape]} that this process holds."""
+    """Returns the parts of weights {name: [*shape]} that this process holds."""
     return {name: local(weight) for name, weight in weights.items()}
 
 
 @torch.no_grad()
 def local_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Gives the part of a gradient that belongs to this process's part of the weight."""
+    """Returns the part of a gradient that belongs to this process's part of the weight."""
     here: Any = gradient
     there: Any = weight
     # The gradient may be a sum that is not added up yet.

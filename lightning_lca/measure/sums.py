@@ -26,7 +26,7 @@ def in_the_cache(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _stats(part: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives sum, hurting − helping, hurting + helping: [rows, width] -> three [rows]."""
+    """Returns sum, hurting − helping, hurting + helping: [rows, width] -> three [rows]."""
     double = wide(part)
     total = torch.zeros(3, len(part), dtype=double, device=part.device)
     for chunk in torch.split(part, CHUNK, 1):

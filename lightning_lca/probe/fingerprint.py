@@ -76,7 +76,7 @@ def _hash(data: Tensor) -> Tensor:
 
 @lru_cache
 def _keys(device: torch.device) -> Tensor:
-    """Gives fixed odd multipliers [2, _WIDTH + 8] int64, for the columns and for the rest."""
+    """Returns fixed odd multipliers [2, _WIDTH + 8] int64, for the columns and for the rest."""
     generator = torch.Generator().manual_seed(190901440)
     keys = torch.randint(-(2**62), 2**62, (2, _WIDTH + 8), generator=generator)
     return (2 * keys + 1).to(device)

@@ -296,7 +296,7 @@ def _memory_of(tensor: Tensor) -> Tensor:
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
-    """Tells whether two tensors are the same view of the same memory."""
+    """Whether two tensors are the same view of the same memory."""
     return (
         a.layout == b.layout == torch.strided
         and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())

@@ -29,7 +29,7 @@ class LossScale:
         self._before: float | None = None  # It was lowered for a gradient that is still tried.
 
     def unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Gives gradients [*shape] of the loss itself, in new tensors."""
+        """Returns gradients [*shape] of the loss itself, in new tensors."""
         unscaled = list(torch._foreach_mul(gradients, 1 / self.value))
         if self._before is not None and self.value <= 1 and not _are_finite(unscaled):
             self.value = self._before  # That it was lowered did not help.

@@ -283,7 +283,7 @@ class Probe:
 
 
 def _plain(gradient: Tensor | None, weight: Tensor) -> Tensor:
-    """Gives a gradient as dense numbers, in float32 at least, of what this process holds."""
+    """Returns a gradient as dense numbers, in float32 at least, of what this process holds."""
     if gradient is None:
         gradient = torch.zeros_like(local(weight))
     else:

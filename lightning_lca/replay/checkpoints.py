@@ -147,7 +147,7 @@ def read(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
                 "(--no-weights_only)."
             ) from error
         why = (
-            told(error)
+            one_line(error)
             if isinstance(error, OSError) and mapped
             else f"it is cut off, damaged, or not made by torch.save ({type(error).__name__})"
         )
@@ -181,7 +181,7 @@ def allowing(weights_only: bool) -> Iterator[None]:
             os.environ[_FORCE] = before
 
 
-def told(error: BaseException, most: int = 200, beyond: str = "") -> str:
+def one_line(error: BaseException, most: int = 200, beyond: str = "") -> str:
     """Tells an error in one line, of at most so many letters, from beyond some words on."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.partition(beyond)[2] or text if beyond else text

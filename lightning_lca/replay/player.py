@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.record.reader import Reader
-from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, read, told
+from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, one_line, read
 from lightning_lca.reporting.reporter import x_axis
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningModule, Trainer
 from lightning_lca.training.callback import LCACallback
@@ -81,22 +81,22 @@ class ReplayCallback(LCACallback):
         Raises:
             ReplayError: It measured something else, or stopped at a checkpoint that is gone.
         """
-        asked = self._settings
+        settings = self._settings
         self._terms = {
-            **asked.describe(),
+            **settings.describe(),
             **terms,
-            "probes": [name or "" for name in asked.sources],
-            "loss_fn": getattr(asked.loss_fn, "__qualname__", None),
-            "group_by": asked.group_by,
-            "neurons": asked.neurons,
-            "track_parameters": asked.track_parameters,
+            "probes": [name or "" for name in settings.sources],
+            "loss_fn": getattr(settings.loss_fn, "__qualname__", None),
+            "group_by": settings.group_by,
+            "neurons": settings.neurons,
+            "track_parameters": settings.track_parameters,
         }
         if not self._file.exists():
             return True
         try:
             state = torch.load(self._file, map_location="cpu", weights_only=True)
         except Exception as error:
-            self._start_afresh(f"{self._file} cannot be read ({told(error)})")
+            self._start_afresh(f"{self._file} cannot be read ({one_line(error)})")
             return True
         for name, value in self._terms.items():
             if (before := state["terms"].get(name)) != value:
@@ -244,7 +244,7 @@ def fit_names(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, 
 def does_not_fit(path: Path, module: LightningModule, error: BaseException) -> ReplayError:
     """Tells in one line that a checkpoint is of another model."""
     name = module.__name__ if isinstance(module, type) else type(module).__name__
-    what = told(error, beyond=f"for {name}: ")
+    what = one_line(error, beyond=f"for {name}: ")
     return ReplayError(
         f"{path} is not of this {name}: {what} Name the class that was trained, with the "
         "arguments it had then (--model.ARGUMENT VALUE)."

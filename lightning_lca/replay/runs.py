@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_lca.probe.isolation import fence
 from lightning_lca.record.history import History
-from lightning_lca.replay.checkpoints import ReplayError, allowing, find, in_order, read, told
+from lightning_lca.replay.checkpoints import ReplayError, allowing, find, in_order, one_line, read
 from lightning_lca.replay.player import Bar, LeftError, ReplayCallback, does_not_fit
 from lightning_lca.runtime import lightnings
 from lightning_lca.runtime.lightnings import LightningModule
@@ -186,7 +186,7 @@ def _build(
         if "loading state_dict" in str(error):
             raise does_not_fit(path, make, error) from error
         raise ReplayError(
-            f"{_name(make)} cannot be built: {type(error).__name__}: {told(error)}. {remedy}"
+            f"{_name(make)} cannot be built: {type(error).__name__}: {one_line(error)}. {remedy}"
         ) from error
     if option == "model" and not isinstance(made, lightnings.LIGHTNING_MODULES):
         raise ReplayError(
@@ -204,7 +204,7 @@ def _loaders(
     weights_only: bool,
     player: ReplayCallback,
 ) -> dict[str, Any]:
-    """Gives what `Trainer.fit` takes as data."""
+    """Returns what `Trainer.fit` takes as data."""
     made = _build(data, arguments, path, weights_only, "data") if callable(data) else data
     if isinstance(made, lightnings.of(module, "").LightningDataModule):
         return {"datamodule": made}
@@ -253,7 +253,7 @@ def _trainer(
     except Exception as error:
         raise ReplayError(
             f"There can be no Trainer(accelerator={accelerator!r}, precision={precision!r}): "
-            f"{told(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -265,7 +265,7 @@ def _fit(trainer: Any, module: Any, loaders: Mapping[str, Any]) -> None:
     except LeftError:
         return
     except lightnings.of(trainer, ".utilities.exceptions").MisconfigurationException as error:
-        raise ReplayError(told(error, 500)) from error
+        raise ReplayError(one_line(error, 500)) from error
     raise ReplayError("The training data has no batch. Give a loader that has one (--data).")
 
 

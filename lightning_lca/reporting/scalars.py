@@ -106,7 +106,7 @@ class Scalars:
         self._credit.credit = credit.clone()
 
     def take(self) -> dict[str, float]:
-        """Gives the values and starts a new window; nothing if no step was measured in this one."""
+        """Returns the values and starts a new window; nothing if no step was measured in it."""
         if not self._window:
             return {}
         window, self._window = StepTable.join(self._window), []

@@ -73,7 +73,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
     def largest(self, number: int, device: torch.device) -> int:
-        """Gives the largest of all processes' numbers."""
+        """Returns the largest of all processes' numbers."""
         if self.processes == 1:
             return number
         agreed = torch.tensor(number, device=device)

@@ -291,7 +291,7 @@ every_n_steps=10 would make it about 1.2x, with less resolution and a larger res
 
 
 def affordable(measuring: float, plain: float, most: float) -> int:
-    """Gives the least every_n_steps that keeps to a budget.
+    """Returns the least every_n_steps that keeps to a budget.
 
     Args:
         measuring: Seconds of one measurement.

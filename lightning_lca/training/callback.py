@@ -277,7 +277,7 @@ class LCACallback(LightningCallback):
     # -- inside -----------------------------------------------------------------------------------
 
     def _measured(self) -> Mapping[str | None, Meter | Results]:
-        """Gives what was measured by every probe, up to now."""
+        """Returns what was measured by every probe, up to now."""
         if self._training is None:
             return self._results
         self._training.reporter.collect()
@@ -294,7 +294,7 @@ class LCACallback(LightningCallback):
         return next(iter(measured.values()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Gives what copies and pickles keep: nothing of a training that runs."""
+        """Returns what copies and pickles keep: nothing of a training that runs."""
         results = {
             name: Results.of(m) if isinstance(m, Meter) else m
             for name, m in self._measured().items()

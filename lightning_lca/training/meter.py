@@ -213,12 +213,12 @@ class Meter:
         return windows
 
     def take_distributions(self) -> dict[str, Distribution]:
-        """Gives the distributions taken since the last time, {layer: distribution}."""
+        """Returns the distributions taken since the last time, {layer: distribution}."""
         taken, self._spread = self._spread, {}
         return taken
 
     def state(self) -> dict[str, Any]:
-        """Gives what a checkpoint needs, history apart."""
+        """Returns what a checkpoint needs, history apart."""
         return {
             "loss": None if self._loss is None else self._loss.cpu(),
             "reuse": self._reuse.on,

@@ -54,7 +54,7 @@ class Reuse:
         self._kept = Sample(last.loss, None if last.gradient is None else into)
 
     def start(self, segment: Segment) -> Sample | None:
-        """Gives the sample at the start of a segment if one is known that can be trusted.
+        """Returns the sample at the start of a segment if one is known that can be trusted.
 
         Args:
             segment: Its stop is live now.

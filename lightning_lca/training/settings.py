@@ -136,7 +136,7 @@ class Settings:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Gives what the record keeps, as plain values."""
+        """Returns what the record keeps, as plain values."""
         return {
             "probe_batches": self.probe_batches,
             "probe_mode": self.probe_mode,
