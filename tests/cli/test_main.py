@@ -16,8 +16,6 @@ from support.training import fit
 from lightning_lca import History, LCACallback
 from lightning_lca.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("main")
-
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):

@@ -26,8 +26,6 @@ from lightning_lca.cli.main import main
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
 
-pytestmark = pytest.mark.xdist_group("replay")
-
 STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")
 LOSSES = ("loss_before", "loss_after")
