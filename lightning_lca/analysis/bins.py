@@ -125,11 +125,15 @@ class Bins:
 
         The end of a bin without a row that counts is nan where it has any: a gap in a line.
         """
-        total = self.sums(values)
-        gaps = np.isnan(total)
-        total = np.where(gaps, 0.0, total).cumsum(0)
-        total[gaps] = np.nan
-        return np.concatenate([np.zeros((1, *total.shape[1:])), total])
+        return accumulated(self.sums(values))
+
+
+def accumulated(sums: Floats) -> Floats:
+    """Adds up bins up to every edge: [B, ...] -> [B + 1, ...], from 0; nan stays, as a gap."""
+    gaps = np.isnan(sums)
+    total = np.where(gaps, 0.0, sums).cumsum(0)
+    total[gaps] = np.nan
+    return np.concatenate([np.zeros((1, *total.shape[1:])), total])
 
 
 def counted(values: npt.NDArray[Any], finite: Bools | None) -> npt.NDArray[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -105,7 +107,7 @@ def _figures(asked: argparse.Namespace) -> None:
                 say(f"{name or asked.logdir}: no step was measured yet, nothing to draw.")
                 continue
             directory = asked.out / name if len(runs) > 1 else asked.out
-            directory = directory / probe if len(histories) > 1 else directory
+            directory = directory / _as_file(probe) if len(histories) > 1 else directory
             directory.mkdir(parents=True, exist_ok=True)
             for file, make in progress(figures.available(history).items(), "figure"):
                 make(history).savefig(directory / f"{file.replace('/', '_')}.png", dpi=asked.dpi)
@@ -164,7 +166,11 @@ def _runs(logdir: Path) -> dict[str, Reader]:
         )
     runs: dict[str, Reader] = {}
     damaged = []
-    for directory in sorted({path.parent for path in logdir.rglob("*tfevents*")}):
+    # Neither links to directories are followed, nor does one that cannot be read stop the others.
+    walked = ((Path(place), files) for place, _, files in os.walk(logdir))
+    for directory in sorted(
+        place for place, files in walked if any("tfevents" in f for f in files)
+    ):
         try:
             reader = Reader.of(directory)
         except FileNotFoundError as error:
@@ -177,6 +183,7 @@ def _runs(logdir: Path) -> dict[str, Reader]:
             say(
                 f"{directory}: {_pieces(reader.lost)} of the record could not be read (cut off or "
                 "damaged). The steps in there are missing in what follows."
+                + (f" First: {reader.problems[0]}" if reader.problems else "")
             )
     for message in damaged:
         say(message)
@@ -196,6 +203,11 @@ def _histories(reader: Reader, probe: str | None, name: str) -> dict[str, Histor
         there = ", ".join(map(repr, filter(None, reader.histories))) or "a single one, unnamed"
         raise InputError(f"No probe {probe!r}{f' in {name}' if name else ''}; there is {there}.")
     return {probe: reader.histories[probe]}
+
+
+def _as_file(name: str) -> str:
+    """Makes a name that stays within its directory."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".")[:100] or "_"
 
 
 def _pieces(count: int) -> str:

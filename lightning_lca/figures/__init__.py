@@ -65,7 +65,8 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
         "helping": helping,
         "synchrony": synchrony,
     }
-    if history.rows.helping.any() or history.rows.hurting.any():
+    finite = history.rows[history.rows.finite]
+    if finite.helping.any() or finite.hurting.any():
         figures["helping_per_step"] = helping_per_step
     if history.neurons is not None and len(history.neurons):
         layers = Layers.of(history.neurons.layers)

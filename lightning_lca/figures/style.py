@@ -1,7 +1,7 @@
 """The visual language of all figures, in one place.
 
-Blue helps and red hurts; the blue is dark and the red light, so that they differ in grey print too.
-The true loss change is black. Layers run from top to bottom in network order. Axes bear units.
+Blue helps and red hurts, as in the dashboard. The true loss change is black. Layers run from top to
+bottom in network order. Axes bear units.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_lca.analysis.colours import LIGHT
+from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.figures.timeline import Array
 from lightning_lca.record.tables import Floats
 
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 
     Colour = str | tuple[float, float, float]
 
-HELPS = "#174f92"
-HURTS = "#ec6a45"
+HELPS, HURTS = LIGHT["helps"], LIGHT["hurts"]
 TRUE = "black"
 CHANCE = "0.78"
 QUIET = "0.6"
@@ -144,10 +145,8 @@ def grid_of_credit(figure: Figure, axes: Axes, steps: Array, credit: Floats, uni
     """Draws rows × bins in colour [N, B], clipped at the 99 % quantile, on a square-root scale."""
     from matplotlib.colors import FuncNorm
 
-    size = np.abs(credit[np.isfinite(credit)])
-    largest = float(size.max(initial=0))
-    limit = float(np.quantile(size, 0.99, method="higher")) if largest else 0.0
-    limit = limit or largest or 1.0
+    largest = float(np.abs(credit[np.isfinite(credit)]).max(initial=0))
+    limit = colour_limit(credit) or 1.0
     norm = FuncNorm((_root, _square), -limit, limit)
     # Row 0 on top.
     borders = np.arange(len(credit) + 1) - 0.5

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca.probe.isolation import GENERATORS, fence
-from lightning_lca.runtime.lightnings import MisconfigurationException
+from lightning_lca.runtime.lightnings import MisconfigurationException, Trainer
 from lightning_lca.runtime.processes import Ranks
 
 ProbeSource = Any  # "train" | "val" | iterable of batches | DataLoader
@@ -21,7 +21,7 @@ _REMEDY = "Pass the batches themselves, e.g. probe=[next(iter(loader))]."
 
 
 def read_batches(
-    source: ProbeSource, trainer: Any, count: int, seed: int, ranks: Ranks
+    source: ProbeSource, trainer: Trainer, count: int, seed: int, ranks: Ranks
 ) -> dict[int, Any]:
     """Reads this rank's batches of a probe on the host, {number within the whole probe: batch}.
 
@@ -70,7 +70,7 @@ def batch_sizes(batches: list[Any]) -> list[int]:
     return sizes if all(sizes) else [1] * len(batches)
 
 
-def _val_loader(trainer: Any) -> Any:
+def _val_loader(trainer: Trainer) -> Any:
     """Finds the first validation loader, which Lightning may not have loaded yet."""
     loaders = trainer.val_dataloaders
     if loaders is None:

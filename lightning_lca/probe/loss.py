@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.probe.fingerprint import fingerprint
-from lightning_lca.runtime.lightnings import MisconfigurationException
+from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException
 
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
 
@@ -18,7 +18,7 @@ LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scala
 class Objective:
     """The loss of a LightningModule on a batch, evaluated as training does it."""
 
-    def __init__(self, module: Any, loss_fn: LossFn | None) -> None:
+    def __init__(self, module: LightningModule, loss_fn: LossFn | None) -> None:
         """Takes loss_fn's result or the sum of its terms; None: that of training_step."""
         self._module = module
         self._loss_fn = loss_fn
@@ -58,7 +58,7 @@ class Objective:
         return result.squeeze() if result.dim() else result
 
 
-def _step_arguments(module: Any) -> int:
+def _step_arguments(module: LightningModule) -> int:
     """Counts what this training_step takes: 1, the batch, or 2, its index too."""
     parameters = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in parameters:

@@ -24,7 +24,7 @@ from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradien
 from lightning_lca.probe.loss import LossFn, Objective, ProbeMode, set_mode, surroundings
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.runtime import lightnings
-from lightning_lca.runtime.lightnings import MisconfigurationException
+from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer
 from lightning_lca.runtime.processes import Ranks
 
 
@@ -43,8 +43,8 @@ class Probe:
 
     def __init__(
         self,
-        trainer: Any,
-        module: Any,
+        trainer: Trainer,
+        module: LightningModule,
         batches: Mapping[int, Any],
         *,
         mode: ProbeMode = "no_dropout",
@@ -293,7 +293,7 @@ def _plain(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype in HALF else gradient
 
 
-def _autocast_type(trainer: Any) -> torch.dtype | None:
+def _autocast_type(trainer: Trainer) -> torch.dtype | None:
     """What mixed precision computes in, if that is float16."""
     return torch.float16 if str(trainer.precision) == "16-mixed" else None
 

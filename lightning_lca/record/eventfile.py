@@ -13,12 +13,15 @@ load it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import socket
+import stat
 import struct
 import time
 import zlib
@@ -37,9 +40,20 @@ PLUGIN = "lca"
 META = "lca/meta"
 WINDOWS = ("parameters", "neurons", "weights")
 _TAG = re.compile(
-    rf"lca/(?P<table>chunk|{'|'.join(WINDOWS)})/(?P<first>\d{{9,}})/"
+    rf"lca/(?P<table>chunk|{'|'.join(WINDOWS)})/(?P<first>[0-9]{{9,16}})/"
     r"(?:(?P<probe>.+)/)?(?P<part>[a-z_]+)"
 )
+_DTYPES = {"|b1", "|i1", "|u1"} | {f"<{kind}{n}" for kind in "iuf" for n in (2, 4, 8)}
+_LONGEST_HEADER = 512  # Bytes of a part's first line.
+# What a part may unpack to: a writer's own are below 256 kB, and numbers that were measured hardly
+# shrink; only what is made to harm unpacks to a hundred times its size.
+_LARGEST_PART = 2**25
+_LARGEST_RATIO = 8
+_LARGEST_FRAME = 2**28  # Bytes; TensorBoard reads no more at once.
+_CHECKED_FRAME = 2**24  # From here on it is checked that a sparse file does not pretend.
+_HEAD = 4096  # The first bytes of an event tell whether it is ours.
+_PREFIX = "events.out.tfevents."
+_NAME = re.compile(r"tfevents\.([0-9]{1,10}(?:\.[0-9]{1,9})?)(?=\.|$)")
 
 Array = npt.NDArray[Any]
 
@@ -84,22 +98,66 @@ def pack(array: Array) -> bytes:
     return header + b"\n" + zlib.compress(planes, 1)
 
 
-def unpack(data: bytes) -> Array:
+def unpack(data: bytes, columns: tuple[int, ...] | None = None) -> Array:
     """Unpacks what `pack` made; zlib's checksum tells damaged bytes.
 
+    What the header declares is checked before memory is reserved for it.
+
+    Args:
+        data: The packed array.
+        columns: The shape of every row, where it is known: the array is [rows, *columns].
+
     Raises:
-        ValueError: The bytes are not a packed array.
+        ValueError: The bytes are not a packed array, or not of these columns.
     """
+    header, _, body = data.partition(b"\n")
     try:
-        header, _, body = data.partition(b"\n")
-        described = json.loads(header)
-        dtype = np.dtype(described["dtype"])
-        planes = np.frombuffer(zlib.decompress(body), np.uint8)
-        flat = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).reshape(-1).view(dtype)
-        array: Array = flat.reshape(described["shape"])
-    except (ValueError, KeyError, TypeError, zlib.error) as error:
-        raise ValueError(f"Not a packed array of an LCA record: {error}") from error
+        dtype, shape = _described(header)
+        if columns is not None and (not shape or shape[1:] != columns):
+            wanted = ", ".join(["rows", *map(str, columns)])
+            raise ValueError(f"its shape is {list(shape)}, expected [{wanted}]")
+        size = math.prod(shape) * dtype.itemsize
+        if size > max(_LARGEST_PART, _LARGEST_RATIO * len(body)):
+            raise ValueError(f"it declares {size:,} bytes and holds {len(body):,}, compressed")
+        planes = np.frombuffer(_inflate(body, size), np.uint8)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"Not a packed array of an LCA record: {error}.") from error
+    flat = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).reshape(-1).view(dtype)
+    array: Array = flat.reshape(shape)
     return array
+
+
+def _described(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Reads a part's first line: plain numbers in a table of a few dimensions, or ValueError."""
+    if len(header) > _LONGEST_HEADER:
+        raise ValueError(f"its first line has more than {_LONGEST_HEADER} bytes")
+    try:
+        described = json.loads(header)
+    except RecursionError as error:
+        raise ValueError("its first line is nested too deep") from error
+    if not isinstance(described, dict) or not {"dtype", "shape"} <= described.keys():
+        raise ValueError("its first line does not tell dtype and shape")
+    dtype, shape = described["dtype"], described["shape"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"its dtype is {dtype!r}, expected plain numbers, e.g. '<f4'")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_length, shape)):
+        raise ValueError(f"its shape is {shape!r}, expected a few lengths")
+    return np.dtype(dtype), tuple(shape)
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**40
+
+
+def _inflate(body: bytes, size: int) -> bytes:
+    """Decompresses exactly so many bytes, and never more; ValueError if there are others."""
+    inflater = zlib.decompressobj()
+    # One byte more, so that the end of the stream, with its checksum, is reached.
+    data = inflater.decompress(body, size + 1)
+    if len(data) != size or not inflater.eof or inflater.unused_data:
+        there = f"more than {size:,}" if len(data) > size else f"{len(data):,}"
+        raise ValueError(f"it declares {size:,} bytes and holds {there}")
+    return data
 
 
 def counts_dtype(sizes: Iterable[int]) -> npt.DTypeLike:
@@ -137,26 +195,79 @@ def read(log_dir: Path) -> Iterator[tuple[str | None, bytes]]:
     """Reads the record's tags and their data from a log directory, in the order of writing.
 
     Yields:
-        (tag, data), and (None, b"") for every stretch of a file that is cut off or damaged.
+        (tag, data), and (None, why) for every stretch of a file, or file, that cannot be read.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    for path in sorted(log_dir.glob("*tfevents*")):
+    paths, unreadable = _event_files(log_dir)
+    for why in unreadable:
+        yield None, why.encode(errors="replace")
+    for path in paths:
         for frame in _frames(path):
+            if isinstance(frame, str):
+                yield None, f"{path.name}: {frame}".encode(errors="replace")
+                continue
+            # What is not ours, pictures for example, need not be taken apart.
+            if b"lca/" not in frame:
+                continue
             try:
-                event = Event.FromString(frame[:-4]) if frame is not None else None
+                event = Event.FromString(frame[:-4])
             except DecodeError:
-                event = None
-            if frame is None or event is None:
-                yield None, b""
+                yield None, f"{path.name}: an event is damaged".encode(errors="replace")
                 continue
             for value in event.summary.value:
                 ours = value.metadata.plugin_data.plugin_name in ("", PLUGIN)
                 if ours and value.tag.startswith("lca/") and value.tensor.string_val:
                     # The parts have checksums of their own.
-                    whole = value.tag != META or _sound(frame[:-4], frame[-4:])
-                    yield (value.tag, value.tensor.string_val[0]) if whole else (None, b"")
+                    if value.tag != META or _sound(frame[:-4], frame[-4:]):
+                        yield value.tag, value.tensor.string_val[0]
+                    else:
+                        yield None, f"{path.name}: the description {META} is damaged".encode()
+
+
+def _event_files(log_dir: Path) -> tuple[list[Path], list[str]]:
+    """Lists a directory's event files in the order of writing, and why others cannot be read.
+
+    Only regular files count: a pipe of such a name would never end.
+    """
+    files, unreadable = [], []
+    try:
+        paths = [path for path in log_dir.iterdir() if "tfevents" in path.name]
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except OSError as error:
+        return [], [f"{log_dir} cannot be read: {error.strerror or error}"]
+    for path in paths:
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                files.append(path)
+        except OSError as error:
+            unreadable.append(f"{path.name} cannot be read: {error.strerror or error}")
+    return sorted(files, key=lambda path: (_opened_at(path.name), path.name)), unreadable
+
+
+def _opened_at(name: str) -> float:
+    """Reads from its name when an event file was opened, in seconds; 0 if it does not say."""
+    found = _NAME.search(name)
+    return float(found[1]) if found else 0.0
+
+
+def newest(log_dir: Path) -> float:
+    """Tells when the newest event file of a directory was opened, by its name; 0 if none."""
+    return max((_opened_at(path.name) for path in _event_files(log_dir)[0]), default=0.0)
+
+
+def last_written(log_dir: Path) -> float:
+    """Tells when an event file of a directory was last written, by the writers' clocks; 0 if none.
+
+    In seconds: the time in a file's name, or of its last change.
+    """
+    latest = newest(log_dir)
+    for path in _event_files(log_dir)[0]:
+        with contextlib.suppress(OSError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
 class EventFile:
@@ -177,10 +288,7 @@ class EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
 
         directory.mkdir(parents=True, exist_ok=True)
-        # Files are read in the order of their names.
-        who = f"{socket.gethostname()}.{os.getpid()}.{next(self._numbers)}"
-        name = f"events.out.tfevents.{time.time():017.6f}.{who}.lca"
-        self._file = open(directory / name, "xb", buffering=0)  # noqa: SIM115
+        self._file = open(directory / self._name(directory), "xb", buffering=0)  # noqa: SIM115
         try:
             self.write([Event(wall_time=time.time(), file_version="brain.Event:2")])
         except OSError:
@@ -210,6 +318,20 @@ class EventFile:
         """Closes the file."""
         self._file.close()
 
+    @classmethod
+    def _name(cls, directory: Path) -> str:
+        """Makes a name that sorts after all that are there, whatever the clock did: as it is read.
+
+        Other writers tell whole seconds, and "10.host" sorts after "10.5.host".
+        """
+        who = f"{socket.gethostname()}.{os.getpid()}.{next(cls._numbers)}.lca"
+        name = f"{_PREFIX}{time.time():017.6f}.{who}"
+        there = [path.name for path in _event_files(directory)[0]]
+        if any(other.startswith(_PREFIX) and other > name for other in there):
+            later = min(math.floor(max(map(_opened_at, there))) + 1, 10**10 - 1)
+            name = f"{_PREFIX}{later:017.6f}.{who}"
+        return name
+
 
 def _frame(data: bytes) -> bytes:
     """Frames one event, as `_frames` walks them."""
@@ -220,26 +342,43 @@ def _frame(data: bytes) -> bytes:
     return length + sums[0] + data + sums[1]
 
 
-def _frames(path: Path) -> Iterator[bytes | None]:
+def _frames(path: Path) -> Iterator[bytes | str]:
     """Walks the frames of an event file: u64 length, its checksum, the bytes, their checksum.
 
     TensorBoard's own reader stops at the first damaged event, and takes a second for every 8 MB to
-    check sums in Python. Here only the lengths are checked.
+    check sums in Python. Here only the lengths are checked, also against what the file holds.
 
     Yields:
-        The bytes with their checksum; None at the end of a file that is cut off or damaged.
+        The bytes with their checksum; what is wrong at the end of a file that is cut off or
+        damaged, or with an event of ours that is too large.
     """
-    with path.open("rb") as file:
-        while head := file.read(12):
-            if len(head) < 12 or not _sound(head[:8], head[8:]):
-                yield None  # Without a length nobody knows where the next frame begins.
-                return
-            (length,) = struct.unpack("<Q", head[:8])
-            frame = file.read(length + 4)
-            if len(frame) < length + 4:
-                yield None
-                return
-            yield frame
+    try:
+        with path.open("rb") as file:
+            while head := file.read(12):
+                if len(head) < 12 or not _sound(head[:8], head[8:]):
+                    # Without a length nobody knows where the next frame begins.
+                    yield "it is cut off or damaged, and cannot be read from there on"
+                    return
+                (length,) = struct.unpack("<Q", head[:8])
+                start, there = file.tell(), os.fstat(file.fileno())
+                on_disk = getattr(there, "st_blocks", math.inf) * 512
+                if length + 4 > there.st_size - start or (
+                    length > _CHECKED_FRAME and length > on_disk
+                ):
+                    yield "it is cut off or damaged, and cannot be read from there on"
+                    return
+                if length <= _LARGEST_FRAME:
+                    frame = file.read(length + 4)
+                    if len(frame) < length + 4:
+                        yield "it was cut off while it was read"
+                        return
+                    yield frame
+                    continue
+                if b"lca/" in file.read(_HEAD):
+                    yield f"an event has {length:,} bytes"
+                file.seek(start + length + 4)
+    except OSError as error:
+        yield f"it cannot be read: {error.strerror or error}"
 
 
 def _sound(data: bytes, checksum: bytes) -> bool:

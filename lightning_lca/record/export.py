@@ -15,7 +15,8 @@ from lightning_lca.record.tables import SCALARS
 
 Columns = dict[str, npt.NDArray[Any]]
 FORMATS = (".csv", ".parquet", ".npz")
-BLOCK = 10_000  # Rows that are written at once.
+BLOCK = 10_000  # Most rows that are written at once,
+CELLS = 2**20  # and most numbers.
 _PER_STEP = ("steps", *SCALARS)
 _PER_GROUP = {"lca": "allocated", "helping": "helping", "hurting": "hurting"}
 
@@ -66,8 +67,9 @@ def arrays(history: History) -> Columns:
 def blocks(columns: Mapping[str, npt.NDArray[Any]]) -> Iterator[Columns]:
     """Cuts columns into blocks of rows."""
     rows = len(next(iter(columns.values())))
-    for start in range(0, rows, BLOCK):
-        yield {name: column[start : start + BLOCK] for name, column in columns.items()}
+    step = max(1, min(BLOCK, CELLS // len(columns)))
+    for start in range(0, rows, step):
+        yield {name: column[start : start + step] for name, column in columns.items()}
 
 
 def write_csv(path: Path, header: Iterable[str], parts: Iterable[Columns]) -> None:

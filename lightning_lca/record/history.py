@@ -11,7 +11,16 @@ import numpy.typing as npt
 
 from lightning_lca.record import summary
 from lightning_lca.record.layers import Layers
-from lightning_lca.record.tables import Floats, Ints, StepTable, WindowTable, layer_of
+from lightning_lca.record.tables import (
+    Columns,
+    Floats,
+    Ints,
+    StepTable,
+    WindowTable,
+    layer_of,
+)
+
+_NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
 
 
 class History:
@@ -50,6 +59,7 @@ class History:
         self.lost = 0
         self._parts: list[StepTable] = [StepTable.none(len(groups))]
         self._windows: dict[str, list[WindowTable]] = {}
+        self._declared: dict[str, Columns] = {}
 
     def append(self, rows: StepTable) -> None:
         """Adds measured steps at the end."""
@@ -59,12 +69,30 @@ class History:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
 
+    def declare(self, table: str, columns: Columns) -> None:
+        """Says what a table of windows holds, before it has rows."""
+        self._declared[table] = columns
+
+    def declared(self, table: str) -> Columns | None:
+        """Tells what a table of windows read from a record holds; None: there is no such table."""
+        return self._declared.get(table)
+
+    def is_named(self, table: str) -> bool:
+        """Whether the names of a declared table of windows are made already."""
+        return table in self._windows
+
+    def template(self, table: str) -> WindowTable:
+        """Finds a declared table of windows, whatever rows it has, or makes its names."""
+        parts = self._windows.get(table)
+        return parts[0] if parts else self._declared[table].table()
+
     def as_it_is(self) -> History:
         """Takes a view of what is there now: later rows and windows do not join it."""
         now = History(self.groups, self.sizes, self.group_by, self.layers)
         now.settings, now.lost = dict(self.settings), self.lost
         now._parts = [self.rows]
         now._windows = {name: [table] for name, table in self.windows.items()}
+        now._declared = dict(self._declared)
         return now
 
     @property
@@ -75,10 +103,10 @@ class History:
     def cut(self, last_step: int) -> None:
         """Drops what was measured after a step, as a session does that starts there."""
         self._parts = [self.rows[self.steps <= last_step]]
-        for table in list(self._windows):
-            windows = self._table(table)
+        for name in list(self._windows):
+            windows = self._table(name)
             if windows is not None:
-                self._windows[table] = [windows[windows.steps <= last_step]]
+                self._windows[name] = [windows[windows.steps <= last_step]]
 
     @property
     def shown(self) -> Layers:
@@ -125,19 +153,43 @@ class History:
     @property
     def windows(self) -> dict[str, WindowTable]:
         """All tables of windows that the record has, by name."""
-        tables = {name: self._table(name) for name in self._windows}
+        tables = {name: self._table(name) for name in self._declared | self._windows}
         return {name: table for name, table in tables.items() if table is not None}
 
     def measures_like(self, other: History) -> bool:
         """Whether both have the same columns."""
-        return self.groups == other.groups and {n: w.names for n, w in self.windows.items()} == {
-            n: w.names for n, w in other.windows.items()
-        }
+        mine, theirs = (history._declared | history._windows for history in (self, other))
+        return (
+            self.groups == other.groups
+            and mine.keys() == theirs.keys()
+            and all(self._has_columns_of(other, name) for name in mine)
+        )
+
+    def _has_columns_of(self, other: History, name: str) -> bool:
+        mine, theirs = self._declared.get(name), other._declared.get(name)
+        if mine is not None and theirs is not None:
+            return (mine.names, mine.counts, mine.indices) == (
+                theirs.names,
+                theirs.counts,
+                theirs.indices,
+            )
+        if mine is not None:
+            return mine.is_named(other._windows[name][0].names)
+        if theirs is not None:
+            return theirs.is_named(self._windows[name][0].names)
+        return self._windows[name][0].names == other._windows[name][0].names
 
     def _table(self, name: str) -> WindowTable | None:
         parts = self._windows.get(name)
         if parts is None:
-            return None
+            columns = self._declared.get(name)
+            if columns is None:
+                return None
+            # Whatever is declared, nothing large is made before there are rows.
+            table = columns.table() if columns.memory <= _NAMES else WindowTable.none(())
+            if columns.memory <= _NAMES:
+                self._windows[name] = [table]
+            return table
         if len(parts) > 1:
             self._windows[name] = parts = [WindowTable.join(parts)]
         return parts[0]

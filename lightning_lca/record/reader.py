@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lightning_lca.record import eventfile
+from lightning_lca.record.description import Description, DescriptionError
 from lightning_lca.record.history import History
-from lightning_lca.record.tables import StepTable, window_tables
+from lightning_lca.record.tables import StepTable
+
+_ROWS = 2**13  # Most rows of a chunk, sixteen times what is written,
+_CELLS = 2**18  # and most rows times groups; a single row may have more.
+_OPEN = 2**26  # Most bytes of tables that are not complete.
+# What windows may take, and how many times the bytes that they are packed in: enough for those of
+# a training whose loss is not a number, which shrink to almost nothing.
+_WINDOWS = 2**27
+_RATIO = 256
+_KEPT = 5  # Most problems that are remembered in words.
+
+_Key = tuple[str, int, str]
 
 
 class Reader:
     """Builds histories from the record's tags, fed in the order in which they were written.
 
+    A record may be damaged, or made to harm: what is declared is checked before memory is reserved
+    for it, and what cannot be read is counted.
+
     Attributes:
         histories: Every probe's table, by name; "" for a single unnamed one.
-        meta: What the latest session says of itself; None before the first.
+        description: What the latest session says of itself; None before the first.
+        problems: The first pieces that could not be read, in words.
     """
 
     def __init__(self) -> None:
         """Starts without a session."""
         self.histories: dict[str, History] = {}
-        self.meta: dict[str, Any] | None = None
+        self.description: Description | None = None
+        self.problems: list[str] = []
+        self._callback: str | None = None  # Whose history it is, as far as some session said it.
+        self._is_newer = False  # Whether the latest session has a format that is not known here.
         self._unread = 0
-        self._open: dict[tuple[str, int, str], dict[str, eventfile.Array]] = {}
+        self._open: dict[_Key, dict[str, eventfile.Array]] = {}
+        self._fed = self._in_windows = 0
 
     @classmethod
     def of(cls, directory: Path) -> Reader:
         """Reads all of a log directory.
 
         Raises:
-            FileNotFoundError: The directory does not exist or holds no LCA record.
+            FileNotFoundError: The directory does not exist or holds no LCA record that can be read.
         """
         reader = cls()
         for tag, data in eventfile.read(directory):
             reader.feed(tag, data)
         if not reader.histories:
             there = "holds no LCA record" if directory.is_dir() else "does not exist"
-            if reader._unread:
-                there = "holds an LCA record that cannot be read: it is damaged at its beginning"
+            if reader.lost:
+                why = reader.problems[0] if reader.problems else "it has no description (lca/meta)"
+                there = (
+                    "holds no LCA record that can be read: it is damaged at its beginning or of "
+                    f"another version: {why}"
+                )
             raise FileNotFoundError(
                 f"{directory} {there}. Give the run's log directory, the one with its event files, "
                 "e.g. lightning_logs/version_0."
@@ -47,6 +70,11 @@ class Reader:
         for history in reader.histories.values():
             history.lost = reader.lost
         return reader
+
+    @property
+    def meta(self) -> dict[str, Any] | None:
+        """The settings in what the latest session says of itself; None before the first."""
+        return None if self.description is None else {"settings": self.description.settings}
 
     @property
     def lost(self) -> int:
@@ -58,63 +86,123 @@ class Reader:
 
         Args:
             tag: As `eventfile.read` gives it; None for something unreadable.
-            data: What is stored under it.
+            data: What is stored under it, or why it cannot be read.
         """
+        self._fed += len(data)
         if tag == eventfile.META:
             self._begin(data)
         elif tag is None:
-            self._unread += 1
-        elif parsed := eventfile.Tag.parse(tag):
-            key = parsed[:3]
-            parts = self._open.setdefault(key, {})
-            try:
-                parts[parsed.part] = eventfile.unpack(data)
-                self._close(parsed, parts)
-            except KeyError:
-                return  # Some part has not come yet.
-            except ValueError:
-                parts.clear()
-                return
-            del self._open[key]
+            self._lose(data.decode(errors="replace"))
+        elif (parsed := eventfile.Tag.parse(tag)) and not self._is_newer:
+            self._take(parsed, data)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _lose(self, why: str, pieces: int = 1) -> None:
+        self._unread += pieces
+        self._remember(why)
+
+    def _remember(self, why: str) -> None:
+        if why and len(self.problems) < _KEPT:
+            self.problems.append(why)
 
     def _begin(self, data: bytes) -> None:
         """Starts a session: what was measured up to its first step stays."""
         try:
-            meta = json.loads(data)
-            fresh = {probe or "": _empty(meta) for probe in meta["probes"]}
-            first = int(meta["first_step"])
-        except (ValueError, KeyError, TypeError):
-            self._unread += 1
+            said = Description.parse(data)
+        except DescriptionError as error:
+            self._is_newer = error.is_newer
+            self._lose(f"a description ({eventfile.META}) cannot be used: {error}")
             return
-        for probe, history in fresh.items():
-            before = self.histories.get(probe)
-            if before is not None and before.measures_like(history):
-                before.cut(first)
-                before.settings, before.layers = history.settings, history.layers
-                fresh[probe] = before
-        self.histories, self.meta = fresh, meta
+        self._is_newer = False
+        fresh = {probe: _empty(said) for probe in said.probes}
+        # Another callback measures something else, and its history is another one.
+        if self._callback is None or said.callback in (None, self._callback):
+            for probe, history in fresh.items():
+                before = self.histories.get(probe)
+                if before is not None and before.measures_like(history):
+                    before.cut(said.first_step)
+                    before.settings, before.layers = history.settings, history.layers
+                    fresh[probe] = before
+        self.histories, self.description = fresh, said
+        self._callback = said.callback or self._callback
         self._unread += len(self._open)
         self._open = {}
 
-    def _close(self, tag: eventfile.Tag, parts: dict[str, eventfile.Array]) -> None:
-        history = self.histories[tag.probe]
+    def _take(self, tag: eventfile.Tag, data: bytes) -> None:
+        """Takes a part of a table; what cannot be read leaves the table open, as does the rest."""
+        key = tag[:3]
+        history = self.histories.get(tag.probe)
+        columns = None if history is None else _columns(history, tag.table)
+        if history is None or columns is None:
+            self._open[key] = {}
+            self._remember(f"{tag}: no description tells of it")
+            return
+        if tag.part not in columns:
+            return  # Of a later version.
+        parts = self._open.setdefault(key, {})
+        try:
+            parts[tag.part] = part = eventfile.unpack(data, columns[tag.part])
+            if tag.table == "chunk" and len(part) > _ROWS:
+                raise ValueError(f"It has {len(part):,} rows; a chunk has at most {_ROWS:,}.")
+            if tag.table == "chunk" and len(part) > 1 and part.size > _CELLS:
+                raise ValueError(f"It has {part.size:,} numbers; a chunk has at most {_CELLS:,}.")
+            if tag.table != "chunk":
+                self._reserve(2 * part.nbytes)
+            if parts.keys() == columns.keys():
+                self._close(history, tag, parts)
+                del self._open[key]
+        except ValueError as error:
+            self._remember(f"{tag}: {error}")
+            parts.clear()
+        self._make_room(key)
+
+    def _reserve(self, memory: int) -> None:
+        """Counts what windows take; ValueError where it is out of all proportion."""
+        most = max(_WINDOWS, _RATIO * self._fed)
+        if self._in_windows + memory > most:
+            raise ValueError(f"Windows would take more than {most >> 20} MiB.")
+        self._in_windows += memory
+
+    def _make_room(self, latest: _Key) -> None:
+        """Gives up tables that are not complete, the oldest first: parts are written together."""
+        for key in list(self._open):
+            if sum(a.nbytes for parts in self._open.values() for a in parts.values()) <= _OPEN:
+                return
+            if key != latest:
+                self._open[key].clear()
+
+    def _close(
+        self, history: History, tag: eventfile.Tag, parts: dict[str, eventfile.Array]
+    ) -> None:
+        """Adds a table whose parts are complete to a history."""
         if tag.table == "chunk":
             rows = StepTable.from_parts(parts, history.sizes)
+            if len(rows) and rows.steps[0] != tag.first_step:
+                raise ValueError(f"It starts at step {rows.steps[0]}.")
             # A session that did not say where it starts still wins over the one before.
             if len(history) and len(rows) and rows.steps[0] <= history.last_step:
                 history.cut(int(rows.steps[0]) - 1)
             history.append(rows)
-        else:
-            template = history._windows[tag.table][0]
-            history.append_windows(tag.table, template.from_parts(parts))
+            return
+        columns = history.declared(tag.table)
+        if columns is not None and not history.is_named(tag.table):
+            self._reserve(columns.memory)
+        history.append_windows(tag.table, history.template(tag.table).from_parts(parts))
 
 
-def _empty(meta: dict[str, Any]) -> History:
+def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
+    """Tells the shape of a row of every part of a table; None if there is no such table."""
+    if table == "chunk":
+        return StepTable.columns(len(history.groups))
+    columns = history.declared(table)
+    return None if columns is None else columns.parts()
+
+
+def _empty(said: Description) -> History:
     """Makes the table that a session's description asks for."""
-    group_by, layers = meta.get("group_by", "layer"), meta.get("layers")
-    history = History(meta["groups"], meta["sizes"], group_by, layers)
-    history.settings = dict(meta.get("settings") or {})
-    tables = window_tables(meta.get("windows", {}), meta.get("shapes", {}))
-    for name, table in tables.items():
-        history.append_windows(name, table)
+    history = History(said.groups, said.sizes, said.group_by, said.layers)
+    history.settings = dict(said.settings)
+    for name, columns in said.windows.items():
+        history.declare(name, columns)
     return history

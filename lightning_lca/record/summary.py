@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_lca.record.history import History
 
 LARGE = 0.01  # A residual beyond this share of all credit is pointed out.
+_WIDEST = 200  # Longer names get a line that is longer.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
 
 
@@ -174,6 +176,22 @@ class Ledger:
             trust=Trust.of(history, rows),
         )
 
+    @cached_property
+    def _kind(self) -> str:
+        """How numbers are written: by powers of ten where losses are very large or small."""
+        credits = (abs(line.credit) for line in self.lines)
+        largest = max(abs(self.first_loss), abs(self.last_loss), *credits)
+        return "e" if 0 < largest < 1e-4 or 1e9 < largest < math.inf else "f"
+
+    def show(self, value: float, digits: int = 6, sign: str = "+") -> str:
+        """Writes a number in loss units."""
+        return f"{value:{sign}.{digits}{self._kind}}"
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The losses before and after all, as text."""
+        return self.show(self.first_loss, sign=""), self.show(self.last_loss, sign="")
+
     @property
     def change(self) -> float:
         """True change of the probe loss."""
@@ -194,23 +212,25 @@ def text(history: History) -> str:
         return "LCA: no step was measured yet."
     ledger = Ledger.of(history)
     trust = ledger.trust
-    width = max(5, *(len(line.name) for line in ledger.lines))
+    names = [_printable(line.name) for line in ledger.lines]
+    width = max([5, *(len(name) for name in names if len(name) <= _WIDEST)])
     head = (
         f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'share':>7}  {'helping':>7}  "
         f"{'hurting':>7}  rank"
     )
     lines = [
-        f"{line.name:<{width}}  {line.weights:>10,}  {line.credit:>+10.4f}  "
+        f"{name:<{width}}  {line.weights:>10,}  {ledger.show(line.credit, 4):>10}  "
         f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  {line.rank:>4}"
-        for line in ledger.lines
+        for name, line in zip(names, ledger.lines, strict=True)
     ]
-    ends = f"{ledger.first_loss:.6f} -> {ledger.last_loss:.6f}"
     sums = [
-        f"true loss change   {ledger.change:+.6f}   ({ends}, {trust.measured} measured steps)",
-        f"  allocated        {ledger.allocated:+.6f}",
-        f"  residual         {ledger.residual:+.6f}   (Σ|residual| is {ledger.unexplained} "
+        f"true loss change   {ledger.show(ledger.change)}   ({' -> '.join(ledger.ends)}, "
+        f"{trust.measured} measured steps)",
+        f"  allocated        {ledger.show(ledger.allocated)}",
+        f"  residual         {ledger.show(ledger.residual)}   (Σ|residual| is {ledger.unexplained} "
         f"of Σ|LCA|; largest in one step {ledger.largest:.2g})",
-        f"  drift            {ledger.drift:+.6f}   (changes by other code than the optimizer)",
+        f"  drift            {ledger.show(ledger.drift)}   (changes by other code than the "
+        "optimizer)",
         f"  unconverged      {trust.unconverged} of {trust.measured} steps (beyond the "
         "tolerance, if one was set, or not finite)",
     ]
@@ -228,7 +248,7 @@ def markdown(history: History) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {_escape(line.name)} | {line.weights:,} | {line.credit:+.4f} "
+        f"| {_escape(line.name)} | {line.weights:,} | {ledger.show(line.credit, 4)} "
         f"| {_percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank} |"
         for line in ledger.lines
     ]
@@ -236,12 +256,12 @@ def markdown(history: History) -> str:
         "",
         "| ledger | loss | |",
         "|---|---:|---|",
-        f"| **true loss change** | **{ledger.change:+.6f}** | {ledger.first_loss:.6f} → "
-        f"{ledger.last_loss:.6f} in {trust.measured} measured steps |",
-        f"| allocated | {ledger.allocated:+.6f} | sum of the LCA above |",
-        f"| residual | {ledger.residual:+.6f} | Σ\\|residual\\| is {ledger.unexplained} of "
+        f"| **true loss change** | **{ledger.show(ledger.change)}** | {' → '.join(ledger.ends)} in "
+        f"{trust.measured} measured steps |",
+        f"| allocated | {ledger.show(ledger.allocated)} | sum of the LCA above |",
+        f"| residual | {ledger.show(ledger.residual)} | Σ\\|residual\\| is {ledger.unexplained} of "
         f"Σ\\|LCA\\|; largest in one step {ledger.largest:.2g} |",
-        f"| drift | {ledger.drift:+.6f} | changes by other code than the optimizer |",
+        f"| drift | {ledger.show(ledger.drift)} | changes by other code than the optimizer |",
         f"| unconverged | {trust.unconverged} | of {trust.measured} steps |",
         "",
         SIGN,
@@ -252,6 +272,11 @@ def markdown(history: History) -> str:
 
 def _share(part: float, whole: float) -> float | None:
     return float(part / whole) if whole and math.isfinite(whole) else None
+
+
+def _printable(name: str) -> str:
+    """Shows characters that would move a terminal's cursor as what they are."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def _percent(share: float | None) -> str:

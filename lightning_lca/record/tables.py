@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ SCALARS = (
     "trained",
     "seconds",
 )
+LARGEST = 10**15  # Of any count or step: well inside what a float64, and so a web page, holds.
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class StepTable:
 
     @property
     def finite(self) -> npt.NDArray[np.bool_]:
-        """Whether loss and credit of each step are finite, so that sums may count it [T]."""
-        return np.isfinite(self.residual)
+        """Whether losses and credits of each step are finite, so that sums count it [T]."""
+        ends = np.isfinite(self.loss_before) & np.isfinite(self.loss_after)
+        return ends & np.isfinite(self.residual) & np.isfinite(self.allocated).all(axis=1)
 
     @property
     def unmoved(self) -> npt.NDArray[np.bool_]:
@@ -105,7 +107,7 @@ class StepTable:
         narrow = eventfile.counts_dtype(sizes)
         return {
             "steps": self.steps,
-            "allocated": self.allocated.astype(np.float32),
+            "allocated": _single(self.allocated),
             "helping": self.helping.astype(narrow),
             # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
             "idle": (sizes - self.helping - self.hurting).astype(narrow),
@@ -117,28 +119,46 @@ class StepTable:
         """Reads back what `parts` gave, without widening it.
 
         Raises:
-            KeyError: A part is missing. ValueError: Parts do not fit together.
+            KeyError: A part is missing. ValueError: Parts do not fit together, or hold what is not
+                measured.
         """
-        rows = len(parts["steps"])
-        for part, shape in (
-            ("steps", (rows,)),
-            ("allocated", (rows, len(sizes))),
-            ("helping", (rows, len(sizes))),
-            ("idle", (rows, len(sizes))),
-            ("scalars", (rows, len(SCALARS))),
-        ):
-            if parts[part].shape != shape:
-                raise ValueError(f"{part} has shape {parts[part].shape}, expected {shape}.")
-        scalars = dict(zip(SCALARS, parts["scalars"].T, strict=True))
+        steps, allocated, helping, idle, scalars = (parts[name] for name in cls.columns(0))
+        expected = cls.columns(len(sizes))
+        for name, columns in expected.items():
+            if parts[name].shape != (len(steps), *columns):
+                shape = (len(steps), *columns)
+                raise ValueError(f"{name} has shape {parts[name].shape}, expected {shape}.")
+        _check_kinds("iu", steps=steps)
+        _check_kinds("u", helping=helping, idle=idle)
+        _check_kinds("f", allocated=allocated, scalars=scalars)
+        _check_steps(steps)
+        named = dict(zip(SCALARS, scalars.T.astype(np.float64), strict=True))
         exact = {"splits": np.int64, "converged": np.bool_, "trained": np.int64}
-        helping = parts["helping"]
+        for name in exact:
+            most = 1 if name == "converged" else LARGEST
+            if not ((named[name] >= 0) & (named[name] <= most)).all():
+                raise ValueError(f"{name} holds numbers beyond 0 to {most}.")
+        counts = helping.dtype
         return cls(
-            steps=parts["steps"],
-            allocated=parts["allocated"],
+            steps=steps.astype(np.int64, copy=False),
+            allocated=allocated,
             helping=helping,
-            hurting=(sizes - helping - parts["idle"]).astype(helping.dtype),
-            **{name: scalars[name].astype(exact.get(name, np.float64)) for name in SCALARS},
+            # Modulo 2^bits, so that it needs no wider numbers.
+            hurting=sizes.astype(counts) - helping - idle.astype(counts, copy=False),
+            **{name: column.astype(exact.get(name, np.float64)) for name, column in named.items()},
         )
+
+    @staticmethod
+    def columns(groups: int) -> dict[str, tuple[int, ...]]:
+        """Tells the shape of a row of every part of the record."""
+        wide = (groups,)
+        return {
+            "steps": (),
+            "allocated": wide,
+            "helping": wide,
+            "idle": wide,
+            "scalars": (len(SCALARS),),
+        }
 
 
 @dataclass(frozen=True)
@@ -165,6 +185,13 @@ class WindowTable:
     kinds: tuple[str, ...] = ()
     sampled_from: int = 0
     layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Tells the layers from the names, where nobody said them."""
+        if not self.layers and not self.sampled_from:
+            what = "parameter" if self.kinds else "neuron"
+            layers = tuple(layer_of(name, what) for name in self.names)
+            object.__setattr__(self, "layers", layers)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -209,7 +236,7 @@ class WindowTable:
         """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
         parts: dict[str, eventfile.Array] = {
             "span": np.stack([self.steps, self.measured], 1),
-            "allocated": self.allocated.astype(np.float32),
+            "allocated": _single(self.allocated),
         }
         if self.helping is not None:
             narrow = eventfile.counts_dtype([int(self.measured.max(initial=0))])
@@ -220,7 +247,8 @@ class WindowTable:
         """Reads windows of the same things back from what `parts` gave.
 
         Raises:
-            KeyError: A part is missing. ValueError: Parts do not fit together.
+            KeyError: A part is missing. ValueError: Parts do not fit together, or hold what is not
+                measured.
         """
         span, allocated = parts["span"], parts["allocated"]
         helping = None if self.helping is None else parts["helping"]
@@ -229,13 +257,45 @@ class WindowTable:
             x is not None and x.shape != shape for x in (allocated, helping)
         ):
             raise ValueError(f"Windows of {len(self.names)} things do not fit together.")
+        _check_kinds("iu", span=span)
+        _check_kinds("f", allocated=allocated)
+        _check_steps(span[:, 0])
+        if not ((span[:, 1] >= 0) & (span[:, 1] <= LARGEST)).all():
+            raise ValueError(f"measured holds numbers beyond 0 to {LARGEST}.")
+        if helping is not None:
+            _check_kinds("u", helping=helping)
         return replace(
             self,
-            steps=span[:, 0],
-            measured=span[:, 1],
+            steps=span[:, 0].astype(np.int64),
+            measured=span[:, 1].astype(np.int64),
             allocated=allocated.astype(float),
             helping=None if helping is None else helping.astype(np.int64),
         )
+
+
+def _single(values: Floats) -> eventfile.Array:
+    """Narrows numbers to float32, unless some lie beyond its range, or next to zero."""
+    with np.errstate(over="ignore", under="ignore"):
+        single = values.astype(np.float32)
+    lost = (np.isinf(single) & np.isfinite(values)) | (
+        (values != 0) & (np.abs(single) < np.finfo(np.float32).tiny)
+    )
+    return values.astype(np.float64) if lost.any() else single
+
+
+def _check_kinds(kinds: str, **columns: eventfile.Array) -> None:
+    """Refuses columns of other numbers than of these kinds, as numpy names them."""
+    for name, column in columns.items():
+        if column.dtype.kind not in kinds:
+            raise ValueError(f"{name} holds {column.dtype}, expected one of kind {kinds!r}.")
+
+
+def _check_steps(steps: eventfile.Array) -> None:
+    """Refuses steps that do not rise, or lie beyond what can be."""
+    if len(steps) and not (int(steps.min()) >= 0 and int(steps.max()) <= LARGEST):
+        raise ValueError(f"steps lie beyond 0 to {LARGEST}.")
+    if not (steps[1:] > steps[:-1]).all():
+        raise ValueError("steps do not rise.")
 
 
 def layer_of(name: str, what: str) -> str:
@@ -259,37 +319,109 @@ def layer_of(name: str, what: str) -> str:
     return name
 
 
-def window_tables(
-    said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, WindowTable]:
-    """Makes empty tables of windows from what a session's description says of them.
+@dataclass(frozen=True)
+class Columns:
+    """What a table of windows credits, as a session declares it; its names are not made yet.
+
+    A few bytes can declare a thousand million neurons.
+
+    Attributes:
+        names: Of parameters; the layers of neurons, and the parameters of single weights.
+        counts: How many columns each of these names stands for (1 for parameters).
+        layers: The layer of each of these names; none for single weights.
+        kinds: Of parameters.
+        indices: Of single weights: the flat indices in each of these parameters.
+        shapes: Of single weights: the shapes of these parameters.
+        sampled_from: As in `WindowTable`.
+        is_numbered: Whether the columns are numbered within these names, as neurons are.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    layers: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    indices: tuple[tuple[int, ...], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    sampled_from: int = 0
+    is_numbered: bool = False
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all names take, roughly."""
+        return sum(n * (len(x) + 90) for x, n in zip(self.names, self.counts, strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        """Makes the names, one by one."""
+        if self.indices:
+            for name, indices, shape in zip(self.names, self.indices, self.shapes, strict=True):
+                for index in indices:
+                    yield f"{name}{[int(i) for i in np.unravel_index(index, shape)]}"
+        elif self.is_numbered:
+            for name, count in zip(self.names, self.counts, strict=True):
+                yield from (f"{name}/{i}" for i in range(count))
+        else:
+            yield from self.names
+
+    def is_named(self, names: Sequence[str]) -> bool:
+        """Whether these are the names of the columns."""
+        return len(self) == len(names) and all(a == b for a, b in zip(self, names, strict=True))
+
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Tells the shape of a row of every part of the record."""
+        parts: dict[str, tuple[int, ...]] = {"span": (2,), "allocated": (len(self),)}
+        return parts | ({"helping": (len(self),)} if self.sampled_from else {})
+
+    def table(self) -> WindowTable:
+        """Makes the table without rows."""
+        layers = [x for x, n in zip(self.layers, self.counts, strict=False) for _ in range(n)]
+        return WindowTable.none(
+            tuple(self), kinds=self.kinds, sampled_from=self.sampled_from, layers=layers
+        )
+
+
+def declared(said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Columns]:
+    """Reads what a session's description says of its tables of windows.
 
     Args:
         said: {"parameters": {"names", "kinds", "layers"}, "neurons": {"stems": [(stem, neurons)],
             "layers": of each stem}, "weights": {"indices": {parameter: flat indices}, "of": weights
             sampled from}}, each where there is such a table.
         shapes: Shape of every parameter.
+    """
+    tables = {}
+    if told := said.get("parameters"):
+        names = tuple(told["names"])
+        layers = told.get("layers") or [layer_of(name, "parameter") for name in names]
+        ones = (1,) * len(names)
+        tables["parameters"] = Columns(names, ones, tuple(layers), tuple(told["kinds"]))
+    if told := said.get("neurons"):
+        stems = tuple(stem for stem, _ in told["stems"])
+        counts = tuple(count for _, count in told["stems"])
+        layers = tuple(told.get("layers") or stems)
+        tables["neurons"] = Columns(stems, counts, layers, is_numbered=True)
+    if told := said.get("weights"):
+        indices = told["indices"]
+        tables["weights"] = Columns(
+            tuple(indices),
+            tuple(map(len, indices.values())),
+            indices=tuple(map(tuple, indices.values())),
+            shapes=tuple(tuple(shapes[name]) for name in indices),
+            sampled_from=told["of"],
+        )
+    return tables
+
+
+def window_tables(
+    said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, WindowTable]:
+    """Makes empty tables of windows from what `declared` takes.
 
     Example:
         >>> said = {"weights": {"indices": {"fc.weight": [0, 5]}, "of": 6}}
         >>> window_tables(said, {"fc.weight": [2, 3]})["weights"].names
         ('fc.weight[0, 0]', 'fc.weight[1, 2]')
     """
-    tables = {}
-    if told := said.get("parameters"):
-        layers = told.get("layers") or [layer_of(name, "parameter") for name in told["names"]]
-        tables["parameters"] = WindowTable.none(told["names"], kinds=told["kinds"], layers=layers)
-    if told := said.get("neurons"):
-        names = [f"{stem}/{i}" for stem, count in told["stems"] for i in range(count)]
-        of_stems = told.get("layers") or [stem for stem, _ in told["stems"]]
-        counts = [count for _, count in told["stems"]]
-        layers = [x for x, n in zip(of_stems, counts, strict=True) for _ in range(n)]
-        tables["neurons"] = WindowTable.none(names, layers=layers)
-    if told := said.get("weights"):
-        names = [
-            f"{name}{[int(i) for i in np.unravel_index(index, tuple(shapes[name]))]}"
-            for name, indices in told["indices"].items()
-            for index in indices
-        ]
-        tables["weights"] = WindowTable.none(names, sampled_from=told["of"])
-    return tables
+    return {name: columns.table() for name, columns in declared(said, shapes).items()}

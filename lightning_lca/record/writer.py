@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ except ModuleNotFoundError:  # Windows.
     fcntl = None  # type: ignore[assignment]
 
 from lightning_lca.record import eventfile
+from lightning_lca.record.description import STEADY
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
 
 CHUNK_STEPS = 512
@@ -62,6 +64,7 @@ class RecordWriter:
         self._unwritten: dict[str | None, list[StepTable]] = {}
         self._windows: dict[tuple[str, str | None], list[WindowTable]] = {}
         self._wrote = time.monotonic()
+        self._latest = -math.inf  # Wall time of the latest event; before the first, not known.
         # An event of moderate size never holds the writer's thread for long.
         self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * max(1, len(sizes)))))
 
@@ -136,13 +139,19 @@ class RecordWriter:
 
     def _write_all(self, everything: bool) -> None:
         """Writes what is due; what was not written stays, if that raises."""
+        assert self._log_dir is not None
+        if self._latest == -math.inf:
+            self._latest = eventfile.last_written(self._log_dir)
+            # A logger's file that was opened after the clock was set back is read before the
+            # files that are there already.
+            if eventfile.newest(self._log_dir) > time.time():
+                self._stream = None
         if self._stream is None and self._own is None:
-            assert self._log_dir is not None
             self._own = eventfile.EventFile(self._log_dir)
             self._is_described = False
         if not self._is_described:
             # Of a file that followed on another, only what comes later counts.
-            described = self._metadata | {"first_step": self._written_to}
+            described = self._metadata | {"first_step": self._written_to, "clock": STEADY}
             self._write({eventfile.META: json.dumps(described).encode()}, self._written_to)
             self._is_described = True
         for probe, parts in self._unwritten.items():
@@ -157,10 +166,13 @@ class RecordWriter:
                 self._unwritten[probe] = [rows]
         for (table, probe), windows in list(self._windows.items()):
             joined = WindowTable.join(windows)
-            self._write(
-                eventfile.tagged(table, int(joined.steps[0]), probe, joined.parts()),
-                int(joined.steps[-1]),
-            )
+            # Many come at once where a record goes on in another directory.
+            most = max(1, CHUNK_BYTES // (8 * max(1, len(joined.names))))
+            while len(joined):
+                some, joined = joined[:most], joined[most:]
+                tags = eventfile.tagged(table, int(some.steps[0]), probe, some.parts())
+                self._write(tags, int(some.steps[-1]))
+                self._windows[table, probe] = [joined]
             del self._windows[table, probe]
 
     def _write(self, tags: Mapping[str, bytes], step: int) -> None:
@@ -168,7 +180,7 @@ class RecordWriter:
         from tensorboard.compat.proto.event_pb2 import Event
 
         events = [
-            Event(step=step, wall_time=time.time(), summary=eventfile.summarize({tag: data}))
+            Event(step=step, wall_time=self._now(), summary=eventfile.summarize({tag: data}))
             for tag, data in tags.items()
         ]
         if self._stream is None:
@@ -180,6 +192,11 @@ class RecordWriter:
                 writer.add_event(event)
             writer.flush()
         self._written_to = max(self._written_to, step)
+
+    def _now(self) -> float:
+        """Tells the time by a clock that never steps back: dashboards order events by it."""
+        self._latest = max(time.time(), self._latest + 1e-6)
+        return self._latest
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lca.record.reader import Reader
 from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, read, told
 from lightning_lca.reporting.reporter import x_axis
+from lightning_lca.runtime.lightnings import AnyTrainer, LightningModule, Trainer
 from lightning_lca.training.callback import LCACallback
 
 Bar = Callable[[Sequence[Any]], Iterable[Any]]  # Shows how far a loop is.
@@ -121,10 +122,10 @@ class ReplayCallback(LCACallback):
 
     # -- hooks ------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Waits for the module's own hook."""
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Plays all checkpoints, and leaves the Trainer.
 
         Raises:
@@ -138,7 +139,7 @@ class ReplayCallback(LCACallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _play(self, trainer: Any, module: Any) -> None:
+    def _play(self, trainer: AnyTrainer, module: LightningModule) -> None:
         """Calls the hooks of `LCACallback` as a training does."""
         self._look_through(module)
         self._load(trainer, module, self._checkpoints[0])
@@ -157,7 +158,7 @@ class ReplayCallback(LCACallback):
         super().on_train_end(trainer, module)
         self._save()
 
-    def _load(self, trainer: Any, module: Any, checkpoint: Checkpoint) -> None:
+    def _load(self, trainer: Trainer, module: LightningModule, checkpoint: Checkpoint) -> None:
         """Puts the model, and the Trainer's counters, where they were at a checkpoint."""
         content = read(checkpoint.path, weights_only=self._weights_only)
         if content["global_step"] != checkpoint.step:
@@ -173,7 +174,7 @@ class ReplayCallback(LCACallback):
             raise does_not_fit(checkpoint.path, module, error) from error
         set_progress(trainer, content)
 
-    def _look_through(self, module: Any) -> None:
+    def _look_through(self, module: LightningModule) -> None:
         """Warns of what a look at both ends of the run tells."""
         first, last = (
             fit_names(read(c.path, weights_only=self._weights_only)["state_dict"], module)
@@ -240,7 +241,7 @@ def fit_names(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, 
     return {plain.get(n.replace(_COMPILED, ""), n): w for n, w in weights.items()}
 
 
-def does_not_fit(path: Path, module: Any, error: BaseException) -> ReplayError:
+def does_not_fit(path: Path, module: LightningModule, error: BaseException) -> ReplayError:
     """Tells in one line that a checkpoint is of another model."""
     name = module.__name__ if isinstance(module, type) else type(module).__name__
     what = told(error, beyond=f"for {name}: ")
@@ -250,7 +251,7 @@ def does_not_fit(path: Path, module: Any, error: BaseException) -> ReplayError:
     )
 
 
-def set_progress(trainer: Any, content: Mapping[str, Any]) -> None:
+def set_progress(trainer: Trainer, content: Mapping[str, Any]) -> None:
     """Sets global_step, current_epoch and so on, which a training_step may read."""
     loops = content.get("loops") or {}
     if "fit_loop" in loops:

@@ -17,6 +17,7 @@ from lightning_lca.record.history import History
 from lightning_lca.replay.checkpoints import ReplayError, allowing, find, in_order, read, told
 from lightning_lca.replay.player import Bar, LeftError, ReplayCallback, does_not_fit
 from lightning_lca.runtime import lightnings
+from lightning_lca.runtime.lightnings import LightningModule
 from lightning_lca.training.callback import LCACallback
 
 __all__ = ["RECORD", "ReplayError", "replay"]
@@ -196,7 +197,7 @@ def _build(
 
 
 def _loaders(
-    module: Any,
+    module: LightningModule,
     data: Any,
     arguments: Mapping[str, Any] | None,
     path: Path,
@@ -228,7 +229,7 @@ def _loaders(
 
 
 def _trainer(
-    module: Any, player: ReplayCallback, record: Path, accelerator: str, precision: Any
+    module: LightningModule, player: ReplayCallback, record: Path, accelerator: str, precision: Any
 ) -> Any:
     """Makes a Trainer that keeps silent and writes nothing but the record."""
     logger = lightnings.of(module, ".loggers").TensorBoardLogger(

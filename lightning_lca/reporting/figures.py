@@ -16,7 +16,7 @@ from lightning_lca.record.history import History
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.loggers import file_writer, is_a
 from lightning_lca.reporting.scalars import Scalars
-from lightning_lca.runtime.lightnings import warn
+from lightning_lca.runtime.lightnings import Trainer, warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ class Gallery:
         directory: Where PNG files are, if they are.
     """
 
-    def __init__(self, trainer: Any, log_dir: Path | None, *, draws: bool) -> None:
+    def __init__(self, trainer: Trainer, log_dir: Path | None, *, draws: bool) -> None:
         """Plans the occasions: ten, evenly spaced, or every doubling if no end is known.
 
         Args:
@@ -189,7 +189,7 @@ def lay_out(scalars: Scalars, log_dir: Path) -> None:
         warn(f"LCA: Custom Scalars could not be laid out: {error}")
 
 
-def _length(trainer: Any) -> int:
+def _length(trainer: Trainer) -> int:
     """Tells how many steps training will take; 0 if nobody knows."""
     lengths = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches = trainer.num_training_batches

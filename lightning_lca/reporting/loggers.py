@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_lca.runtime.lightnings import warn
+from lightning_lca.runtime.lightnings import Trainer, warn
 
 
 class Loggers:
@@ -21,7 +21,7 @@ class Loggers:
             where nothing is written.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         """Finds the loggers and the log directory; every rank must call this."""
         self._loggers = list(trainer.loggers)
         self._writes = trainer.is_global_zero and not trainer.fast_dev_run

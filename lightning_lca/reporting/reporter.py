@@ -16,7 +16,7 @@ from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.figures import Gallery, lay_out
 from lightning_lca.reporting.loggers import Loggers
 from lightning_lca.reporting.scalars import Scalars
-from lightning_lca.runtime.lightnings import warn
+from lightning_lca.runtime.lightnings import Trainer, warn
 
 
 class Measured(Protocol):
@@ -52,7 +52,7 @@ class Reporter:
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Trainer,
         meters: Mapping[str | None, Measured],
         grouping: Grouping,
         metadata: Mapping[str, Any],
@@ -290,7 +290,7 @@ class Reporter:
                 self._writer.add_windows(name, windows)
 
 
-def x_axis(trainer: Any) -> int:
+def x_axis(trainer: Trainer) -> int:
     """Finds the step at which `self.log` logs this batch, so that LCA lines up with it."""
     # Private; LearningRateMonitor uses the same. global_step counts optimizers and is one ahead.
     stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)

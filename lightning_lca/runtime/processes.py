@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lca.measure.tensors import DeferredBool
+from lightning_lca.runtime.lightnings import Trainer
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranks:
     processes: int = 1
 
     @classmethod
-    def of(cls, trainer: Any) -> Ranks:
+    def of(cls, trainer: Trainer) -> Ranks:
         """Reads them from a Trainer."""
         # What Lightning's own sampler goes by; strategies of one process lack it.
         shares = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}

@@ -7,6 +7,7 @@ it. So the rooms behind the routes wait for `load`, whose errors TensorBoard cat
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tensorboard.plugins import base_plugin
 
 NAME = "lca"
+_LOG = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -55,11 +57,15 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Gives a handler for every route: the answers, and the page's files by name."""
+        """Gives a handler for every route: the answers, the files of the page, and its colours."""
         from lightning_lca.tensorboard.routes import ANSWERS
 
-        files = [path for path in _STATIC.glob("*") if path.is_file()]
-        apps = {f"/{path.name}": _file(path) for path in files}
+        files = [path for path in _STATIC.rglob("*") if path.is_file()]
+        apps = {
+            f"/{path.relative_to(_STATIC).as_posix()}": _text(path.read_bytes, path.suffix)
+            for path in files
+        }
+        apps["/colours.js"] = _text(lambda: colours().encode(), ".js")
         return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
 
     def _answer(self, name: str) -> App:
@@ -80,10 +86,15 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             source = Source(self._provider, context, experiment)
             try:
                 answer = ANSWERS[name](self._store, source, Query(request.args))
+                if isinstance(answer, dict):
+                    text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
             except QueryError as error:
                 return _refuse(request, str(error), 400)
+            except Exception as error:
+                _LOG.exception("LCA: /%s cannot be answered.", name)
+                why = f"This cannot be answered: {type(error).__name__}: {error}"
+                return _refuse(request, f"{why}. Is the record damaged? Please report it.", 500)
             if isinstance(answer, dict):
-                text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
                 return http_util.Respond(request, text, "application/json")
             # A table may be long: it is written while it is sent.
             return Response(
@@ -107,7 +118,14 @@ def _refuse(request: Any, why: str, code: int) -> Any:
     return http_util.Respond(request, text, "application/json", code=code, headers=headers)
 
 
-def _file(path: Path) -> App:
+def colours() -> str:
+    """Writes the module with the colours that the page shares with the figures."""
+    from lightning_lca.analysis.colours import DARK, LIGHT
+
+    return f"export const LIGHT = {json.dumps(LIGHT)};\nexport const DARK = {json.dumps(DARK)};\n"
+
+
+def _text(read: Callable[[], bytes], suffix: str) -> App:
     from tensorboard.backend import http_util
     from werkzeug import Request
 
@@ -115,6 +133,6 @@ def _file(path: Path) -> App:
     def app(request: Request) -> Any:
         if request.method not in ("GET", "HEAD"):
             return _refuse(request, f"{request.method} is not answered here. Use GET.", 405)
-        return http_util.Respond(request, path.read_bytes(), _TYPES.get(path.suffix, "text/plain"))
+        return http_util.Respond(request, read(), _TYPES.get(suffix, "text/plain"))
 
     return app

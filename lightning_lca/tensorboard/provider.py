@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ class Event(NamedTuple):
     wall_time: float
     tag: str
     data: bytes
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,21 @@ class Source:
         for tag, series in found.get(run, {}).items():
             for datum in series:
                 data = datum.numpy.item() if datum.numpy.size == 1 else b""
-                yield Event(datum.wall_time, tag, data if isinstance(data, bytes) else b"")
+                yield Event(
+                    _seconds(datum.wall_time),
+                    tag,
+                    data if isinstance(data, bytes) else b"",
+                    datum.step,
+                )
+
+    def started(self, run: str) -> float | None:
+        """Finds the wall time of a run's first event; None where the provider does not tell."""
+        try:
+            runs = self.provider.list_runs(self.context, experiment_id=self.experiment)
+            (found,) = (r.start_time for r in runs if r.run_name == run)
+            return None if found is None else float(found)
+        except Exception:  # Each provider has errors of its own; it is a hint, no more.
+            return None
 
     def _list(self, runs: Any, tags: Any) -> dict[str, dict[str, Mark]]:
         from tensorboard.data.provider import RunTagFilter
@@ -87,6 +103,14 @@ class Source:
             run_tag_filter=RunTagFilter(runs=runs, tags=tags),
         )
         return {
-            run: {tag: Mark(series.max_step, series.max_wall_time) for tag, series in tags.items()}
+            run: {
+                tag: Mark(series.max_step, _seconds(series.max_wall_time))
+                for tag, series in tags.items()
+            }
             for run, tags in (listed or {}).items()
         }
+
+
+def _seconds(wall_time: float) -> float:
+    """Makes a wall time one that can be sorted."""
+    return wall_time if math.isfinite(wall_time) else 0.0

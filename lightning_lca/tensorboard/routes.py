@@ -6,18 +6,20 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_lca.record.tables import StepTable
 from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.provider import Source
-from lightning_lca.tensorboard.query import Query
+from lightning_lca.tensorboard.query import Query, QueryError
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 _LEDGER = ("loss_before", "loss_after", "residual", "drift", "splits", "converged", "seconds")
-_BLOCK = 512  # Rows that are turned to text at once.
+_BLOCK = 2**17  # Numbers that are turned to text at once.
+_CELLS = 2**21  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
+_PAIRED = 2000  # Most layers of which every pair is compared.
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def _runs(store: Store, source: Source, query: Query) -> dict[str, Any]:
 def _bins(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
     query.done()
-    return views.bins(store.run(source, run).table(probe), asked)
+    table = store.run(source, run).table(probe)
+    return views.bins(table, _bounded(asked, table))
 
 
 def _helping(store: Store, source: Source, query: Query) -> dict[str, Any]:
@@ -65,14 +68,20 @@ def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run_b, probe_b = query.text("run_b"), query.optional("probe_b")
     query.done()
     a, b = store.run(source, run).table(probe), store.run(source, run_b).table(probe_b)
-    return views.compare(a, b, asked)
+    return views.compare(a, b, _bounded(asked, a, b))
 
 
 def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
     strongest = query.whole("strongest", 1, views.MOST_MOMENTS, 20)
     query.done()
-    return views.synchrony(store.run(source, run).table(probe), asked, strongest)
+    table = store.run(source, run).table(probe)
+    if len(table.layers) > _PAIRED:
+        raise QueryError(
+            f"This record has {len(table.layers):,} layers; synchronization compares every pair of "
+            f'at most {_PAIRED:,}. Train with LCACallback(group_by="layer").'
+        )
+    return views.synchrony(table, asked, strongest)
 
 
 def _export(store: Store, source: Source, query: Query) -> Download:
@@ -87,13 +96,20 @@ def _common(query: Query) -> tuple[str, str | None, Range]:
     return query.text("run"), query.optional("probe"), Range(*query.steps(), query.bins())
 
 
+def _bounded(asked: Range, *tables: Table) -> Range:
+    """Asks for fewer bins, where there are very many layers."""
+    most = max(1, _CELLS // sum(len(table.layers) for table in tables))
+    return replace(asked, bins=min(asked.bins, most))
+
+
 def _csv(table: Table, rows: StepTable) -> Iterator[str]:
     """Writes rows as text, one column per layer. "lca/" keeps a name from being a formula."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["step", *_LEDGER, *(f"lca/{layer}" for layer in table.layers)])
-    for first in range(0, len(rows), _BLOCK):
-        block = rows[first : first + _BLOCK]
+    step = max(1, min(512, _BLOCK // len(table.layers)))
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step]
         columns = [getattr(block, name).tolist() for name in ("steps", *_LEDGER)]
         credit = table.by_layer(block.allocated.astype(float)).tolist()
         writer.writerows(

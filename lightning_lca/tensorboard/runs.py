@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import heapq
+import bisect
+import json
+import logging
 import math
 import threading
 import time
@@ -11,12 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from lightning_lca.analysis.bins import spacing
 from lightning_lca.record import eventfile
+from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
+from lightning_lca.record.tables import StepTable
 from lightning_lca.tensorboard.provider import Event, Mark, Source
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Run, Table, listing
 
+_LOG = logging.getLogger(__name__)
 MEMORY = 200 * 2**20  # Bytes of tables that are kept; the one in use stays in any case.
 PATIENCE = 1.0  # Seconds for which a listing is believed,
 SELDOM = 10.0  # or so many times the seconds that it took: for very long records it takes long.
@@ -76,8 +83,13 @@ class Store:
         names = source.runs()
         deadline = time.monotonic() + BUDGET
         for name in sorted(names, key=lambda n: self._believed_until(source, n)):
-            with self._lock, contextlib.suppress(QueryError):
-                self._current(source, name, to_describe=True)
+            with self._lock:
+                try:
+                    self._current(source, name, to_describe=True)
+                except QueryError:  # It is gone.
+                    pass
+                except Exception as error:  # One run never takes the others along.
+                    self._give_up(source, name, error)
             if time.monotonic() > deadline:
                 break
         return [self._description(source, name) for name in names]
@@ -92,7 +104,16 @@ class Store:
         reading = self._readings.get((source.experiment, name))
         if reading is not None and reading.description is not None:
             return reading.description
-        return Run(name, "", {}, None, 0).describe() | {"rows": None, "error": None}
+        return Run(name, "", {}, {}, 0).describe() | {"rows": None, "error": None}
+
+    def _give_up(self, source: Source, name: str, error: Exception) -> None:
+        """Describes a run that cannot be read, whatever the reason."""
+        _LOG.warning("LCA: run %r cannot be read.", name, exc_info=error)
+        reading = self._readings.setdefault((source.experiment, name), _Reading())
+        reading.forget()
+        reading.seen = {}
+        reading.description = _unreadable(name, f"{type(error).__name__}: {error}")
+        reading.believed_until = time.monotonic() + SELDOM
 
     def _current(self, source: Source, name: str, to_describe: bool = False) -> _Reading:
         """Brings a run up to date; if only to describe it, not where its memory was given away."""
@@ -139,23 +160,41 @@ def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -
     if reading.run is None or again or late or reading.seen.keys() - tags.keys():
         reading.forget()
         new = tags
+    order = _Order.of(source, name, new, reading.until)
     fed, join_at = 0, _BATCH
-    for event in _events(source, name, new, reading.until):
+    for event in order.events(source, name):
         if (fed := fed + 1) == join_at:
             _join(reading.reader)
             join_at += max(_BATCH, fed // 2)
-        try:
-            reading.reader.feed(event.tag, event.data)
-        except Exception:  # Whatever is wrong with one chunk must not hide the others.
-            reading.failed += 1
+        _take(reading, event)
+    if order.astray and not _is_steady(reading.reader):
+        _find_astray(source, name, reading, order.astray)
     reading.seen = tags
     reading.until = max(mark.wall_time for mark in tags.values())
-    lost = reading.reader.lost + reading.failed
+    reader, lost = reading.reader, reading.reader.lost + reading.failed
     stamp = f"{len(tags)}-{reading.until:.6f}-{lost}"
-    histories = reading.reader.histories
-    tables = {p: Table.of(h, source.experiment, name, stamp, p) for p, h in histories.items()}
-    reading.run = Run(name, stamp, tables, reading.reader.meta, lost)
+    tables = {
+        p: Table.of(h, source.experiment, name, stamp, p) for p, h in reader.histories.items()
+    }
+    settings = reader.description.settings if reader.description is not None else {}
+    problem = reader.problems[0] if reader.problems else ""
+    reading.run = Run(name, stamp, tables, settings, lost, problem)
     reading.description = reading.run.describe()
+    try:
+        json.dumps(reading.description, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        reading.description = _unreadable(name, str(error))
+
+
+def _take(reading: _Reading, event: Event) -> None:
+    try:
+        reading.reader.feed(event.tag, event.data)
+    except Exception:  # Whatever is wrong with one chunk must not hide the others.
+        reading.failed += 1
+
+
+def _unreadable(name: str, why: str) -> dict[str, Any]:
+    return Run(name, "", {}, {}, 1, why).describe()
 
 
 def _join(reader: Reader) -> None:
@@ -164,26 +203,137 @@ def _join(reader: Reader) -> None:
         _ = history.rows, history.group_by != "neuron" and history.neurons
 
 
-def _events(source: Source, name: str, new: dict[str, Mark], since: float) -> Iterator[Event]:
-    """Reads the new events in the order of writing.
+@dataclass(frozen=True)
+class _Order:
+    """What is new, in the order of writing.
 
-    Of a chunk that several sessions wrote only the latest event is read: the session that wrote it
-    starts before the chunk, so the older one is void. A session's own tag is one and the same for
-    all, and every event of it counts.
+    TensorBoard tells of no order but that of the clock. Sessions are told apart by it; within one,
+    steps rise, whatever the clock did: older records follow a clock that is set back.
+
+    Attributes:
+        sessions: What each new session says of itself, by the clock.
+        tags: The tags of chunks after each of these; first those before them all.
+        astray: Tags that by the clock lie before the session that took over from them.
     """
-    sessions = sorted(source.read(name, [eventfile.META])) if eventfile.META in new else []
-    # A session that starts over can push the description of the one before out of TensorBoard's
-    # memory; what that one wrote is void then, not lost.
-    begin = sessions[0].wall_time if sessions and since == -math.inf else since
 
-    def chunks() -> Iterator[Event]:
-        tables = {tag: parsed.table for tag in new if (parsed := eventfile.Tag.parse(tag))}
-        tags = [t for t in new if tables.get(t) in _TABLES and new[t].wall_time >= begin]
-        tags.sort(key=lambda tag: new[tag].wall_time)
-        for first in range(0, len(tags), _BATCH):
-            latest: dict[str, Event] = {}
-            for event in source.read(name, tags[first : first + _BATCH]):
-                latest[event.tag] = max(event, latest.get(event.tag, event))
-            yield from sorted(latest.values())
+    sessions: list[Event]
+    tags: list[list[str]]
+    astray: dict[str, Mark]
 
-    return heapq.merge([e for e in sessions if e.wall_time > since], chunks())
+    @classmethod
+    def of(cls, source: Source, name: str, new: dict[str, Mark], since: float) -> _Order:
+        """Orders what is new since a wall time; -inf: since the beginning."""
+        sessions = sorted(source.read(name, [eventfile.META])) if eventfile.META in new else []
+        sessions = [event for event in sessions if event.wall_time > since]
+        begins = [event.wall_time for event in sessions]
+        # A session is void where a later one starts before it.
+        limits = [min((e.step for e in sessions[i:]), default=None) for i in range(len(begins) + 1)]
+        tags: list[list[tuple[Any, ...]]] = [[] for _ in range(len(begins) + 1)]
+        astray = {}
+        for tag, mark in new.items():
+            parsed = eventfile.Tag.parse(tag)
+            if parsed is None or parsed.table not in _TABLES:
+                continue
+            place = bisect.bisect_right(begins, mark.wall_time)
+            limit = limits[place]
+            # A session that starts over can push the description of the one before out of
+            # TensorBoard's memory; what that one wrote is void then, not lost.
+            if (since == -math.inf and place == 0 and begins) or (
+                limit is not None and parsed.first_step > limit
+            ):
+                astray[tag] = mark
+            else:
+                key = (parsed.first_step, parsed.table, parsed.probe, mark.wall_time, tag)
+                tags[place].append(key)
+        return cls(sessions, [[key[-1] for key in sorted(some)] for some in tags], astray)
+
+    def events(self, source: Source, name: str) -> Iterator[Event]:
+        """Reads them.
+
+        Of a chunk that several sessions wrote only the latest event is read: the session that wrote
+        it starts before the chunk, so the older one is void. A session's own tag is one and the
+        same for all, and every event of it counts.
+        """
+        for place, tags in enumerate(self.tags):
+            if place:
+                yield self.sessions[place - 1]
+            yield from _latest(source, name, tags)
+
+
+def _latest(source: Source, name: str, tags: list[str]) -> Iterator[Event]:
+    """Reads the latest event of each tag, in this order."""
+    for first in range(0, len(tags), _BATCH):
+        some, found = tags[first : first + _BATCH], dict[str, Event]()
+        for event in source.read(name, some):
+            found[event.tag] = max(event, found.get(event.tag, event))
+        yield from (found[tag] for tag in some if tag in found)
+
+
+def _is_steady(reader: Reader) -> bool:
+    """Whether the latest session was written by a clock that is never set back."""
+    return reader.description is not None and reader.description.is_steady
+
+
+def _find_astray(source: Source, name: str, reading: _Reading, astray: dict[str, Mark]) -> None:
+    """Finds chunks that were written when the clock had been set back, among void ones.
+
+    A chunk from before the run's first event can be nothing else. Another one goes on from the last
+    row if its steps and losses do; if not, it is what a former training left. Where nobody tells
+    when the run began, one whose losses do not go on is counted as lost.
+    """
+    began = source.started(name)
+    reader = reading.reader
+    found: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for tag in astray:
+        parsed = eventfile.Tag.parse(tag)
+        if parsed is not None and parsed.probe in reader.histories:
+            chunks = found.setdefault((parsed.table, parsed.probe), {})
+            chunks.setdefault(parsed.first_step, []).append(tag)
+    # Chunks of steps first: windows follow them.
+    for (table, probe), chunks in sorted(found.items()):
+        history = reader.histories[probe]
+        for first in sorted(chunks):
+            windows = history.neurons if table != "chunk" else None
+            last = history.last_step if windows is None else int(np.max(windows.steps, initial=0))
+            if first <= last:
+                continue
+            events = list(_latest(source, name, chunks[first]))
+            is_certain = began is not None and max(e.wall_time for e in events) < began
+            if table != "chunk" and not is_certain and first > history.last_step:
+                break
+            if table == "chunk" and not is_certain:
+                rows = _rows(events, history)
+                if rows is None or not _follows(rows, history):
+                    break
+                if not _goes_on(rows, history):
+                    if began is None:
+                        reading.failed += 1
+                    break
+            for event in events:
+                _take(reading, event)
+
+
+def _rows(events: list[Event], history: History) -> StepTable | None:
+    """Reads a chunk, if it is whole."""
+    try:
+        parts = {e.tag.rpartition("/")[2]: eventfile.unpack(e.data) for e in events}
+        return StepTable.from_parts(parts, history.sizes)
+    except (KeyError, ValueError):
+        return None
+
+
+def _follows(rows: StepTable, history: History) -> bool:
+    """Whether rows begin where a history ends."""
+    if not len(rows) or not len(history):
+        return bool(len(rows))
+    usual = spacing(np.concatenate([history.steps[-2:], rows.steps]))
+    return int(rows.steps[0]) - history.last_step <= usual
+
+
+def _goes_on(rows: StepTable, history: History) -> bool:
+    """Whether the loss of rows goes on from where a history ends."""
+    if not len(history):
+        return False
+    before, after = float(rows.loss_before[0]), float(history.loss_after[-1])
+    gap = before - after - float(rows.drift[0])
+    return abs(gap) <= 1e-9 * max(abs(before), abs(after))

@@ -68,10 +68,14 @@ class Table:
         Raises:
             QueryError: No such layer.
         """
-        try:
-            return self.layers.index(layer)
-        except ValueError:
-            raise QueryError(f"No layer {show(layer)}. {listing('layers', self.layers)}") from None
+        place = self._places.get(layer)
+        if place is None:
+            raise QueryError(f"No layer {show(layer)}. {listing('layers', self.layers)}")
+        return place
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {layer: place for place, layer in enumerate(self.layers)}
 
     @cached_property
     def finite(self) -> npt.NDArray[np.bool_]:
@@ -146,15 +150,17 @@ class Run:
         name: TensorBoard's name for it.
         stamp: Changes when data were added.
         tables: By name of the probe, "" for a single unnamed one.
-        meta: What the latest session says of itself; None if nothing of it can be read.
+        settings: Of the callback, as the latest session says them.
         lost: Pieces of the record that could not be read.
+        problem: What is wrong with the first of these, in words.
     """
 
     name: str
     stamp: str
     tables: Mapping[str, Table]
-    meta: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
     lost: int
+    problem: str = ""
 
     def table(self, probe: str | None) -> Table:
         """Gives a probe's table; the first where none was named.
@@ -182,14 +188,16 @@ class Run:
         """Why the record cannot be read, if it cannot."""
         if self.tables:
             return None
+        why = f" ({self.problem})" if self.problem else ""
         return (
-            "the description of its LCA record (lca/meta) is damaged, so that its chunks cannot be "
-            "read. If another copy of the event file exists, put that in its place."
+            f"the description of its LCA record (lca/meta) is damaged or of another version{why}, "
+            "so that its chunks cannot be read. If another copy of the event file exists, put that "
+            "in its place."
         )
 
     def describe(self) -> dict[str, Any]:
         """Tells of the run what the page needs to ask for more."""
-        meta, table = self.meta or {}, next(iter(self.tables.values()), None)
+        table = next(iter(self.tables.values()), None)
         rows = len(table.rows) if table else 0
         return {
             "name": self.name,
@@ -204,7 +212,7 @@ class Run:
             and (table.neurons is not None or table.group_by == "neuron"),
             "lost": self.lost,
             "stamp": self.stamp,
-            "settings": meta.get("settings") or {},
+            "settings": dict(self.settings),
             "error": self.error,
         }
 

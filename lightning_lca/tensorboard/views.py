@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.analysis.bins import Bins, counted
+from lightning_lca.analysis.bins import Bins, accumulated, counted
+from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.analysis.synchrony import rates
 from lightning_lca.analysis.synchrony import synchrony as measure
 from lightning_lca.record.summary import Trust
@@ -23,22 +24,33 @@ _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the 
 
 
 def bins(table: Table, asked: Range) -> dict[str, Any]:
-    """Credit of every layer and the ledger, per bin."""
+    """Credit of every layer and the ledger, per bin and as running sums."""
     rows, tiles = table.rows, asked.tile(table)
     before = slice(0, tiles.rows.start)
+    credit, credit_before = _credit(table, tiles), _total(table, rows.allocated, before)
+    truth, truth_before = _true_change(table, tiles)
     return {
         "edges": tiles.edges.tolist(),
+        "unit": tiles.unit,
         "layers": table.layers,
         "sizes": table.layer_sizes.tolist(),
-        "credit": plain(_credit(table, tiles)),
-        "before": plain(table.by_layer(_total(table, rows.allocated, before))),
+        "credit": plain(credit),
+        "total": plain(table.by_layer(_total(table, rows.allocated, tiles.rows))),
+        "limit": colour_limit(credit),
+        "running": plain(accumulated(credit.T).T),
+        "running_total": plain(accumulated(credit.sum(0))),
+        "running_truth": plain(truth),
+        "before": plain(table.by_layer(credit_before)),
+        "before_total": plain(credit_before.sum()),
+        "before_truth": plain(truth_before),
         "loss": plain(_loss_at_edges(table, tiles)),
         "loss_first": plain(rows.loss_before[0]),
         "residual": plain(tiles.sums(rows.residual)),
         "drift": plain(tiles.sums(rows.drift)),
         "measured": tiles.measured.tolist(),
         "not_finite": tiles.not_finite.tolist(),
-        "unconverged": _unconverged(table, tiles).tolist(),
+        "unconverged": _count(~rows.converged, tiles).tolist(),
+        "beyond_tolerance": _count(~rows.converged & table.finite, tiles).tolist(),
         "residual_before": plain(_total(table, rows.residual, before)),
         "drift_before": plain(_total(table, rows.drift, before)),
     }
@@ -97,12 +109,17 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
     if len(order) > _CHANNELS:
         order = np.concatenate([order[: _CHANNELS // 2], order[-_CHANNELS // 2 :]])
     shown = own[order]
+    binned = tiles.sums(credit[:, shown]).T
     return {
         "layer": layer,
         "edges": tiles.edges.tolist(),
+        "unit": tiles.unit,
         "channels": [names[i] for i in shown],
-        "credit": plain(tiles.sums(credit[:, shown]).T),
+        "credit": plain(binned),
         "total": plain(total[order]),
+        "limit": colour_limit(binned),
+        "helped": int((total < 0).sum()),
+        "hurt": int((total > 0).sum()),
         "shown": len(shown),
         "of": len(own),
     }
@@ -140,6 +157,7 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
         "drift": plain(_total(shown, shown.rows.drift, span)),
         "rows": trust.measured,
         "unconverged": trust.unconverged,
+        "beyond_tolerance": int((~rows.converged & rows.finite).sum()),
         "not_finite": trust.not_finite,
         "unexplained": plain(np.nan if trust.unexplained is None else trust.unexplained),
         "is_large": trust.is_large,
@@ -151,18 +169,37 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
 
 
 def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
-    """Credit of the layers that two tables share, on common bins."""
+    """Credit of the layers that two tables share, on common bins, and b minus a."""
     first, last = asked.of(a, b)
     width = max(a.spacing, b.spacing)
     both = [name for name in a.layers if name in b.layers]
     answer: dict[str, Any] = {"layers": both}
+    credits, totals = [], []
     for letter, one in (("a", a), ("b", b)):
         tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
         places = [one.find(name) for name in both]
-        before = _total(one, one.rows.allocated, slice(0, tiles.rows.start))
-        answer["edges"] = tiles.edges.tolist()
-        answer[letter] = plain(_credit(one, tiles)[places])
-        answer[f"before_{letter}"] = plain(one.by_layer(before)[places])
+        before = one.by_layer(_total(one, one.rows.allocated, slice(0, tiles.rows.start)))[places]
+        total = one.by_layer(_total(one, one.rows.allocated, tiles.rows))[places]
+        credit = _credit(one, tiles)[places]
+        # Lines end with the run, in the bin that holds its last step.
+        beyond = np.append(False, tiles.edges[:-1] >= one.last_step)
+        sums = np.where(beyond, np.nan, accumulated(credit.T).T)
+        all_sums = np.where(beyond, np.nan, accumulated(credit.sum(0)))
+        answer["edges"], answer["unit"] = tiles.edges.tolist(), tiles.unit
+        answer[letter] = plain(credit)
+        answer[f"total_{letter}"] = plain(total)
+        answer[f"running_{letter}"] = plain(sums)
+        answer[f"running_total_{letter}"] = plain(all_sums)
+        answer[f"before_{letter}"] = plain(before)
+        answer[f"before_total_{letter}"] = plain(before.sum())
+        answer[f"measured_{letter}"] = tiles.measured.tolist()
+        credits.append(np.where(tiles.measured > 0, credit, np.nan))
+        totals.append(total)
+    difference = credits[1] - credits[0]
+    answer["difference"] = plain(difference)
+    answer["total_difference"] = plain(totals[1] - totals[0])
+    answer["limit"] = colour_limit(*credits)
+    answer["limit_difference"] = colour_limit(difference)
     answer["only_a"] = [name for name in a.layers if name not in b.layers]
     answer["only_b"] = [name for name in b.layers if name not in a.layers]
     return answer
@@ -178,13 +215,19 @@ def plain(values: Any) -> Any:
 
 
 def _total(shown: Table, values: Any, rows: slice, dtype: Any = np.float64) -> Any:
-    """Adds up the rows of a range that sums count: [T, ...] -> [...]."""
-    return counted(values[rows], shown.finite[rows]).sum(0, dtype=dtype)
+    """Adds up the rows of a range that sums count: [T, ...] -> [...].
+
+    Floats are nan where the range has rows, and none that counts.
+    """
+    finite = shown.finite[rows]
+    total = counted(values[rows], finite).sum(0, dtype=dtype)
+    nothing = len(finite) and not finite.any() and np.issubdtype(dtype, np.floating)
+    return total * np.nan if nothing else total
 
 
-def _unconverged(shown: Table, tiles: Bins) -> Ints:
-    """Counts the steps of every bin beyond the tolerance, or not finite [B]."""
-    running = np.concatenate([[0], np.cumsum(~shown.rows.converged, dtype=np.int64)])
+def _count(which: Any, tiles: Bins) -> Ints:
+    """Counts the rows of every bin that are such [T] -> [B]."""
+    running = np.concatenate([[0], np.cumsum(which, dtype=np.int64)])
     return np.diff(running[tiles.cuts])
 
 
@@ -206,6 +249,20 @@ def _loss_at_edges(shown: Table, tiles: Bins) -> Floats:
     return np.where(np.append(True, tiles.measured > 0), known[tiles.cuts], np.nan)
 
 
+def _true_change(shown: Table, tiles: Bins) -> tuple[Floats, float]:
+    """Follows the probe loss since the range's start [B + 1], and what it did before that.
+
+    Empty bins carry on. Where the loss at the start is not finite, the first one that is stands
+    for it.
+    """
+    loss = np.concatenate([shown.rows.loss_before[:1], shown.rows.loss_after])
+    loss = np.where(np.isfinite(loss), loss, np.nan)
+    edges = loss[tiles.cuts]
+    known = edges[np.isfinite(edges)]
+    start = float(known[0]) if len(known) else np.nan
+    return edges - start, float(start - loss[0])
+
+
 def _counts(counts: Ints, tiles: Bins, columns: Any) -> Ints:
     """Counts weights of these columns per bin [B]."""
     counts = counted(counts, tiles.finite)
@@ -218,6 +275,7 @@ def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             "share": plain(helped / moved),
+            "mean": plain(helped.sum() / moved.sum()),
             "sd": plain(0.5 / np.sqrt(moved)),
             "helping": plain(helped / trained),
             "hurting": plain(hurt / trained),
@@ -250,6 +308,8 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
             values[full] = getattr(binned, name)
     single = (tiles.measured == 1).all()
     row, layer = found.moments.nonzero()
+    at_once = found.moments.sum(1)  # Layers with a moment in each row.
+    shared = found.moments & (at_once > 1)[:, None]
     low, high = np.quantile(found.null, [0.025, 0.975])
     pairs_low, pairs_high = np.quantile(found.null_pairs, [0.025, 0.975])
     return {
@@ -258,6 +318,9 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
         "layers": shown.layers,
         "strongest": strongest,
         "raster": np.stack([layer, steps[row]], 1).tolist(),
+        "raster_at_once": at_once[row].tolist(),
+        "moments_by_layer": found.moments.sum(0).tolist(),
+        "shared_by_layer": shared.sum(0).tolist(),
         "coincidences": found.coincidences.tolist() if single else None,
         "expected": plain(found.expected) if single else None,
         "band": plain(found.band) if single else None,

@@ -14,7 +14,7 @@ from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import Quadrature
 from lightning_lca.probe.loss import ProbeMode
 from lightning_lca.record.history import History
-from lightning_lca.runtime.lightnings import LightningCallback
+from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.meter import Meter, Results
 from lightning_lca.training.settings import Segments, Settings
@@ -49,8 +49,8 @@ class LCACallback(LightningCallback):
             missed, at 1/n of the cost, but what happens within a chord is not resolved. The
             attribute of this name is what max_overhead chose, and None until it did.
         max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
-            so that measuring slows training down by at most this share (0.1: a tenth). It is chosen
-            once, logged, recorded, and the callback's ``every_n_steps`` from then on: a training
+            so that measuring slows training down by at most this share, up to 1 (0.1: a tenth). It
+            is chosen once, logged, recorded, and ``every_n_steps`` from then on: a training
             that is told that number has the same history. What loggers take to write, and figures
             to draw, is not in it.
         segments: "batch": a segment goes from the begin to the end of a batch. "step": where manual
@@ -61,8 +61,8 @@ class LCACallback(LightningCallback):
         tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
             is met. Needs Simpson's rule. None: no refinement; the residual is reported all the
             same.
-        max_splits: Most panels of a refinement; a step that needs more is flagged in
-            ``history.converged``.
+        max_splits: Most panels of a refinement, a power of two; a step that needs more is flagged
+            in ``history.converged``.
         group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
         log_every_n_steps: Interval of the scalars; None: that of the Trainer.
         seed: Draws the probe's batches and seeds its random numbers.
@@ -187,7 +187,7 @@ class LCACallback(LightningCallback):
 
     # -- hooks ------------------------------------------------------------------------------------
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: AnyTrainer, pl_module: LightningModule, stage: str) -> None:
         """Tells the Trainer's callbacks of this kind apart.
 
         Raises:
@@ -196,7 +196,7 @@ class LCACallback(LightningCallback):
         others = [other._settings for other in _siblings(trainer) if other is not self]
         self._key = distinct_key(self._settings, others)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Reads the probes, evaluates each once, and opens the record."""
         with defer_signals():
             check_trainer(trainer, pl_module, self._settings)
@@ -218,13 +218,15 @@ class LCACallback(LightningCallback):
             self._training.begin(trainer, pl_module)
 
     def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: AnyTrainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Notes which weights are trained."""
         if self._training is not None:
             self._training.look(pl_module)
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: AnyTrainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
         """Opens a segment: only copies, since graphs may still be alive."""
         if self._training is None:
             return
@@ -233,20 +235,27 @@ class LCACallback(LightningCallback):
         self._training.open()
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: AnyTrainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Closes the segment if it is due, measures it, and logs on the interval."""
         if self._training is not None:
             with defer_signals():
                 self._training.close(trainer, pl_module)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         if self._training is not None:
             with defer_signals():
                 self._training.end(trainer, pl_module)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: AnyTrainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Writes what was measured; the user's own error stays on top."""
         if self._training is not None:
             with defer_signals():
@@ -303,6 +312,6 @@ class LCACallback(LightningCallback):
         return twin
 
 
-def _siblings(trainer: Any) -> list[LCACallback]:
+def _siblings(trainer: Trainer) -> list[LCACallback]:
     """Lists the callbacks of this kind that a Trainer has."""
     return [c for c in trainer.callbacks if isinstance(c, LCACallback)]

@@ -28,6 +28,7 @@ from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.reporting.distributions import Distribution, Distributions
+from lightning_lca.runtime.lightnings import LightningModule
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.training.reuse import Reuse
 from lightning_lca.training.settings import Settings
@@ -71,7 +72,7 @@ class Meter:
     def __init__(
         self,
         probe: Probe,
-        module: Any,
+        module: LightningModule,
         settings: Settings,
         grouping: Grouping,
         ranks: Ranks,

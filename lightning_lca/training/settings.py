@@ -71,16 +71,25 @@ class Settings:
         settings = cls(sources=_sources(probe), rule=as_quadrature(quadrature), **arguments)
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
         _one_of("group_by", settings.group_by, get_args(GroupBy))
+        _one_of("segments", settings.segments, get_args(Segments))
+        for name in ("track_parameters", "neurons", "figures", "custom_scalars"):
+            _switch(name, getattr(settings, name))
         for name in ("probe_batches", "every_n_steps", "max_splits", "log_every_n_steps"):
             value = getattr(settings, name)
             if value is not None or name != "log_every_n_steps":
-                _count(name, value)
+                _whole(name, value)
+        _whole("seed", settings.seed, 0, 2**32 - 1)
+        if settings.max_splits & (settings.max_splits - 1):
+            raise ValueError(
+                f"max_splits must be a power of two, since panels are doubled; got "
+                f"{settings.max_splits}. Choose {2 ** (settings.max_splits.bit_length() - 1)} or "
+                f"{2 ** settings.max_splits.bit_length()}."
+            )
         if settings.loss_fn is not None and not callable(settings.loss_fn):
             raise TypeError(
                 "loss_fn must be a function (module, batch) -> scalar, got "
                 f"{type(settings.loss_fn).__name__}."
             )
-        _one_of("segments", settings.segments, get_args(Segments))
         chords = settings.every_n_steps > 1 or settings.max_overhead is not None
         if settings.segments == "step" and chords:
             raise ValueError(
@@ -89,9 +98,20 @@ class Settings:
                 f'max_overhead={settings.max_overhead}. Chords need segments="batch".'
             )
         if settings.max_overhead is not None:
-            _share("max_overhead", settings.max_overhead)
+            _number("max_overhead", settings.max_overhead, "e.g. max_overhead=0.1 for 10 %")
+            if settings.max_overhead > 1:
+                raise ValueError(
+                    f"max_overhead={settings.max_overhead:g} lets training take "
+                    f"{1 + settings.max_overhead:g} times as long. It is a share, at most 1: "
+                    "max_overhead=0.1 is 10 %. Leave it out where there is no limit."
+                )
         if settings.tolerance is not None:
-            _tolerance(settings.tolerance, settings.rule)
+            _number("tolerance", settings.tolerance, "in loss units, e.g. tolerance=1e-3")
+            if settings.rule != SIMPSON:
+                raise ValueError(
+                    f"A tolerance refines Simpson's rule, got quadrature={settings.rule.name!r}. "
+                    'Choose quadrature="simpson" or tolerance=None.'
+                )
         return settings
 
     def chords(self) -> Chords:
@@ -132,55 +152,74 @@ class Settings:
 
 def _sources(probe: Any) -> dict[str | None, Any]:
     """Names the probes, and keeps the batches of an iterator, which gives them only once."""
-    sources: dict[str | None, Any] = dict(probe) if isinstance(probe, Mapping) else {None: probe}
-    if not sources:
+    if not isinstance(probe, Mapping):
+        return {None: _source(probe)}
+    if not probe:
         raise ValueError('The probe is empty: got {}. Name at least one, e.g. {"train": "train"}.')
-    for name, source in sources.items():
-        if isinstance(source, str):
-            _one_of("probe", source, ("train", "val"))
-        elif not isinstance(source, Iterable) or isinstance(source, Tensor | Mapping):
+    for name in probe:
+        if not isinstance(name, str) or not name:
             raise TypeError(
-                f'probe must be "train", "val", a DataLoader or a list of batches, got '
-                f"{type(source).__name__}. One batch is a list of one: probe=[batch]."
+                f"Probes go by names, which are text; got {name!r}. Write "
+                'probe={"train": "train", "val": "val"}, for example.'
             )
-        elif not hasattr(source, "dataset") and not isinstance(source, list | tuple):
-            sources[name] = list(source)
-        elif isinstance(source, list | tuple) and any(isinstance(b, str) for b in source):
-            raise TypeError(
-                f"A list as probe holds batches, got text: {source!r}. Several probes go by name, "
-                'probe={"train": "train", "val": "val"}.'
-            )
-    return sources
+    return {name: _source(source, f"probe {name!r}") for name, source in probe.items()}
+
+
+def _source(source: Any, what: str = "probe") -> Any:
+    """Checks where one probe's batches come from."""
+    if isinstance(source, str):
+        _one_of(what, source, ("train", "val"))
+        return source
+    if not isinstance(source, Iterable) or isinstance(source, Tensor | Mapping):
+        raise TypeError(
+            f'{what} must be "train", "val", a DataLoader or a list of batches, got '
+            f"{type(source).__name__}. One batch is a list of one: probe=[batch]."
+        )
+    if hasattr(source, "dataset"):
+        return source
+    if not isinstance(source, list | tuple):
+        source = list(source)
+    if isinstance(source, tuple) and any(isinstance(part, Tensor) for part in source):
+        raise TypeError(
+            f"{what} is a tuple of {len(source)} with tensors in it, which looks like one batch. "
+            "One batch is a list of one: probe=[(x, y)]; several tensors that are batches "
+            "themselves are a list: probe=[x1, x2]."
+        )
+    if any(isinstance(batch, str) for batch in source):
+        raise TypeError(
+            f"A list as {what} holds batches, got text: {source!r}. Several probes go by name, "
+            'probe={"train": "train", "val": "val"}.'
+        )
+    if not source:
+        raise ValueError(
+            f"The {what} is empty: got 0 batches. Pass at least one, e.g. "
+            "probe=[next(iter(loader))]."
+        )
+    return source
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         options = ", ".join(map(repr, choices))
         raise ValueError(f"{name} must be one of {options}; got {value!r}.")
 
 
-def _count(name: str, value: Any) -> None:
+def _switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def _whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
-def _share(name: str, value: Any) -> None:
-    example = f"e.g. {name}=0.1 for 10 %"
+def _number(name: str, value: Any, example: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, {example}; got {value!r}.")
     if not (value > 0 and isfinite(value)):
         raise ValueError(f"{name} must be a positive number, {example}; got {value!r}.")
-
-
-def _tolerance(tolerance: float, rule: Quadrature) -> None:
-    if not tolerance > 0:
-        raise ValueError(
-            f"tolerance must be a positive number in loss units, e.g. 1e-3; got {tolerance}."
-        )
-    if rule != SIMPSON:
-        raise ValueError(
-            f"A tolerance refines Simpson's rule, got quadrature={rule.name!r}. "
-            'Choose quadrature="simpson" or tolerance=None.'
-        )

@@ -9,7 +9,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from lightning_lca.measure.parameters import any_cut, is_cut, is_even
-from lightning_lca.runtime.lightnings import MisconfigurationException, warn
+from lightning_lca.runtime.lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    warn,
+)
 from lightning_lca.training.settings import Settings
 
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
@@ -25,7 +30,7 @@ _REFUSED = {
 }
 
 
-def check_trainer(trainer: Any, module: Any, settings: Settings) -> None:
+def check_trainer(trainer: Trainer, module: LightningModule, settings: Settings) -> None:
     """Refuses what cannot be measured, and warns of what old versions of torch disturb.
 
     Raises:
@@ -94,7 +99,7 @@ def _check_strategy(strategy: Any) -> None:
         )
 
 
-def _check_cut(trainer: Any, module: Any, settings: Settings) -> None:
+def _check_cut(trainer: Trainer, module: LightningModule, settings: Settings) -> None:
     """Looks at weights that are cut over processes (DTensors)."""
     if settings.track_parameters:
         raise MisconfigurationException(

@@ -24,7 +24,7 @@ from lightning_lca.probe.precision import Rounding
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.reporting.reporter import Reporter, x_axis
-from lightning_lca.runtime.lightnings import tell, warn
+from lightning_lca.runtime.lightnings import LightningModule, Trainer, tell, warn
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.budget import Budget, StepTimer
@@ -44,8 +44,8 @@ class Training:
 
     def __init__(
         self,
-        trainer: Any,
-        module: Any,
+        trainer: Trainer,
+        module: LightningModule,
         settings: Settings,
         chords: Chords,
         *,
@@ -95,7 +95,7 @@ class Training:
         self._budget: Budget | None = None
         self._trials: dict[str | None, Meter] = {}
 
-    def begin(self, trainer: Any, module: Any) -> None:
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Opens the record, and goes on where a checkpoint left off."""
         kept, self._kept = self._kept, None
         started_at = first_step = trainer.global_step
@@ -131,7 +131,7 @@ class Training:
 
     # -- what happens -----------------------------------------------------------------------------
 
-    def look(self, module: Any) -> None:
+    def look(self, module: LightningModule) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
         if not self.snapshots.is_open:
             self._trained = live_weights(module)
@@ -145,7 +145,7 @@ class Training:
             if self._budget is not None:
                 self._budget.begin(self._opened_at, self.snapshots.start)
 
-    def close(self, trainer: Any, module: Any, *, last: bool = False) -> None:
+    def close(self, trainer: Trainer, module: LightningModule, *, last: bool = False) -> None:
         """Closes the segment at the end of a batch if it is due, measures it, and logs.
 
         Args:
@@ -193,7 +193,7 @@ class Training:
             self._timer.leave(round((self._gradients - before) / len(pieces)))
             self._tell(trainer, self._timer)
 
-    def end(self, trainer: Any, module: Any) -> None:
+    def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         self._counter.leave()
         x, done = 0, self._counter.done
@@ -236,7 +236,7 @@ class Training:
 
     # -- how it is set up -------------------------------------------------------------------------
 
-    def _probe(self, trainer: Any, module: Any, source: Any) -> Probe:
+    def _probe(self, trainer: Trainer, module: LightningModule, source: Any) -> Probe:
         """Reads a probe's batches and evaluates it once; every rank must call this.
 
         Raises:
@@ -256,10 +256,10 @@ class Training:
         probe.check()
         return probe
 
-    def _meter(self, module: Any, probe: Probe) -> Meter:
+    def _meter(self, module: LightningModule, probe: Probe) -> Meter:
         return Meter(probe, module, self._settings, self._grouping, self._ranks)
 
-    def _metadata(self, module: Any, key: str) -> dict[str, Any]:
+    def _metadata(self, module: LightningModule, key: str) -> dict[str, Any]:
         """Returns what a reader of the record must know, as JSON."""
         return {
             "version": 1,
@@ -308,7 +308,7 @@ class Training:
             self.snapshots.mark(self._trained, done)
         self.open()
 
-    def _choose(self, trainer: Any, budget: Budget, every: int | None) -> bool:
+    def _choose(self, trainer: Trainer, budget: Budget, every: int | None) -> bool:
         """Goes on with the every_n_steps that was chosen; False if none is yet."""
         if self.snapshots.is_open and budget.began_at is not None:
             self._opened_at = budget.began_at
@@ -326,7 +326,7 @@ class Training:
             meter.history.settings["every_n_steps"] = every
         self.reporter.note(every_n_steps=every)
 
-    def _trial(self, module: Any, weights: dict[str, Tensor], step: int) -> int:
+    def _trial(self, module: LightningModule, weights: dict[str, Tensor], step: int) -> int:
         """Measures the open segment for the time that it takes; the rows wait for `_commit`.
 
         Returns the gradients that it took.
@@ -352,7 +352,7 @@ class Training:
         """Finds the largest of the ranks' numbers; every rank must call this."""
         return self._ranks.largest(number, next(iter(self.meters.values())).probe.device)
 
-    def _tell(self, trainer: Any, timer: StepTimer) -> None:
+    def _tell(self, trainer: Trainer, timer: StepTimer) -> None:
         """Says once what measuring costs, or that it costs far more than it should."""
         if not timer.is_known or self._chords.every is None:
             return
@@ -372,7 +372,9 @@ class StepCounter:
     the bare torch optimizer, which Lightning does not see: there torch's own hook tells.
     """
 
-    def __init__(self, trainer: Any, module: Any, before: Callable[[], None]) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, before: Callable[[], None]
+    ) -> None:
         """Watches the optimizers of a training with manual optimization.
 
         Args:

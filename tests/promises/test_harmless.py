@@ -519,7 +519,7 @@ OPTIONS = {
     "every third step": Case(Everything, lca={"every_n_steps": 3}),
     "a budget, of every step or of a chord": Case(
         Everything,
-        callbacks=lambda path: [LCACallback(max_overhead=50.0, probe_mode="eval")],
+        callbacks=lambda path: [LCACallback(max_overhead=1.0, probe_mode="eval")],
         lca={"max_overhead": 0.01},
     ),
     "a tolerance": Case(Everything, lca={"tolerance": 1e-4}),

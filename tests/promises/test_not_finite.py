@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lca import History, LCACallback, figures
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.tensorboard import views
-from lightning_lca.tensorboard.bins import Range
-from lightning_lca.tensorboard.snapshot import Table
+from lightning_lca.tensorboard.snapshot import Range, Table
 
 STEPS = 14
 BAD = range(5, 9)  # Optimizer steps after which the weight is where the loss breaks.
@@ -191,7 +190,9 @@ def test_the_curves_since_the_start_go_on_after_a_step_that_is_not_finite(tmp_pa
     fine = np.isfinite(lca.history.residual)
     total = np.cumsum(np.where(fine, lca.history.allocated.sum(1), 0))
     assert [r["lcatotal_cum"] for r in rows] == pytest.approx(total, rel=1e-6)
-    assert (np.isfinite([r["lcatotal"] for r in rows]) == fine).all()
+    each = np.where(fine, lca.history.allocated.sum(1), 0)
+    assert [r["lcatotal"] for r in rows] == pytest.approx(each, rel=1e-6)
+    assert [r["lcanot_finite"] for r in rows] == np.cumsum(~fine).tolist()
     assert lca.history.loss_after[-1] - lca.history.loss_before[-5] == pytest.approx(
         total[-1] - total[-6], abs=1e-5
     )

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
-from lightning_lca import LCACallback
-from lightning_lca.record import summary as ledger
+from lightning_lca import History, LCACallback
+from lightning_lca.record import summary
 from lightning_lca.record.tables import StepTable
 from lightning_lca.reporting.figures import Gallery
 
@@ -91,7 +91,7 @@ def test_the_summary_reads_as_a_table_in_the_text_tab(shown):
     lca, _, events = shown
     text = tensor_util.make_ndarray(events.Tensors("lca/summary/text_summary")[-1].tensor_proto)
     html = markdown.markdown(text.item().decode(), extensions=["markdown.extensions.tables"])
-    for line in ledger.Ledger.of(lca.history.groups, lca.history.sizes, lca.history.rows).lines:
+    for line in summary.Ledger.of(lca.history).lines:
         assert f"<td>{line.name}</td>" in html
         assert f"{line.credit:+.4f}" in html
     assert html.count("<table>") == 2
@@ -109,9 +109,10 @@ def test_names_cannot_become_markdown_or_html():
         },
         np.array([3]),
     )
-    html = markdown.markdown(
-        ledger.markdown([name], np.array([3]), rows), extensions=["markdown.extensions.tables"]
-    )
+    history = History([name], [3])
+    history.append(rows)
+    text = summary.markdown(history)
+    html = markdown.markdown(text, extensions=["markdown.extensions.tables"])
     assert "<img" not in html
     assert "<strong>x" not in html
     assert "<a " not in html

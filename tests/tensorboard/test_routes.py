@@ -180,8 +180,9 @@ def test_the_tab_is_there_and_its_page_is_served(server):
     prefix = urllib.parse.urlparse(server.root).path
     assert listed["loading_mechanism"]["module_path"] == f"{prefix}plugin/lca/index.js"
     types = {".js": "text/javascript", ".css": "text/css"}
-    for path in STATIC.iterdir():
-        code, headers, data = server.reply(f"plugin/lca/{path.name}")
+    for path in filter(Path.is_file, STATIC.rglob("*")):
+        name = path.relative_to(STATIC).as_posix()
+        code, headers, data = server.reply(f"plugin/lca/{name}")
         assert (code, data) == (200, path.read_bytes())
         assert headers["Content-Type"].startswith(types.get(path.suffix, "text/plain"))
         assert headers["X-Content-Type-Options"] == "nosniff"
@@ -489,7 +490,7 @@ def test_no_path_leads_out_of_the_page(server, path):
     assert b"import" not in data
 
 
-@pytest.mark.parametrize("route", ["runs", "bins?run=two", "uPlot.min.css", "export?run=two"])
+@pytest.mark.parametrize("route", ["runs", "bins?run=two", "vendor/uPlot.min.css", "export?run=two"])
 def test_only_reading_is_answered(server, route):
     code, headers, data = server.reply(f"plugin/lca/{route}", method="HEAD")
     assert (code, data) == (200, b"")

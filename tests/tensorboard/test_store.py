@@ -10,17 +10,18 @@ import pytest
 from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History
+from lightning_lca.analysis.bins import Bins
 from lightning_lca.record import eventfile as record
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import runs as store_module
 from lightning_lca.tensorboard import views
-from lightning_lca.tensorboard.bins import Bins, Range, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query, QueryError
 from lightning_lca.tensorboard.runs import Store
-from lightning_lca.tensorboard.snapshot import Table
+from lightning_lca.tensorboard.snapshot import Range, Table
+from lightning_lca.tensorboard.views import plain
 
 LAYERS = ("conv", "head")
 SIZES = np.array([100, 7])
@@ -386,7 +387,7 @@ def test_bins_tile_the_range_and_empty_ones_are_zero(most):
     steps = np.array([3, 4, 5, 11, 12, 30])
     values = np.array([1.0, 2, 4, 8, 16, 32])
     for first, last, least in ((1, 30, 1), (4, 12, 1), (6, 10, 1), (20, 50, 3), (31, 99, 1)):
-        tiles = Bins.of(steps, first, last, most, least)
+        tiles = Bins.by_steps(steps, first, last, most, least)
         widths = np.diff(tiles.edges)
         assert (tiles.edges[0], tiles.edges[-1]) == (first - 1, last)
         assert 1 <= len(widths) <= most
@@ -403,8 +404,12 @@ def test_what_is_not_finite_is_none():
     table.rows.loss_after[3] = np.inf
     table.rows.residual[2] = np.nan
     answer = views.bins(table, Range(bins=3))
-    assert [c is None for c in answer["credit"][0]] == [True, False, False]
-    assert [c is None for c in answer["credit"][1]] == [False, False, False]
+    assert answer["not_finite"] == [1, 2, 0]
+    for layer in range(2):
+        first, second, third = answer["credit"][layer]
+        assert first == table.rows.allocated[0, layer], "the step is left out, of every layer"
+        assert second is None, "no step is left"
+        assert third == table.rows.allocated[4:, layer].sum(dtype=float)
     assert answer["loss"][2] is None
     assert answer["residual"][1] is None
     for view in (views.table(table, Range()), views.synchrony(table, Range(), 3), answer):

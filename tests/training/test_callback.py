@@ -55,7 +55,27 @@ MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
         ({"probe_batches": 0}, ValueError, "probe_batches must be at least 1"),
         ({"log_every_n_steps": -1}, ValueError, "log_every_n_steps must be at least 1"),
         ({"max_splits": 0}, ValueError, "max_splits must be at least 1"),
-        ({"tolerance": 0.0}, ValueError, "tolerance must be a positive number in loss units"),
+        ({"max_splits": 3}, ValueError, "max_splits must be a power of two.*Choose 2 or 4"),
+        ({"neurons": "no"}, TypeError, "neurons must be True or False, got 'no'"),
+        ({"track_parameters": "false"}, TypeError, "track_parameters must be True or False"),
+        ({"figures": None}, TypeError, "figures must be True or False, got None"),
+        ({"custom_scalars": 1}, TypeError, "custom_scalars must be True or False, got 1"),
+        ({"tolerance": True}, TypeError, "tolerance must be a number, in loss units"),
+        ({"tolerance": "1e-3"}, TypeError, "tolerance must be a number, .*; got '1e-3'"),
+        ({"tolerance": float("inf")}, ValueError, "tolerance must be a positive number"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance must be a positive number"),
+        ({"max_overhead": 10}, ValueError, "11 times as long. It is a share, at most 1"),
+        ({"seed": "a"}, TypeError, "seed must be a whole number, got 'a'"),
+        ({"seed": None}, TypeError, "seed must be a whole number, got None"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"seed": 2**70}, ValueError, "seed must be at most 4294967295"),
+        ({"probe": (torch.ones(2), torch.ones(2))}, TypeError, r"probe=\[\(x, y\)\]"),
+        ({"probe": {1: "train"}}, TypeError, "Probes go by names, which are text; got 1"),
+        ({"probe": {"": "train"}}, TypeError, "Probes go by names, which are text; got ''"),
+        ({"probe": []}, ValueError, "The probe is empty: got 0 batches"),
+        ({"probe": {"a": iter(())}}, ValueError, "The probe 'a' is empty"),
+        ({"probe_mode": ["eval"]}, ValueError, "probe_mode must be one of"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be a positive number, in loss units"),
         (
             {"tolerance": 1e-3, "quadrature": "boole"},
             ValueError,
@@ -111,7 +131,7 @@ class Stream(IterableDataset):
     [
         (Manual, {}, "Tell which loss is meant: LCACallback\\(loss_fn="),
         (Frozen, {}, "The model has no trainable weight"),
-        (Classifier, {"probe": []}, "The probe is empty: got 0 batches"),
+        (Classifier, {"probe": DataLoader([])}, "The probe is empty: got 0 batches"),
         (
             lambda: Returns(lambda loss: None),
             {},
@@ -241,6 +261,7 @@ def test_an_iterator_of_batches_serves_two_fits(tmp_path):
 # -- scalars --------------------------------------------------------------------------------------
 
 NETWORK = {"lca/total", "lca/residual", "lca/total_cum", "lca/loss", "lca/help", "lca/hurt"}
+NETWORK |= {"lca/not_finite"}
 LAYERS = {
     f"lca_layer_{what}/{i:02d} net.{2 * i}" for what in ("cum", "help", "hurt") for i in range(3)
 }
@@ -404,10 +425,11 @@ def test_the_cost_line_suggests_a_chord_only_where_that_is_good_advice(
 
 
 def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
-    advice = "The residual is large. Set a tolerance"
     rough = fit(tmp_path, quadrature="euler", steps=40).lca
-    assert advice in rough.summary()
-    assert advice not in fit(tmp_path, steps=40).lca.summary()
+    assert 'The residual is large. Choose quadrature="simpson".' in rough.summary()
+    rough = fit(tmp_path, every_n_steps=20, steps=40).lca
+    assert "A chord of 20 steps cuts across the bends of the path" in rough.summary()
+    assert "The residual is large" not in fit(tmp_path, steps=40).lca.summary()
 
 
 def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):

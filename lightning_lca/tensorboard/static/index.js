@@ -1,7 +1,7 @@
 /** What TensorBoard loads for the LCA tab. */
 
-import { App } from "./app.js";
-import { el } from "./dom.js";
+import { el } from "./lib/dom.js";
+import { App } from "./views/app.js";
 
 /** Loads a style sheet of ours; layout must not start before. */
 function style(name) {
@@ -15,6 +15,6 @@ function style(name) {
 export async function render() {
   document.title = "LCA";
   document.documentElement.lang = "en";
-  await Promise.all([style("uPlot.min.css"), style("style.css")]);
+  await Promise.all([style("vendor/uPlot.min.css"), style("style.css")]);
   new App(document.body).start();
 }

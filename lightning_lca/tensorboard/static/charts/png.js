@@ -1,7 +1,7 @@
 /** Saves a part's canvases, as they stand on the page, as one picture with its title. */
 
-import { el } from "./dom.js";
-import { FONT, colors } from "./theme.js";
+import { el } from "../lib/dom.js";
+import { FONT, colors } from "../lib/theme.js";
 
 const PAD = 16;
 const HEAD = 44;

@@ -1,11 +1,9 @@
 /** Which runs there are, looked for now and then. */
 
 import { Source } from "./api.js";
+import { natural } from "./order.js";
 
 const POLL = 3000; // Milliseconds between looks.
-
-/** Orders names with their numbers: version_2 before version_10. */
-const natural = new Intl.Collator("en", { numeric: true }).compare;
 
 /** The list of runs; `all` is null until the first answer. */
 export class Runs {

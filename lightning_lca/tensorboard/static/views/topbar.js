@@ -1,8 +1,8 @@
 /** The controls that stay in sight: run, probe, steps, comparison, live reload and links. */
 
-import { route } from "./api.js";
-import { el, fill } from "./dom.js";
-import { clampRange, panned, zoomed } from "./zoom.js";
+import { clampRange, panned, zoomed } from "../charts/zoom.js";
+import { route } from "../lib/api.js";
+import { el, fill } from "../lib/dom.js";
 
 /** A labelled control. */
 function field(text, ...nodes) {

@@ -1,9 +1,10 @@
 /** Rows of names over a step axis: what the heatmap and the raster have in common. */
 
-import { FONT_BOLD, FONT_SMALL, margins, stepTicks } from "./axes.js";
-import { el } from "./dom.js";
-import { elide } from "./format.js";
-import { colors } from "./theme.js";
+import { el } from "../lib/dom.js";
+import { elide } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
+import { stepTicks } from "../lib/ticks.js";
+import { FONT_BOLD, FONT_SMALL, margins } from "./axes.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
 import { cursor, zoomable } from "./zoom.js";
 

@@ -1,8 +1,8 @@
 /** A part of the page: heading, what it shows, tools, the plot, a note, and its errors. */
 
-import { margins } from "./axes.js";
-import { el } from "./dom.js";
-import { savePng } from "./png.js";
+import { margins } from "../charts/axes.js";
+import { savePng } from "../charts/png.js";
+import { el } from "../lib/dom.js";
 
 export class Section {
   /** `about()` gives the run and steps that a saved picture names. */

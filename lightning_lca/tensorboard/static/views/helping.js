@@ -1,22 +1,11 @@
 /** How narrow the majority of helping weights is, against what chance would give. */
 
-import { Chart } from "./chart.js";
-import { percent, percentLabels, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { extent, rule, steppedBand } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { extent, rule, steppedBand } from "../charts/marks.js";
+import { binAt } from "../lib/edges.js";
+import { percent, percentLabels, steps } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
 import { Section } from "./section.js";
-import { colors } from "./theme.js";
-
-/** The mean of the values that are there, weighted by rows. */
-function mean(values, weights) {
-  let [sum, weight] = [0, 0];
-  values.forEach((v, i) => {
-    if (v === null) return;
-    sum += v * weights[i];
-    weight += weights[i];
-  });
-  return weight ? sum / weight : null;
-}
 
 export function helpingView(app) {
   const section = new Section(app.main, {
@@ -35,15 +24,15 @@ export function helpingView(app) {
   return {
     section,
     source: "helping",
-    draw({ edges, measured, network, layer }, { state }) {
+    draw({ edges, network, layer }, { state }) {
       const middle = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
       const name = layer ? state.layer : null;
       const edge = (part, side) => part.sd.map((sd) => (sd === null ? null : 0.5 + side * 2 * sd));
       const near = layer ?? network; // Whose band matters: the one with fewer weights is wider.
       const lines = [{ values: network.share, color: colors.text, width: 1.75 }];
       if (layer) lines.push({ values: layer.share, color: colors.selected, width: 1.75 });
-      const means = [["network", mean(network.share, measured), colors.text]];
-      if (layer) means.push([name, mean(layer.share, measured), colors.selected]);
+      const means = [["network", network.mean, colors.text]];
+      if (layer) means.push([name, layer.mean, colors.selected]);
       const names = means
         .filter(([, value]) => value !== null)
         .map(([text, value, color], i) => ({

@@ -1,11 +1,11 @@
 /** What each layer has done to the loss so far. */
 
-import { Chart } from "./chart.js";
-import { count, signed } from "./format.js";
-import { extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { extent, rule } from "../charts/marks.js";
+import { end, nearestEdge, stacked, sumsOf } from "../lib/edges.js";
+import { count, signed } from "../lib/format.js";
+import { colors, sequence } from "../lib/theme.js";
 import { Section } from "./section.js";
-import { added, end, nearestEdge, sumsOf } from "./sums.js";
-import { colors, sequence } from "./theme.js";
 
 /** A switch for all running sums: from the run's start, or from that of the range. */
 export function originToggle(app, section) {
@@ -73,7 +73,8 @@ function strongest(names, [helping, hurting] = names.length > 16 ? [8, 4] : [16,
 
 /** Helping layers blue, hurting ones red, the selected one in front. */
 function asLines({ edges, layers }, sums, chosen) {
-  const sign = (sum) => (end(sum) - sum[0] > 0 ? colors.hurts : colors.helps);
+  const hurts = (sum) => end(sum) > sum[0];
+  const sign = (sum) => (hurts(sum) ? colors.hurts : colors.helps);
   const lines = sums.map((values, i) => ({
     values,
     color: i === chosen ? colors.selected : sign(values),
@@ -89,8 +90,9 @@ function asLines({ edges, layers }, sums, chosen) {
       layers.map((text, i) => ({
         text,
         value: end(sums[i]),
-        hurts: end(sums[i]) > sums[i][0],
+        hurts: hurts(sums[i]),
         color: i === chosen ? colors.selected : sign(sums[i]),
+        ink: i !== chosen && hurts(sums[i]) ? colors.hurtsText : undefined,
         bold: i === chosen,
         rank: i === chosen ? Infinity : Math.abs(end(sums[i]) - sums[i][0]),
       })),
@@ -109,13 +111,16 @@ function asLines({ edges, layers }, sums, chosen) {
 function asAreas({ edges, layers }, sums, total, truth, chosen) {
   const palette = sequence(layers.length);
   if (chosen >= 0) palette[chosen] = colors.selected;
-  const side = (keep) => sums.map((sum) => sum.map((v) => keep(0, v)));
+  // Where no layer has a sum, areas go straight on to the next edge.
+  const known = edges.map((_, k) => k).filter((k) => total[k] !== null);
+  const at = known.map((k) => edges[k]);
+  const side = (keep) => stacked(sums.map((sum) => known.map((k) => keep(0, sum[k]))));
   const [below, above] = [side(Math.min), side(Math.max)];
   const heights = middles(sums.map(end));
   return {
     lines: [{ values: truth, color: colors.text, width: 2 }],
-    y: extent([added(below, edges.length), added(above, edges.length), truth], { include: [0] }),
-    below: [areas(edges, below, palette), areas(edges, above, palette), rule(0, colors.muted)],
+    y: extent([below.at(-1), above.at(-1), truth], { include: [0] }),
+    below: [areas(at, below, palette), areas(at, above, palette), rule(0, colors.muted)],
     names: [
       ...strongest(
         layers.map((text, i) => ({
@@ -136,11 +141,11 @@ function asAreas({ edges, layers }, sums, total, truth, chosen) {
         rank: Infinity,
       },
     ],
-    describe(at, value) {
-      const k = nearestEdge(edges, at);
-      const parts = value < 0 ? below : above;
-      let base = 0;
-      const inside = parts.findIndex((part) => Math.abs((base += part[k])) >= Math.abs(value));
+    describe(step, value) {
+      const k = nearestEdge(edges, step);
+      const near = nearestEdge(at, step);
+      const tops = value < 0 ? below : above;
+      const inside = tops.findIndex((top) => Math.abs(top[near]) >= Math.abs(value));
       const layer = inside >= 0 ? [[layers[inside], signed(sums[inside][k])]] : [];
       return [
         `after step ${count(edges[k])}`,
@@ -150,22 +155,21 @@ function asAreas({ edges, layers }, sums, total, truth, chosen) {
   };
 }
 
-/** Draws lists of one sign on top of each other. */
-function areas(xs, parts, palette) {
+/** Draws lists of one sign on top of each other, given the far side of each. */
+function areas(xs, tops, palette) {
   return ({ context, x, y }) => {
-    const base = new Array(xs.length).fill(0);
     context.lineWidth = 0.75;
     context.strokeStyle = colors.background;
-    parts.forEach((part, l) => {
-      if (part.every((v) => v === 0)) return;
+    tops.forEach((top, l) => {
+      const base = tops[l - 1] ?? top.map(() => 0);
+      if (top.every((v, i) => v === base[i])) return;
       context.fillStyle = palette[l];
       context.beginPath();
-      xs.forEach((s, i) => context.lineTo(x(s), y(base[i] + part[i])));
+      xs.forEach((s, i) => context.lineTo(x(s), y(top[i])));
       for (let i = xs.length - 1; i >= 0; i--) context.lineTo(x(xs[i]), y(base[i]));
       context.closePath();
       context.fill();
       context.stroke();
-      part.forEach((v, i) => (base[i] += v));
     });
   };
 }

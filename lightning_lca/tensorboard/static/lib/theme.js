@@ -1,8 +1,11 @@
-/** Colours: blue helps, red hurts; a neutral white, or dark grey in dark mode. */
+/** Colours: blue helps, red hurts, as in the figures; a neutral white, or dark grey in dark mode. */
 
+import * as shared from "../colours.js";
 import { addressWindow } from "./state.js";
 
 const LIGHT = {
+  ...shared.LIGHT,
+  hurtsText: "#b8391d", // Small letters need more contrast than areas.
   background: "#ffffff",
   text: "#1d2126",
   muted: "#59636e",
@@ -10,14 +13,14 @@ const LIGHT = {
   frame: "#c9cfd6",
   empty: "#d5dae0",
   neutral: "#ffffff",
-  helps: "#174f96",
-  hurts: "#d6452b",
   selected: "#8a2f9e",
   band: "rgba(95, 105, 118, 0.17)",
   faint: "#a9b1ba",
   warn: "#9a6700",
 };
 const DARK = {
+  ...shared.DARK,
+  hurtsText: shared.DARK.hurts,
   background: "#303030",
   text: "#f3f4f6",
   muted: "#b9c0c8",
@@ -25,8 +28,6 @@ const DARK = {
   frame: "#63686d",
   empty: "#55595d",
   neutral: "#3d3d3d",
-  helps: "#79bbff",
-  hurts: "#ff7f5f",
   selected: "#e8a5f5",
   band: "rgba(190, 198, 208, 0.2)",
   faint: "#7d838a",

@@ -1,7 +1,8 @@
 /** The layers of the range as a table, sorted by any column. */
 
-import { el } from "./dom.js";
-import { count, percent, signed } from "./format.js";
+import { el } from "../lib/dom.js";
+import { count, percent, signed } from "../lib/format.js";
+import { inOrder } from "../lib/order.js";
 import { Section } from "./section.js";
 
 const COLUMNS = [
@@ -33,13 +34,6 @@ const COLUMNS = [
     hint: "Mean fraction of weights that hurt in a step",
   },
 ];
-
-/** Orders two values; text by its numbers, missing ones last. */
-function compare(a, b, falling) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
-  return falling ? -order : order;
-}
 
 export function tableView(app) {
   const section = new Section(app.main, {
@@ -73,7 +67,7 @@ export function tableView(app) {
     latest = [data, context];
     const focused = body.contains(document.activeElement) ? document.activeElement.title : null;
     const rows = data.layers.map((row, i) => ({ ...row, order: i + 1 }));
-    rows.sort((a, b) => compare(a[sort.key], b[sort.key], sort.falling) || a.order - b.order);
+    rows.sort((a, b) => inOrder(a[sort.key], b[sort.key], sort.falling) || a.order - b.order);
     const most = Math.max(...rows.map((row) => Math.abs(row.credit ?? 0)), Number.MIN_VALUE);
     heads.forEach((head, i) => {
       const sorted = COLUMNS[i].key === sort.key;

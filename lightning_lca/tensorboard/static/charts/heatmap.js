@@ -1,36 +1,26 @@
 /** Credit by row and bin of steps: blue helps, red hurts. */
 
+import { binAt } from "../lib/edges.js";
+import { count, elide, number, percent, signed, steps } from "../lib/format.js";
+import { colors, diverging, rgb } from "../lib/theme.js";
 import { FONT_BOLD, FONT_SMALL } from "./axes.js";
-import { count, elide, number, percent, signed, steps } from "./format.js";
 import { Grid } from "./grid.js";
-import { colors, diverging, rgb } from "./theme.js";
 
-/** The 99 % quantile of |value| over all cells with some credit: the end of the colour scale. */
-export function colorLimit(...matrices) {
-  const sizes = [];
-  for (const matrix of matrices) {
-    for (const row of matrix) for (const v of row) if (v) sizes.push(Math.abs(v));
-  }
-  sizes.sort((a, b) => a - b);
-  return sizes.length ? sizes[Math.min(sizes.length - 1, Math.floor(0.99 * sizes.length))] : 0;
-}
-
-/** The bin that holds a position on the step axis; edges ascend. */
-export function binAt(edges, at) {
-  let low = 0;
-  let high = edges.length - 2;
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (edges[middle] < at) low = middle;
-    else high = middle - 1;
-  }
-  return low;
+/** Rows of a heatmap with their sums; [names], [L][B], [L], and each one's part of the loss change. */
+export function heatRows(names, credit, totals, { label = (name) => name, shares = {} } = {}) {
+  return names.map((name, i) => ({
+    name,
+    label: label(name),
+    values: credit[i],
+    total: totals[i],
+    share: shares[name],
+  }));
 }
 
 /**
- * Beside a grid's view it takes: rows with `values` [B] and `total`, `edges` [B + 1], `measured` [B]
- * or null, `limit`, `unit` (what a cell holds), `words` (of the two ends), `change` (the true loss
- * change in the range, for shares), `title` (where a page has several).
+ * Beside a grid's view it takes: rows with `values` [B], `total` and maybe `share` (of the true loss
+ * change), `edges` [B + 1], `measured` [B] or null, `notFinite` [B] or null, `limit`, `unit` (what a
+ * cell holds), `words` (of the two ends), `title` (where a page has several).
  */
 export class Heatmap extends Grid {
   paint(context, ratio) {
@@ -172,7 +162,7 @@ export class Heatmap extends Grid {
   }
 
   describe(i, at) {
-    const { rows, edges, measured, change } = this.view;
+    const { rows, edges, measured, notFinite } = this.view;
     const bin = binAt(edges, at);
     const row = rows[i];
     const value = row.values[bin];
@@ -182,12 +172,14 @@ export class Heatmap extends Grid {
       lines.push([
         "LCA",
         value === null
-          ? "not a finite number"
+          ? "not finite"
           : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`,
       ]);
     if (measured?.[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
+    if (notFinite?.[bin]) lines.push(["left out, not finite", count(notFinite[bin])]);
     lines.push(["in the whole view", signed(row.total)]);
-    if (change) lines.push(["share of the loss change", percent(row.total / change)]);
+    if (row.share !== undefined && row.share !== null)
+      lines.push(["share of the loss change", percent(row.share)]);
     return [`${row.name} · ${steps(edges[bin] + 1, edges[bin + 1])}`, lines];
   }
 }

@@ -1,18 +1,15 @@
 /** Moments of learning: a mark per layer and step; those that layers share stand out. */
 
+import { count, plural } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
 import { FONT_SMALL } from "./axes.js";
-import { count, plural } from "./format.js";
 import { Grid } from "./grid.js";
-import { colors } from "./theme.js";
 
-/** Beside a grid's view it takes `moments` [[row, step]]. */
+/**
+ * Beside a grid's view it takes `moments` [[row, step, layers with a moment at that step]], and rows
+ * with `all` and `shared`, their numbers of moments.
+ */
 export class Raster extends Grid {
-  update(view) {
-    this.layers = new Map(); // step -> number of layers with a moment there
-    for (const [, step] of view.moments) this.layers.set(step, (this.layers.get(step) ?? 0) + 1);
-    super.update(view);
-  }
-
   paint(context) {
     const { rows, rowHeight, moments, low, high } = this.view;
     const { left, top, width } = this.plot;
@@ -30,8 +27,8 @@ export class Raster extends Grid {
     const mark = Math.max(1.5, Math.min(cell * 0.8, 14));
     for (const shared of [false, true]) {
       context.fillStyle = shared ? colors.helps : colors.faint;
-      for (const [row, step] of moments) {
-        if (this.layers.get(step) > 1 !== shared) continue;
+      for (const [row, step, layers] of moments) {
+        if (layers > 1 !== shared) continue;
         context.fillRect(
           this.x(step - 0.5) - mark / 2,
           top + row * rowHeight + 0.5,
@@ -51,10 +48,11 @@ export class Raster extends Grid {
     context.font = FONT_SMALL;
     context.textAlign = "left";
     context.textBaseline = "middle";
+    const roomy = width > 290;
     let x = left;
     for (const [color, text] of [
-      [colors.helps, "shared with another layer"],
-      [colors.faint, "of this layer alone"],
+      [colors.helps, roomy ? "shared with another layer" : "shared"],
+      [colors.faint, roomy ? "of this layer alone" : "alone"],
     ]) {
       context.fillStyle = color;
       context.fillRect(x, y - 5, 3, 10);
@@ -67,22 +65,16 @@ export class Raster extends Grid {
 
   /** How many of each layer's moments are shared, at the right. */
   drawCounts(context) {
-    const { rows, rowHeight, moments } = this.view;
+    const { rows, rowHeight } = this.view;
     if (rowHeight < 12) return;
     const { left, top, width } = this.plot;
-    const all = new Array(rows.length).fill(0);
-    const shared = new Array(rows.length).fill(0);
-    for (const [row, step] of moments) {
-      all[row]++;
-      if (this.layers.get(step) > 1) shared[row]++;
-    }
     context.textAlign = "left";
     context.textBaseline = "middle";
     context.fillStyle = colors.text;
     context.font = FONT_SMALL;
-    rows.forEach((_, i) => {
+    rows.forEach(({ all, shared }, i) => {
       context.fillText(
-        `${shared[i]} of ${all[i]}`,
+        `${shared} of ${all}`,
         left + width + 14,
         top + (i + 0.5) * rowHeight + 0.5,
       );
@@ -97,7 +89,7 @@ export class Raster extends Grid {
       .filter(([r, s]) => r === row && Math.abs(s - 0.5 - at) <= reach)
       .sort((a, b) => Math.abs(a[1] - at) - Math.abs(b[1] - at))[0];
     if (!near) return [`${rows[row].name} · step ${count(step)}`, [["", "no moment of learning"]]];
-    const others = this.layers.get(near[1]) - 1;
+    const others = near[2] - 1;
     const shared = others ? `shared with ${plural(others, "other layer")}` : "of this layer alone";
     return [`${rows[row].name} · step ${count(near[1])}`, [["moment of learning", shared]]];
   }

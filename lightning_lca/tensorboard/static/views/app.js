@@ -1,23 +1,23 @@
 /** Puts the page together: the state asks the sources, and the sources' answers are drawn. */
 
-import { Source } from "./api.js";
-import { margins } from "./axes.js";
-import { el } from "./dom.js";
-import { steps } from "./format.js";
-import { Runs } from "./runs.js";
-import { Store } from "./state.js";
-import { followTheme } from "./theme.js";
+import { margins } from "../charts/axes.js";
+import { clampRange, panned, zoomed } from "../charts/zoom.js";
+import { Source } from "../lib/api.js";
+import { el } from "../lib/dom.js";
+import { steps } from "../lib/format.js";
+import { Runs } from "../lib/runs.js";
+import { Store } from "../lib/state.js";
+import { followTheme } from "../lib/theme.js";
+import { channelsView } from "./channels.js";
+import { compareView } from "./compare.js";
+import { cumulativeView } from "./cumulative.js";
+import { helpingView } from "./helping.js";
+import { layersView } from "./layers.js";
+import { ledgerView } from "./ledger.js";
+import { synchronyView } from "./synchrony.js";
+import { tableView } from "./table.js";
 import { TopBar } from "./topbar.js";
 import { Verdict } from "./verdict.js";
-import { channelsView } from "./view-channels.js";
-import { compareView } from "./view-compare.js";
-import { cumulativeView } from "./view-cumulative.js";
-import { helpingView } from "./view-helping.js";
-import { layersView } from "./view-layers.js";
-import { ledgerView } from "./view-ledger.js";
-import { synchronyView } from "./view-synchrony.js";
-import { tableView } from "./view-table.js";
-import { clampRange, panned, zoomed } from "./zoom.js";
 
 const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
@@ -172,7 +172,7 @@ export class App {
       table,
       bins: sources.bins.data,
       synchrony: sources.synchrony.data,
-      change: table?.true_change,
+      shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
       own: { run: state.run, probe: state.probe },
       other:

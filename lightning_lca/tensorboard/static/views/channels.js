@@ -1,9 +1,9 @@
 /** Inside one layer: its channels over time, the most helpful first. */
 
-import { count, plural } from "./format.js";
-import { Heatmap, colorLimit } from "./heatmap.js";
+import { Heatmap, heatRows } from "../charts/heatmap.js";
+import { count, plural } from "../lib/format.js";
+import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { binUnit, heatRows, rowHeight } from "./view-layers.js";
 
 export function channelsView(app) {
   const section = new Section(app.main, {
@@ -31,21 +31,19 @@ export function channelsView(app) {
         : "Click a layer above to see its channels (its neurons, for a linear layer).";
     },
     draw(data) {
-      const { layer, edges, channels, credit, total, shown, of } = data;
+      const { layer, edges, channels, credit, total, helped, hurt, shown, of } = data;
       const label = (name) => (name.startsWith(`${layer}/`) ? name.slice(layer.length + 1) : name);
       map.update({
-        rows: heatRows(channels, credit, total, label),
+        rows: heatRows(channels, credit, total, { label }),
         edges,
         measured: null,
         low: edges[0],
         high: edges.at(-1),
-        limit: colorLimit(credit),
-        unit: binUnit(edges),
+        limit: data.limit,
+        unit: data.unit,
         selected: null,
         rowHeight: rowHeight(channels.length, { room: 480, least: 3, most: 18 }),
       });
-      const helped = total.filter((v) => v < 0).length;
-      const hurt = total.filter((v) => v > 0).length;
       const cut =
         shown < of
           ? ` Of ${count(of)} channels, the ${count(shown)} that helped or hurt most are shown.`

@@ -1,6 +1,6 @@
 /** One tooltip for the page. */
 
-import { el } from "./dom.js";
+import { el } from "../lib/dom.js";
 
 let box = null;
 

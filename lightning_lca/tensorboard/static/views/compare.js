@@ -1,23 +1,14 @@
 /** Two probes of a run, or two runs, side by side: each, their difference, and one layer's sums. */
 
-import { Chart } from "./chart.js";
-import { count, plural, signed } from "./format.js";
-import { Heatmap, colorLimit } from "./heatmap.js";
-import { extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { Heatmap, heatRows } from "../charts/heatmap.js";
+import { extent, rule } from "../charts/marks.js";
+import { end, nearestEdge, startingFrom } from "../lib/edges.js";
+import { count, plural, signed } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
+import { pairNames } from "../lib/words.js";
+import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { added, end, nearestEdge, running } from "./sums.js";
-import { colors } from "./theme.js";
-import { binUnit, heatRows, rowHeight } from "./view-layers.js";
-
-/** What tells two measurements apart: the probe within a run, else the run (and probe). */
-export function pairNames({ run, probe }, { run: otherRun, probe: otherProbe }) {
-  if (run === otherRun) return [probe || "only probe", otherProbe || "only probe"];
-  if (probe === otherProbe) return [run, otherRun];
-  return [
-    [run, probe],
-    [otherRun, otherProbe],
-  ].map((pair) => pair.filter(Boolean).join(" · "));
-}
 
 export function compareView(app) {
   const section = new Section(app.main, {
@@ -62,56 +53,50 @@ export function compareView(app) {
           ]),
       ];
     },
-    draw(data, { state, run, own, other, change }) {
-      const { edges, layers, a, b, before_a: beforeA, before_b: beforeB } = data;
+    draw(data, { state, own, other, shares }) {
+      const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);
       section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
-      const within = (last) => edges.slice(0, -1).map((edge) => (edge < last ? 1 : 0));
-      const [measuredA, measuredB] = [within(run.last_step), within(other.last)];
-      const both = measuredA.map((n, k) => n && measuredB[k]);
-      const minus = (v, w) => (v === null || w === null ? null : v - w);
-      const difference = b.map((row, i) => row.map((v, k) => (both[k] ? minus(v, a[i][k]) : 0)));
-      const limit = colorLimit(a, b);
-      const views = [
-        [nameA, a, measuredA, limit, undefined],
-        [nameB, b, measuredB, limit, undefined],
-        [
-          `${nameB} minus ${nameA}`,
-          difference,
-          both,
-          colorLimit(difference),
-          ["helps more", "hurts more"],
-        ],
-      ];
-      views.forEach(([text, credit, measured, top, words], i) => {
-        maps[i].update({
-          title: text,
-          rows: heatRows(layers, credit),
-          edges,
-          measured,
-          low: edges[0],
-          high: edges.at(-1),
-          limit: top,
-          unit: binUnit(edges),
-          words,
-          axis: i === 2,
-          selected: state.layer,
-          change: i === 0 ? change : null,
-          rowHeight: rowHeight(layers.length, { room: 260, least: 3, most: 22 }),
-        });
+      const common = {
+        edges,
+        low: edges[0],
+        high: edges.at(-1),
+        unit: data.unit,
+        selected: state.layer,
+        rowHeight: rowHeight(layers.length, { room: 260, least: 3, most: 22 }),
+      };
+      const [a, b, difference] = maps;
+      a.update({
+        ...common,
+        title: nameA,
+        rows: heatRows(layers, data.a, data.total_a, { shares }),
+        measured: measuredA,
+        limit: data.limit,
+        axis: false,
+      });
+      b.update({
+        ...common,
+        title: nameB,
+        rows: heatRows(layers, data.b, data.total_b),
+        measured: measuredB,
+        limit: data.limit,
+        axis: false,
+      });
+      difference.update({
+        ...common,
+        title: `${nameB} minus ${nameA}`,
+        rows: heatRows(layers, data.difference, data.total_difference),
+        measured: measuredA.map((n, k) => Math.min(n, measuredB[k])),
+        limit: data.limit_difference,
+        words: ["helps more", "hurts more"],
       });
       const chosen = layers.indexOf(state.layer);
-      const whole = state.origin === "run";
-      const sum = (credit, before) =>
-        chosen >= 0
-          ? running(credit[chosen], whole ? before[chosen] : 0)
-          : added(
-              credit.map((row, i) => running(row, whole ? before[i] : 0)),
-              edges.length,
-            );
-      const until = (values, measured) =>
-        values.map((v, k) => (k === 0 || measured[k - 1] ? v : null));
-      const [sumA, sumB] = [until(sum(a, beforeA), measuredA), until(sum(b, beforeB), measuredB)];
+      const sums = (letter) => {
+        const part = (name) =>
+          chosen >= 0 ? data[`${name}_${letter}`][chosen] : data[`${name}_total_${letter}`];
+        return startingFrom(state.origin === "run" ? part("before") : 0, part("running"));
+      };
+      const [sumA, sumB] = [sums("a"), sums("b")];
       sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? state.layer : "all layers"}`;
       chart.update({
         x: edges,

@@ -1,8 +1,8 @@
 /** The server's JSON routes: one request at a time per source, and stale answers are dropped. */
 
-/** The address of a route; the base works under any path prefix. */
+/** The address of a route; the base works under any path prefix. This file lies one folder below. */
 export function route(name, params = {}) {
-  const url = new URL(name, import.meta.url);
+  const url = new URL(`../${name}`, import.meta.url);
   for (const [key, value] of Object.entries(params)) {
     if (value !== null && value !== undefined) url.searchParams.set(key, value);
   }

@@ -1,13 +1,13 @@
 /** Whether the credits add up to the true change of the loss: total, truth and what is left over. */
 
-import { Chart } from "./chart.js";
-import { count, number, percent, signed, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { bars, extent, rule } from "./marks.js";
+import { Chart } from "../charts/chart.js";
+import { bars, extent, rule } from "../charts/marks.js";
+import { binAt, end, nearestEdge, sumsOf } from "../lib/edges.js";
+import { count, signed, steps } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
+import { ledgerWords } from "../lib/words.js";
+import { originToggle } from "./cumulative.js";
 import { Section } from "./section.js";
-import { end, nearestEdge, sumsOf } from "./sums.js";
-import { colors } from "./theme.js";
-import { originToggle } from "./view-cumulative.js";
 
 export function ledgerView(app) {
   const section = new Section(app.main, {
@@ -38,7 +38,7 @@ export function ledgerView(app) {
       drawOrigin(state);
       drawTotals(totals, bins, state.origin === "run");
       drawResidual(rest, bins);
-      section.note.textContent = table ? words(table) : "";
+      section.note.textContent = table ? ledgerWords(table) : "";
     },
   };
 }
@@ -60,7 +60,14 @@ function drawTotals(chart, bins, sinceRun) {
     below: [rule(0, colors.muted)],
     names: [
       { text: "true change", value: end(truth), color: colors.text, bold: true, rank: 2 },
-      { text: "all layers' LCA", value: end(total), color: colors.hurts, bold: true, rank: 1 },
+      {
+        text: "all layers' LCA",
+        value: end(total),
+        color: colors.hurts,
+        ink: colors.hurtsText,
+        bold: true,
+        rank: 1,
+      },
     ],
     describe(at) {
       const k = nearestEdge(edges, at);
@@ -75,8 +82,8 @@ function drawTotals(chart, bins, sinceRun) {
   });
 }
 
-function drawResidual(chart, { edges, residual, drift, unconverged }) {
-  const missed = unconverged.some(Boolean);
+function drawResidual(chart, { edges, residual, drift, beyond_tolerance: beyond }) {
+  const missed = beyond.some(Boolean);
   chart.update({
     x: edges,
     lines: [],
@@ -85,7 +92,7 @@ function drawResidual(chart, { edges, residual, drift, unconverged }) {
     y: extent([residual], { include: [0] }),
     title: "residual",
     above: [
-      bars(edges, residual, (i) => (unconverged[i] ? colors.warn : colors.muted)),
+      bars(edges, residual, (i) => (beyond[i] ? colors.warn : colors.muted)),
       rule(0, colors.frame),
     ],
     names: missed ? [{ text: "amber: over tolerance", value: 0, color: colors.warn, rank: 1 }] : [],
@@ -95,17 +102,8 @@ function drawResidual(chart, { edges, residual, drift, unconverged }) {
         ["residual", signed(residual[k])],
         ["drift", signed(drift[k])],
       ];
-      if (unconverged[k]) rows.push(["steps over tolerance", count(unconverged[k])]);
+      if (beyond[k]) rows.push(["steps over tolerance", count(beyond[k])]);
       return [steps(edges[k] + 1, edges[k + 1]), rows];
     },
   });
-}
-
-/** The ledger of the range in a line. */
-function words({ true_change: change, allocated, residual, drift, largest_residual: largest }) {
-  const share = change ? ` (${percent(Math.abs(residual / change))} of the change)` : "";
-  return (
-    `True change ${signed(change, 5)} = LCA ${signed(allocated, 5)}, residual ${signed(residual)}${share}, ` +
-    `drift ${signed(drift)}. Largest residual of one step: ${number(largest, 2)}.`
-  );
 }

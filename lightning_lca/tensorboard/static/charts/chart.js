@@ -1,10 +1,11 @@
 /** Lines over the step axis, by uPlot, with the margins of all plots. */
 
-import { FONT_SMALL, margins, sideLabels, stepTicks, tickLabels, valueTicks } from "./axes.js";
-import { el } from "./dom.js";
-import { colors } from "./theme.js";
+import { el } from "../lib/dom.js";
+import { colors } from "../lib/theme.js";
+import { stepTicks, tickLabels, valueTicks } from "../lib/ticks.js";
+import uPlot from "../vendor/uPlot.esm.js";
+import { FONT_SMALL, margins, sideLabels } from "./axes.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
-import uPlot from "./uPlot.esm.js";
 import { cursor, zoomable } from "./zoom.js";
 
 const YAXIS = 76; // Ticks and title of the y axis.

@@ -1,50 +1,15 @@
 /** Whether layers learn at the same moments, more often than chance would have it. */
 
-import { Chart } from "./chart.js";
-import { el } from "./dom.js";
-import { count, number, steps } from "./format.js";
-import { binAt } from "./heatmap.js";
-import { bars, extent, rule, steppedBand } from "./marks.js";
-import { Raster } from "./raster.js";
+import { Chart } from "../charts/chart.js";
+import { bars, extent, rule, steppedBand } from "../charts/marks.js";
+import { Raster } from "../charts/raster.js";
+import { el } from "../lib/dom.js";
+import { binAt } from "../lib/edges.js";
+import { count, number, steps } from "../lib/format.js";
+import { colors } from "../lib/theme.js";
+import { sharedWords, synchronyWords } from "../lib/words.js";
+import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
-import { colors } from "./theme.js";
-import { rowHeight } from "./view-layers.js";
-
-/** "p < 0.001" where no draw came near, else "p = 0.03". */
-function pWords({ p_pairs: p, draws }) {
-  return p <= 1.001 / (draws + 1)
-    ? `p < ${number(1.001 / (draws + 1), 1)}`
-    : `p = ${Number(p.toPrecision(2))}`;
-}
-
-/**
- * What the moments say: {together: true, false or null, head, words}. Pairs of layers decide: with
- * many layers nearly every moment has company by chance, but not that of so many.
- */
-export function synchronyWords(data) {
-  const { layers, moments, pairs, pairs_null_low: low, pairs_null_high: high, p_pairs: p } = data;
-  const unknown = "Learning together: unknown";
-  if (layers.length < 2)
-    return { together: null, head: unknown, words: "One layer has no other to learn with." };
-  if (!moments)
-    return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
-  const chance =
-    low === high ? count(Math.round(low)) : `${count(Math.round(low))}–${count(Math.round(high))}`;
-  const facts = `Two layers peak on the same step ${count(pairs)} times; chance would give ${chance}`;
-  return p < 0.05
-    ? { together: true, head: "Layers learn together", words: `${facts} (${pWords(data)}).` }
-    : {
-        together: false,
-        head: "No sign of learning together",
-        words: `${facts} (${pWords(data)}).`,
-      };
-}
-
-/** How many moments have company, as a sentence. */
-function sharedWords({ synchronized, moments, null_low: low, null_high: high }) {
-  const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
-  return `${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
-}
 
 export function synchronyView(app) {
   const section = new Section(app.main, {
@@ -90,8 +55,13 @@ export function synchronyView(app) {
       const { edges, layers } = data;
       const [low, high] = [edges[0], edges.at(-1)];
       raster.update({
-        rows: layers.map((name) => ({ name, label: name })),
-        moments: data.raster,
+        rows: layers.map((name, i) => ({
+          name,
+          label: name,
+          all: data.moments_by_layer[i],
+          shared: data.shared_by_layer[i],
+        })),
+        moments: data.raster.map(([row, step], i) => [row, step, data.raster_at_once[i]]),
         low,
         high,
         axis: false,
