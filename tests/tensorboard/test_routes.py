@@ -490,7 +490,9 @@ def test_no_path_leads_out_of_the_page(server, path):
     assert b"import" not in data
 
 
-@pytest.mark.parametrize("route", ["runs", "bins?run=two", "vendor/uPlot.min.css", "export?run=two"])
+@pytest.mark.parametrize(
+    "route", ["runs", "bins?run=two", "vendor/uPlot.min.css", "export?run=two"]
+)
 def test_only_reading_is_answered(server, route):
     code, headers, data = server.reply(f"plugin/lca/{route}", method="HEAD")
     assert (code, data) == (200, b"")
