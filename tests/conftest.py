@@ -3,6 +3,9 @@ import signal
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
+from support.figures import drawn, not_drawn
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
@@ -17,10 +20,17 @@ def _ctrl_c_is_heard():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_is_drawn():
+    """Neither in tests nor in what they share."""
+    with not_drawn():
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _figures_only_where_they_are_looked_at(request, monkeypatch):
-    """Every training ends with some seconds of drawing, which most tests do not look at."""
+def _but_where_it_is_looked_at(request):
     if request.node.get_closest_marker("figures") is None:
-        monkeypatch.setattr(
-            "lightning_lca.reporting.figures.Gallery.draw", lambda *args, **kwargs: None
-        )
+        yield
+    else:
+        with drawn():
+            yield

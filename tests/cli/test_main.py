@@ -16,8 +16,6 @@ from support.training import fit
 from lightning_lca import History, LCACallback
 from lightning_lca.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("main")
-
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
@@ -25,10 +23,9 @@ def logs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("logs")
     callbacks = {}
     for name, probe in (("a", "train"), ("b", {"fit": "train", "own": "train"}), ("plain", None)):
-        pl.seed_everything(0)
         lca = callbacks[name] = LCACallback(probe=probe, neurons=True) if probe else pl.Callback()
         logger = TensorBoardLogger(directory, name="runs", version=name)
-        fit(directory, lca, steps=30, trainer={"logger": logger})
+        fit(directory, lca, steps=30, measured=False, trainer={"logger": logger})
     return directory, callbacks
 
 

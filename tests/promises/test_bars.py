@@ -15,6 +15,7 @@ import termios
 
 from support.processes import environment
 
+pytestmark = pytest.mark.slow
 COLUMNS = 400  # So that no line is broken.
 SCRIPT = """
 import sys
@@ -22,8 +23,6 @@ import warnings
 from support.models import Classifier, pl, toy_loader
 from support.training import make_trainer
 from lightning_lca import LCACallback
-
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bars")]
 
 class Wanders(Classifier):
     '''Its loss depends on the step number, which the callback warns of, once.'''

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_lca import History
 from lightning_lca.record import eventfile as record
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crash")]
+pytestmark = pytest.mark.slow
 
 SCRIPT = TESTS / "scripts" / "train_and_crash.py"
 TIMES = {"probe": 2 * STEPS, "record": 8, "checkpoint": 4, "snapshot": STEPS - 1}  # At least.

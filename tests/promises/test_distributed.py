@@ -17,7 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_lca import History
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 SCRIPT = TESTS / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")

@@ -159,7 +159,7 @@ def raiser(hook, error):
     return type("Raiser", (pl.Callback,), {hook: burn})()
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("place", ["before", pytest.param("after", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_error_in_another_callback_comes_out_as_without_us(tmp_path, hook, place):
     def run(directory, *lca):

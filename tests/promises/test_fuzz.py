@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.assertions import differences
+from support.marks import matrix
 from support.models import Model, pl
 from support.training import make_trainer
 from support.twin import RULES, PathRecorder, Twin, groups_of, simpson, sum_of_groups
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import LCACallback
 
-SEEDS, QUICK = 200, 20
+SEEDS = {f"seed{i}x": i for i in range(200)}
+QUICK = list(SEEDS)[:20]
 CLASSES = 3
 
 
@@ -260,13 +262,7 @@ class Credits(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore:LCA. .*round")  # Half-precision weights are warned of.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # Once in a process, by Adagrad.
-@pytest.mark.parametrize(
-    "seed",
-    [
-        pytest.param(i, id=f"seed{i}x", marks=[pytest.mark.slow] if i >= QUICK else [])
-        for i in range(SEEDS)
-    ],
-)
+@pytest.mark.parametrize("seed", matrix(SEEDS, QUICK))
 def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
     plain, recorder = train(tmp_path, case(seed))
     drawn = case(seed)

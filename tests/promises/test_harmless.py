@@ -35,6 +35,7 @@ from support.harmless import (
     twins,
     validating,
 )
+from support.marks import matrix
 from support.models import Classifier, mlp, pl, toy_data, toy_loader
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -526,30 +527,30 @@ OPTIONS = {
     "tracked parameters": Case(Everything, lca={"track_parameters": True}),
     "the midpoint rule": Case(Everything, lca={"quadrature": "midpoint"}),
     "the gauss2 rule": Case(Everything, lca={"quadrature": "gauss2", "group_by": "neuron"}),
-    "every dashboard": Case(
-        Everything,
-        trainer={"max_steps": 12},
-        lca={"neurons": True, "track_parameters": True},
-    ),
     "a loss_fn": Case(
         Everything, lca={"loss_fn": lambda m, batch: {"a": m.training_step(batch, 0)}}
     ),
 }
 
 
-# Quick: all at once, and every option of the callback; the others single out the cause.
-MARKS = dict.fromkeys(["everything at once", *OPTIONS], ())
-MARKS["every dashboard"] = [pytest.mark.figures, pytest.mark.slow]
+# All at once, and every option of the callback: the others single out the cause.
+QUICK = {"everything at once", *OPTIONS}
+EVERY_DASHBOARD = pytest.param(
+    Case(
+        Everything,
+        trainer={"max_steps": 12},
+        lca={"neurons": True, "track_parameters": True},
+    ),
+    id="every dashboard",
+    marks=[pytest.mark.figures, pytest.mark.slow],
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # fork, Python >= 3.12
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=MARKS.get(name, pytest.mark.slow))
-        for name, case in (MODELS | SETTINGS | OPTIONS).items()
-    ],
+    [*matrix(MODELS | SETTINGS | OPTIONS, QUICK), EVERY_DASHBOARD],
 )
 def test_training_is_bitwise_the_same_with(case, tmp_path, capsys):
     plain, measured, lca = twins(case, tmp_path, capsys)

@@ -352,6 +352,7 @@ def test_credits_are_the_twins_beside(tmp_path, setup):
 
 
 @quiet
+@pytest.mark.slow
 @pytest.mark.parametrize("setup", CALLBACKS.values(), ids=CALLBACKS)
 def test_training_is_bitwise_the_same_beside(tmp_path, capsys, setup):
     callbacks = setup.get("callbacks", list)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from support.assertions import assert_ledger_closes
+from support.marks import matrix
 from support.models import Classifier, mlp, pl, toy_loader
 from support.training import fit, make_trainer
 from torch import nn
@@ -212,7 +213,7 @@ def train(path, net, *callbacks, dtype=torch.float32, steps=14, loader=None, **a
     )
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("run", matrix(RUNS, ["plain", "refined"]))
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 @pytest.mark.parametrize(
     ("dtype", "relative"),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
+from support.marks import matrix
 from support.models import pl
 from support.processes import environment, wait_for
 from support.training import fit
@@ -25,8 +26,6 @@ from lightning_lca import History
 from lightning_lca.cli.main import main
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
-
-pytestmark = pytest.mark.xdist_group("replay")
 
 STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")
@@ -128,7 +127,11 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=ON_GPU) if "GPU" in name else name for name in CASES]
+    "case",
+    [
+        *matrix({name: name for name in CASES if "GPU" not in name}, ["plain", "dropout on"]),
+        pytest.param("on a GPU", marks=ON_GPU),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:LCA. the probe loss changed from")
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
@@ -154,6 +157,7 @@ def test_on_every_nth_step_it_gives_the_record_of_chords(tmp_path, n, save):
     assert_same(history, History.load(live.log_dir))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("then", [True, False])
 def test_weights_find_their_places_when_only_one_side_is_compiled(tmp_path, then):
     live = train(tmp_path, Net(compiles=then), Data()).history
@@ -267,6 +271,7 @@ def test_a_replay_that_was_killed_goes_on_as_if_unbroken(runs, monkeypatch):
     assert_identical(runs / "a" / RECORD, runs / "b" / RECORD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_replay_that_was_asked_to_stop_goes_on_as_if_unbroken(runs, capsys, monkeypatch, number):
     calls = []
@@ -286,6 +291,7 @@ def test_a_replay_that_was_asked_to_stop_goes_on_as_if_unbroken(runs, capsys, mo
     assert_identical(runs / "a" / RECORD, runs / "b" / RECORD)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_path):
     later = tmp_path / "later"
     later.mkdir()

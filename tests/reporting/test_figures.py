@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from support.figures import drawn
 from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -51,7 +52,8 @@ def shown(tmp_path_factory):
     logger = TensorBoardLogger(directory, version="v")
     lca = LCACallback(track_parameters=True, figures=True)
     credits = Credits(lca)
-    fit(directory, lca, credits, steps=20, trainer={"logger": logger})
+    with drawn():
+        fit(directory, lca, credits, steps=20, trainer={"logger": logger})
     return lca, credits, read(lca.log_dir)
 
 
@@ -119,6 +121,7 @@ def test_names_cannot_become_markdown_or_html():
     assert html.count("<td") == 7 + 5 * 3, "the name does not split its row"
 
 
+@pytest.mark.slow
 def test_without_a_logger_for_figures_they_are_files(tmp_path):
     lca, *_ = fit(
         tmp_path, trainer={"logger": CSVLogger(tmp_path)}, probe={"a": "train", "b/../x": "train"}
@@ -220,6 +223,7 @@ def test_drawing_takes_a_twentieth_of_training_at_most(tmp_path, monkeypatch):
     assert clock.now - drawn[-1] < 1e-9, "the end is always drawn"
 
 
+@pytest.mark.slow
 def test_the_layout_is_beside_the_users_own(tmp_path):
     logger = TensorBoardLogger(tmp_path, version="v")
     logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["train_loss"]]}})

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_lca import History
 from lightning_lca.record import writer as board
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("page")]
+pytestmark = pytest.mark.slow
 
 EVIL = "<img src=x onerror=alert(1)>"
 LAYERS = ["first", EVIL, "planted", "last"]

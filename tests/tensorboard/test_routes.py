@@ -30,7 +30,7 @@ from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
 from lightning_lca.record import writer as board
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("routes")]
+pytestmark = pytest.mark.slow
 
 STATIC = Path(lightning_lca.tensorboard.__file__).parent / "static"
 LAUNCH = "from tensorboard.main import run_main; run_main()"

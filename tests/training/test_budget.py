@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.assertions import assert_same_history, scalars
+from support.marks import matrix
 from support.models import Classifier, mlp, pl, toy_loader
 from support.training import fit
 from torch import nn
@@ -159,7 +160,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("expected", "options"), CASES.values(), ids=CASES)
+QUICK = ["as many steps as pay for one", "several steps of a batch"]
+
+
+@pytest.mark.parametrize(("expected", "options"), matrix(CASES, QUICK))
 def test_the_number_chosen_repeats_the_run_exactly(tmp_path, expected, options):
     others = [c for c in [options.get("callback")] if c]
     options = {k: v for k, v in options.items() if k != "callback"}

@@ -1,0 +1,69 @@
+"""The tables of docs/routes.md, read: what the routes take and answer, and the same as types."""
+
+import re
+from pathlib import Path
+
+import lightning_lca
+
+DOCUMENT = Path(lightning_lca.__file__).parent / "docs" / "routes.md"
+_TYPES = {"int": "number", "float": "number", "text": "string", "bool": "boolean"}
+
+
+def _cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def parameters():
+    """Reads what every route takes: {route: {parameter: whether it may be left out}}."""
+    table = DOCUMENT.read_text(encoding="utf-8").split("\n## ")[0]
+    rows = [_cells(line) for line in table.splitlines() if line.startswith("| `")]
+    return {
+        route.strip("`"): {name: mark == "?" for name, mark in re.findall(r"`(\w+)(\??)`", takes)}
+        for route, takes, _ in rows
+    }
+
+
+def fields():
+    """Reads what every route answers with: {route: {field: (type, whether null, shape)}}.
+
+    A shape is a list of sizes as text, "B + 1", outermost first; a field's path is as in the table.
+    """
+    answers = {}
+    for part in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, _, text = part.partition("\n")
+        if "| field |" not in text:
+            continue
+        answers[title] = {}
+        for line in text.splitlines():
+            if line.startswith("| `"):
+                field, kind, shape, _ = _cells(line)
+                sizes = [size.strip() for size in shape.strip("[]").split(",")] if shape else []
+                answers[title][field.strip("`")] = (kind.rstrip("?"), kind.endswith("?"), sizes)
+    return answers
+
+
+def declarations():
+    """Writes the answers as types for the page: BinsAnswer, …; ambient, so that none is imported."""
+    text = []
+    for route, answer in fields().items():
+        tree = {}
+        for path, (kind, null, shape) in answer.items():
+            *parents, leaf = path.split(".")
+            place = tree
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            element = _TYPES.get(kind, "Record<string, unknown>")
+            element = f"({element} | null)" if null else element
+            place[leaf] = element + "[]" * len(shape)
+        text.append(f"type {route.title()}Answer = {_type(tree)};\n")
+    return "\n".join(text)
+
+
+def _type(tree, indent="  "):
+    lines = []
+    for name, kind in tree.items():
+        written = kind if isinstance(kind, str) else _type(kind, indent + "  ")
+        if name == "layer" and not isinstance(kind, str):
+            written += " | null"
+        lines.append(f"{indent}{name.removesuffix('[]')}: {written}{'[]' * name.endswith('[]')};")
+    return "{\n" + "\n".join(lines) + f"\n{indent[2:]}}}"

@@ -1,0 +1,123 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import {
+  layerWords,
+  ledgerWords,
+  leftOut,
+  lossWords,
+  pairNames,
+  sharedWords,
+  synchronyWords,
+  trustWords,
+} from "../../../lightning_lca/tensorboard/static/lib/words.js";
+
+const TABLE = {
+  layers: [
+    { name: "a", credit: -3, share: 0.75 },
+    { name: "b", credit: -2, share: 0.5 },
+    { name: "c", credit: 1, share: -0.25 },
+  ],
+  true_change: -4,
+  allocated: -4,
+  residual: 0.001,
+  drift: 0,
+  rows: 10,
+  not_finite: 0,
+  beyond_tolerance: 0,
+  unexplained: 0.0002,
+  is_large: false,
+  largest_residual: 0.001,
+  remarks: [],
+};
+const told = (change) => trustWords({ ...TABLE, ...change }, 0);
+const plain = (text) => text.replaceAll("\u2212", "-").replaceAll("\u202f", " ");
+
+test("two measurements are named by what tells them apart", () => {
+  const pair = (run, probe) => ({ run, probe });
+  assert.deepEqual(pairNames(pair("r", "train"), pair("r", "val")), ["train", "val"]);
+  assert.deepEqual(pairNames(pair("r", ""), pair("r", "val")), ["only probe", "val"]);
+  assert.deepEqual(pairNames(pair("r", "val"), pair("s", "val")), ["r", "s"]);
+  assert.deepEqual(pairNames(pair("r", ""), pair("s", "val")), ["r", "s · val"]);
+});
+
+test("the verdict says how the loss moved, and where", () => {
+  const bins = { edges: [0, 5, 10], loss: [1.5, null, 0.25] };
+  const words = lossWords({ true_change: -1.25, rows: 10 }, bins);
+  assert.equal(words.head, "The loss fell by 1.250");
+  assert.equal(words.detail, "1.5000 → 0.2500 · Steps 1–10");
+  assert.match(lossWords({ true_change: 2, rows: 5 }, bins).head, /rose by 2/);
+  assert.match(lossWords({ true_change: 2, rows: 5 }, bins).detail, /5 measured/);
+  assert.equal(lossWords({ true_change: null, rows: 5 }, bins).warn, true);
+  assert.equal(lossWords({ true_change: null, rows: 0 }, bins).head, "No measured step here");
+});
+
+test("the verdict names the layers that did most, with their served shares", () => {
+  const { head, detail, warn } = layerWords(TABLE);
+  assert.equal(head, "2 layers helped, 1 hurt");
+  assert.match(plain(detail), /hurting most: c \+1.0 · helping most: a -3.0 \(75 %\), b -2.0 \(50 %\)/);
+  assert.equal(warn, false);
+  assert.equal(layerWords({ layers: [{ credit: null }], true_change: -1 }).warn, true);
+});
+
+test("trust follows the served share, and all is never said where something is left", () => {
+  assert.equal(plain(told({}).head), "The credits explain > 99.9 %");
+  assert.equal(told({}).warn, false);
+  assert.equal(plain(told({ unexplained: 0.00059 }).head), "The credits explain 99.9 %");
+  assert.equal(plain(told({ unexplained: 0.0321 }).head), "The credits explain 96.7 %");
+  assert.equal(told({ unexplained: 0 }).head, "The credits add up");
+  assert.equal(told({ unexplained: null }).head, "The credits add up");
+  assert.equal(told({ unexplained: null, is_large: true, remarks: ["x"] }).head, "The credits do not add up");
+  assert.equal(told({ unexplained: 1.5 }).head, "The credits do not explain the change");
+});
+
+test("whether a residual is large is the server's to say, and so is the remedy", () => {
+  const large = told({ unexplained: 0.5, is_large: true, remarks: ["The residual is large. Do X."] });
+  assert.equal(large.warn, true);
+  assert.match(large.detail, /The residual is large. Do X.$/);
+  assert.equal(told({ unexplained: 0.5 }).warn, false);
+});
+
+test("steps that are left out, beyond the tolerance, or lost are counted", () => {
+  const broken = told({ not_finite: 3 });
+  assert.match(broken.detail, /3 steps were not finite and are left out/);
+  assert.equal(broken.warn, true);
+  assert.equal(told({ not_finite: 10, unexplained: null }).head, "No step is finite");
+  assert.match(told({ beyond_tolerance: 2 }).detail, /2 of 10 steps beyond the tolerance/);
+  assert.match(trustWords(TABLE, 2).detail, /2 chunks of the record could not be read/);
+  assert.equal(leftOut(1), "1 step was not finite and is left out");
+  assert.deepEqual(told({ rows: 0 }), { head: "Nothing to add up", detail: "" });
+});
+
+test("the ledger is an equation only where no step is left out of it", () => {
+  assert.match(plain(ledgerWords(TABLE)), /^True change -4.0000 = LCA -4.0000, residual \+0.00100/);
+  assert.match(plain(ledgerWords(TABLE)), /Residuals of all steps are 0.02 % of all credit/);
+  const partial = ledgerWords({ ...TABLE, not_finite: 1, remarks: ["In 1 of 10 steps …"] });
+  assert.doesNotMatch(partial, / = /);
+  assert.match(partial, /In 1 of 10 steps …$/);
+});
+
+test("layers learn together where pairs are more than chance gives", () => {
+  const data = {
+    layers: ["a", "b"],
+    moments: 40,
+    synchronized: 30,
+    null_low: 4.2,
+    null_high: 9.8,
+    pairs: 15,
+    pairs_null_low: 2,
+    pairs_null_high: 5,
+    p_pairs: 1 / 1001,
+    draws: 1000,
+  };
+  assert.deepEqual(synchronyWords(data), {
+    together: true,
+    head: "Layers learn together",
+    words: "Two layers peak on the same step 15 times; chance would give 2–5 (p < 0.001).",
+  });
+  assert.equal(synchronyWords({ ...data, p_pairs: 0.31 }).together, false);
+  assert.match(synchronyWords({ ...data, p_pairs: 0.314 }).words, /\(p = 0.31\)/);
+  assert.equal(synchronyWords({ ...data, layers: ["a"] }).together, null);
+  assert.equal(synchronyWords({ ...data, moments: 0 }).together, null);
+  assert.match(sharedWords(data), /^30 of 40 moments .* chance would give 4–10.$/);
+});
