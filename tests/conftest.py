@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("support")
-from support.figures import drawn, not_drawn
+from support.figures import drawn, not_drawn  # noqa: E402 (its asserts are rewritten)
 
 
 @pytest.fixture(autouse=True, scope="session")

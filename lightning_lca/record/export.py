@@ -11,36 +11,54 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record.history import History
-from lightning_lca.record.tables import SCALARS
+from lightning_lca.record.layers import Layers
+from lightning_lca.record.tables import SCALARS, StepTable
 
 Columns = dict[str, npt.NDArray[Any]]
 FORMATS = (".csv", ".parquet", ".npz")
 BLOCK = 10_000  # Most rows that are written at once,
 CELLS = 2**20  # and most numbers.
-_PER_STEP = ("steps", *SCALARS)
-_PER_GROUP = {"lca": "allocated", "helping": "helping", "hurting": "hurting"}
+_PER_STEP = ("steps", *SCALARS, "finite")
+_PER_GROUP = ("allocated", "helping", "hurting")
 
 
-def wide(history: History) -> Columns:
-    """Gives one row per measured step [T]: its scalars, then lca, helping, hurting of each group.
+def wide(history: History, rows: slice = slice(None), *, by_layer: bool = False) -> Columns:
+    """Returns one row per measured step [T]: its scalars, then lca, helping, hurting of each group.
 
     Units: LCA, losses and residuals are in loss units, negative LCA helped; helping and hurting are
-    fractions of the group's weights.
+    fractions of the group's weights. Steps that are not ``finite`` count in no sum elsewhere.
+
+    Args:
+        history: What was measured.
+        rows: Which steps.
+        by_layer: One column for each layer that dashboards show, in place of each group.
     """
-    columns = {name: getattr(history, name) for name in _PER_STEP}
-    for prefix, name in _PER_GROUP.items():
-        values = getattr(history, name)
-        columns |= {f"{prefix}/{group}": values[:, g] for g, group in enumerate(history.groups)}
+    table = history.rows[rows]
+    layers = history.shown if by_layer else Layers.of(history.groups)
+    columns = {name: getattr(table, name) for name in _PER_STEP}
+    # "lca/" also keeps a name from being a formula.
+    for prefix, values in _per_group(history, table, layers).items():
+        columns |= {f"{prefix}/{name}": values[:, i] for i, name in enumerate(layers.names)}
     return columns
 
 
 def long(history: History) -> Columns:
-    """Gives one row per measured step and group [T x G]: steps, layer, lca, helping, hurting."""
+    """Returns one row per measured step and group [T x G]: steps, layer, lca, helping, hurting."""
     columns: Columns = {
         "steps": np.repeat(history.steps, len(history.groups)),
         "layer": np.tile(np.array(history.groups, dtype=object), len(history)),
     }
-    return columns | {p: getattr(history, n).reshape(-1) for p, n in _PER_GROUP.items()}
+    values = _per_group(history, history.rows, Layers.of(history.groups))
+    return columns | {prefix: v.reshape(-1) for prefix, v in values.items()}
+
+
+def _per_group(history: History, table: StepTable, layers: Layers) -> Columns:
+    sizes = np.maximum(layers.sums(history.sizes), 1)
+    return {
+        "lca": layers.sums(table.allocated.astype(np.float64)),
+        "helping": layers.sums(table.helping) / sizes,
+        "hurting": layers.sums(table.hurting) / sizes,
+    }
 
 
 def arrays(history: History) -> Columns:
@@ -48,8 +66,7 @@ def arrays(history: History) -> Columns:
 
     ``neurons_allocated`` [W, N], ``neurons_steps`` [W] and ``neurons_names`` (N,), for example.
     """
-    columns: Columns = {name: getattr(history, name) for name in _PER_STEP}
-    columns |= {name: getattr(history, name) for name in _PER_GROUP.values()}
+    columns: Columns = {name: getattr(history, name) for name in (*_PER_STEP, *_PER_GROUP)}
     columns |= {"groups": np.array(history.groups, dtype=str), "sizes": history.sizes}
     for table in ("parameters", "neurons", "weights"):
         windows = getattr(history, table)

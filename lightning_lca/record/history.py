@@ -248,6 +248,11 @@ class History:
         return self.rows.converged
 
     @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Whether losses and credits of each step are finite, so that sums count it [T]."""
+        return self.rows.finite
+
+    @property
     def unmoved(self) -> npt.NDArray[np.bool_]:
         """Steps in which no weight got credit [T]: a gradient scaler skips such steps."""
         return self.rows.unmoved

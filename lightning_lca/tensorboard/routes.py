@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_lca.record.tables import StepTable
+from lightning_lca.record import export
 from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query, QueryError
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
-_LEDGER = ("loss_before", "loss_after", "residual", "drift", "splits", "converged", "seconds")
 _BLOCK = 2**17  # Numbers that are turned to text at once.
 _CELLS = 2**21  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
 _PAIRED = 2000  # Most layers of which every pair is compared.
@@ -89,7 +88,7 @@ def _export(store: Store, source: Source, query: Query) -> Download:
     query.done()
     table = store.run(source, run).table(probe)
     name = re.sub("[^A-Za-z0-9]+", "_", f"lca {run} {probe or ''}").strip("_")[:100]
-    return Download(f"{name}.csv", _csv(table, table.rows[asked.tile(table).rows]))
+    return Download(f"{name}.csv", _csv(table, asked.tile(table).rows))
 
 
 def _common(query: Query) -> tuple[str, str | None, Range]:
@@ -102,19 +101,16 @@ def _bounded(asked: Range, *tables: Table) -> Range:
     return replace(asked, bins=min(asked.bins, most))
 
 
-def _csv(table: Table, rows: StepTable) -> Iterator[str]:
-    """Writes rows as text, one column per layer. "lca/" keeps a name from being a formula."""
+def _csv(table: Table, rows: slice) -> Iterator[str]:
+    """Writes rows as text, with the columns of `export.wide`."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["step", *_LEDGER, *(f"lca/{layer}" for layer in table.layers)])
     step = max(1, min(512, _BLOCK // len(table.layers)))
-    for first in range(0, len(rows), step):
-        block = rows[first : first + step]
-        columns = [getattr(block, name).tolist() for name in ("steps", *_LEDGER)]
-        credit = table.by_layer(block.allocated.astype(float)).tolist()
-        writer.writerows(
-            (*ledger, *layers) for *ledger, layers in zip(*columns, credit, strict=True)
-        )
+    writer.writerow(export.wide(table.history, slice(0, 0), by_layer=True))
+    for first in range(rows.start, rows.stop, step):
+        block = slice(first, min(first + step, rows.stop))
+        columns = export.wide(table.history, block, by_layer=True).values()
+        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
         yield text.getvalue()
         text.seek(0)
         text.truncate()

@@ -29,6 +29,7 @@ from lightning_lca import History
 from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
 from lightning_lca.record import writer as board
+from lightning_lca.record.export import wide
 
 pytestmark = pytest.mark.slow
 
@@ -379,11 +380,12 @@ def test_the_export_holds_every_row_of_the_range(server, logs):
     assert headers["Content-Disposition"] == 'attachment; filename="lca_sparse.csv"'
     assert headers["X-Content-Type-Options"] == "nosniff"
     head, *rows = csv.reader(io.StringIO(data.decode()))
-    assert head[:3] == ["step", "loss_before", "loss_after"]
-    assert head[8:] == [f"lca/{name}" for name in history.groups]
     kept = (history.steps >= 20) & (history.steps <= 80)
-    assert [int(r[0]) for r in rows] == history.steps[kept].tolist()
-    assert np.array_equal(np.array([r[8:] for r in rows], float), history.allocated[kept])
+    expected = {name: column[kept].tolist() for name, column in wide(history).items()}
+    assert head == list(expected), "the columns of the command line"
+    assert head[:3] == ["steps", "loss_before", "loss_after"]
+    for i, (name, column) in enumerate(expected.items()):
+        assert [r[i] for r in rows] == [str(value) for value in column], name
 
 
 # -- what a stranger wrote, or asks ---------------------------------------------------------------
