@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from support.models import pl
+from support.training import make_trainer
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -192,16 +193,7 @@ def test_the_callback_credits_a_training_along_that_path_as_the_original_code(
         probe=[digits[name]], tolerance=TOLERANCE, track_parameters=True, figures=False
     )
     keep = Keep(lca)
-    trainer = pl.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        max_steps=STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[lca, keep],
-    )
+    trainer = make_trainer(tmp_path, lca, keep, max_steps=STEPS)
     batches = DataLoader(TensorDataset(*digits["train"]), batch_size=64)
     trainer.fit(Net([as_weights(row) for row in witness["weights"]]), batches)
     assert lca.history.splits.tolist() == witness["panels"].tolist()
