@@ -3,8 +3,8 @@ import signal
 import pytest
 import torch
 
-pytest.register_assert_rewrite("support")
-from support.figures import drawn, not_drawn  # noqa: E402 (its asserts are rewritten)
+pytest.register_assert_rewrite("support")  # So that its assertions tell values, too.
+from support.figures import drawn, not_drawn  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
