@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_lca.record.eventfile import is_too_large
 from lightning_lca.record.tables import LARGEST, Columns, declared
 
 VERSION = 1  # Of the format, as far as it is known here.
@@ -19,7 +20,6 @@ STEADY = "steady"  # A writer's clock that never steps back.
 _GROUPINGS = ("layer", "parameter", "neuron")
 _LONGEST_NAME = 10_000  # Characters.
 _DEEPEST = 8  # Lists and objects within one another in the settings.
-_MEMORY = 2**27  # Bytes that the description may take once it is read.
 _COLUMNS = 2**22  # Groups times probes.
 
 
@@ -182,12 +182,8 @@ def _check_lengths(
 
 def _json(data: bytes) -> dict[str, Any]:
     """Reads an object; numbers that are not finite become None, which JSON can hold."""
-    # Its values take more memory than their text, lists and objects most.
-    taken = 3 * len(data) + 64 * data.count(b",") + 80 * (data.count(b"[") + data.count(b"{"))
-    if taken > _MEMORY:
-        raise DescriptionError(
-            f"it would take {taken >> 20} MiB of memory; the most is {_MEMORY >> 20} MiB"
-        )
+    if is_too_large(data):
+        raise DescriptionError(f"it has {len(data):,} bytes, and would take far more memory")
     try:
         said = json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
     except RecursionError as error:

@@ -43,6 +43,7 @@ class Reader:
         self._is_newer = False  # Whether the latest session has a format that is not known here.
         self._unread = 0
         self._open: dict[_Key, dict[str, eventfile.Array]] = {}
+        self._in_open = 0  # Bytes.
         self._fed = self._in_windows = 0
 
     @classmethod
@@ -127,7 +128,7 @@ class Reader:
         self.histories, self.description = fresh, said
         self._callback = said.callback or self._callback
         self._unread += len(self._open)
-        self._open = {}
+        self._open, self._in_open = {}, 0
 
     def _take(self, tag: eventfile.Tag, data: bytes) -> None:
         """Takes a part of a table; what cannot be read leaves the table open, as does the rest."""
@@ -141,36 +142,48 @@ class Reader:
         if tag.part not in columns:
             return  # Of a later version.
         parts = self._open.setdefault(key, {})
+        self._in_open -= _bytes(parts)
         try:
-            parts[tag.part] = part = eventfile.unpack(data, columns[tag.part])
-            if tag.table == "chunk" and len(part) > _ROWS:
-                raise ValueError(f"It has {len(part):,} rows; a chunk has at most {_ROWS:,}.")
-            if tag.table == "chunk" and len(part) > 1 and part.size > _CELLS:
-                raise ValueError(f"It has {part.size:,} numbers; a chunk has at most {_CELLS:,}.")
-            if tag.table != "chunk":
-                self._reserve(2 * part.nbytes)
+            parts[tag.part] = self._unpack(history, tag, data, columns[tag.part])
             if parts.keys() == columns.keys():
                 self._close(history, tag, parts)
                 del self._open[key]
+                return
+            # Parts are written together: what is not complete by now never will be.
+            if self._in_open + _bytes(parts) > _OPEN:
+                for other in self._open.values():
+                    if other is not parts:
+                        other.clear()
+                self._in_open = 0
+            self._in_open += _bytes(parts)
         except ValueError as error:
             self._remember(f"{tag}: {error}")
             parts.clear()
-        self._make_room(key)
 
-    def _reserve(self, memory: int) -> None:
+    def _unpack(
+        self, history: History, tag: eventfile.Tag, data: bytes, columns: tuple[int, ...]
+    ) -> eventfile.Array:
+        """Unpacks a part of a table, if it has the size of one; ValueError if not."""
+        if tag.table != "chunk":
+            declared = history.declared(tag.table)
+            if declared is not None and not history.is_named(tag.table):
+                self._reserve(declared.memory, tries=True)
+            part = eventfile.unpack(data, columns)
+            self._reserve(2 * part.nbytes)
+            return part
+        part = eventfile.unpack(data, columns)
+        if len(part) > _ROWS:
+            raise ValueError(f"It has {len(part):,} rows; a chunk has at most {_ROWS:,}.")
+        if len(part) > 1 and part.size > _CELLS:
+            raise ValueError(f"It has {part.size:,} numbers; a chunk has at most {_CELLS:,}.")
+        return part
+
+    def _reserve(self, memory: int, *, tries: bool = False) -> None:
         """Counts what windows take; ValueError where it is out of all proportion."""
         most = max(_WINDOWS, _RATIO * self._fed)
         if self._in_windows + memory > most:
             raise ValueError(f"Windows would take more than {most >> 20} MiB.")
-        self._in_windows += memory
-
-    def _make_room(self, latest: _Key) -> None:
-        """Gives up tables that are not complete, the oldest first: parts are written together."""
-        for key in list(self._open):
-            if sum(a.nbytes for parts in self._open.values() for a in parts.values()) <= _OPEN:
-                return
-            if key != latest:
-                self._open[key].clear()
+        self._in_windows += 0 if tries else memory
 
     def _close(
         self, history: History, tag: eventfile.Tag, parts: dict[str, eventfile.Array]
@@ -189,6 +202,10 @@ class Reader:
         if columns is not None and not history.is_named(tag.table):
             self._reserve(columns.memory)
         history.append_windows(tag.table, history.template(tag.table).from_parts(parts))
+
+
+def _bytes(parts: dict[str, eventfile.Array]) -> int:
+    return sum(part.nbytes for part in parts.values())
 
 
 def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:

@@ -210,7 +210,8 @@ def text(history: History) -> str:
     """Draws the table for a terminal."""
     if not len(history):
         return "LCA: no step was measured yet."
-    ledger = Ledger.of(history)
+    with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
+        ledger = Ledger.of(history)
     trust = ledger.trust
     names = [_printable(line.name) for line in ledger.lines]
     width = max([5, *(len(name) for name in names if len(name) <= _WIDEST)])
@@ -241,7 +242,8 @@ def markdown(history: History) -> str:
     """Draws the same table for TensorBoard's Text tab."""
     if not len(history):
         return "LCA: no step was measured yet."
-    ledger = Ledger.of(history)
+    with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
+        ledger = Ledger.of(history)
     trust = ledger.trust
     lines = [
         "| layer | weights | LCA | share of the change | helping | hurting | rank |",

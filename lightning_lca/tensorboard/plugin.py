@@ -69,6 +69,7 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return apps | {f"/{name}": self._answer(name) for name in ANSWERS}
 
     def _answer(self, name: str) -> App:
+        import numpy as np
         from tensorboard import plugin_util
         from tensorboard.backend import http_util
         from werkzeug import Request, Response
@@ -85,7 +86,9 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             experiment = plugin_util.experiment_id(request.environ)
             source = Source(self._provider, context, experiment)
             try:
-                answer = ANSWERS[name](self._store, source, Query(request.args))
+                # Sums of large numbers may be infinite; they are told as such.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    answer = ANSWERS[name](self._store, source, Query(request.args))
                 if isinstance(answer, dict):
                     text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
             except QueryError as error:

@@ -25,7 +25,6 @@ class Event(NamedTuple):
     wall_time: float
     tag: str
     data: bytes
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,8 @@ class Source:
         for tag, series in found.get(run, {}).items():
             for datum in series:
                 data = datum.numpy.item() if datum.numpy.size == 1 else b""
-                yield Event(
-                    _seconds(datum.wall_time),
-                    tag,
-                    data if isinstance(data, bytes) else b"",
-                    datum.step,
-                )
+                data = data if isinstance(data, bytes) else b""
+                yield Event(_seconds(datum.wall_time), tag, data)
 
     def started(self, run: str) -> float | None:
         """Finds the wall time of a run's first event; None where the provider does not tell."""

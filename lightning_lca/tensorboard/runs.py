@@ -16,6 +16,7 @@ import numpy as np
 
 from lightning_lca.analysis.bins import spacing
 from lightning_lca.record import eventfile
+from lightning_lca.record.description import Description, DescriptionError
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable
@@ -227,7 +228,8 @@ class _Order:
         sessions = [event for event in sessions if event.wall_time > since]
         begins = [event.wall_time for event in sessions]
         # A session is void where a later one starts before it.
-        limits = [min((e.step for e in sessions[i:]), default=None) for i in range(len(begins) + 1)]
+        first = list(map(_first_step, sessions))
+        limits = [min(first[i:], default=math.inf) for i in range(len(begins) + 1)]
         tags: list[list[tuple[Any, ...]]] = [[] for _ in range(len(begins) + 1)]
         astray = {}
         for tag, mark in new.items():
@@ -235,11 +237,10 @@ class _Order:
             if parsed is None or parsed.table not in _TABLES:
                 continue
             place = bisect.bisect_right(begins, mark.wall_time)
-            limit = limits[place]
             # A session that starts over can push the description of the one before out of
             # TensorBoard's memory; what that one wrote is void then, not lost.
             if (since == -math.inf and place == 0 and begins) or (
-                limit is not None and parsed.first_step > limit
+                parsed.first_step > limits[place]
             ):
                 astray[tag] = mark
             else:
@@ -258,6 +259,14 @@ class _Order:
             if place:
                 yield self.sessions[place - 1]
             yield from _latest(source, name, tags)
+
+
+def _first_step(session: Event) -> float:
+    """Reads after which step a session starts; never, if it cannot be read."""
+    try:
+        return Description.parse(session.data).first_step
+    except DescriptionError:
+        return math.inf
 
 
 def _latest(source: Source, name: str, tags: list[str]) -> Iterator[Event]:

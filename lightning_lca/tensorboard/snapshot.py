@@ -62,6 +62,10 @@ class Table:
         """Adds what belongs to one layer: [..., G] -> [..., L]."""
         return self.shown.sums(values)
 
+    def has(self, layer: str) -> bool:
+        """Whether a layer is among those shown."""
+        return layer in self._places
+
     def find(self, layer: str) -> int:
         """Finds a layer's place among those shown.
 

@@ -172,7 +172,7 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     """Credit of the layers that two tables share, on common bins, and b minus a."""
     first, last = asked.of(a, b)
     width = max(a.spacing, b.spacing)
-    both = [name for name in a.layers if name in b.layers]
+    both = [name for name in a.layers if b.has(name)]
     answer: dict[str, Any] = {"layers": both}
     credits, totals = [], []
     for letter, one in (("a", a), ("b", b)):
@@ -200,8 +200,8 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     answer["total_difference"] = plain(totals[1] - totals[0])
     answer["limit"] = colour_limit(*credits)
     answer["limit_difference"] = colour_limit(difference)
-    answer["only_a"] = [name for name in a.layers if name not in b.layers]
-    answer["only_b"] = [name for name in b.layers if name not in a.layers]
+    answer["only_a"] = [name for name in a.layers if not b.has(name)]
+    answer["only_b"] = [name for name in b.layers if not a.has(name)]
     return answer
 
 
