@@ -43,7 +43,7 @@ def fields():
 
 
 def declarations():
-    """Writes the answers as types for the page, BinsAnswer and so on; ambient: none is imported."""
+    """Writes the answers as types that the page knows without an import: BinsAnswer, …."""
     text = []
     for route, answer in fields().items():
         tree = {}

@@ -1,4 +1,4 @@
-"""docs/routes.md says what the routes take and answer; the page is checked against it."""
+"""docs/routes.md says what the routes take and answer."""
 
 from dataclasses import replace
 

@@ -108,6 +108,16 @@ export class Grid {
     });
   }
 
+  /** Paints the cells: a subclass's own. */
+  paint(_context, _ratio) {
+    throw new Error("A grid paints its own cells.");
+  }
+
+  /** Tells of the cell at a row and a place on the step axis: [title, [[term, value]]]. */
+  describe(_row, _at) {
+    return ["", []];
+  }
+
   drawNames(context) {
     const { rows, rowHeight, selected } = this.view;
     const { left, top } = this.plot;

@@ -34,6 +34,7 @@ export function savePng(plot, title, about) {
   context.fillStyle = colors.muted;
   context.font = `12px ${FONT}`;
   context.fillText(about, PAD, PAD + 20);
+  /** @returns {[number, number, number, number]} */
   const at = (node) => {
     const box = node.getBoundingClientRect();
     return [box.left - area.left + PAD, box.top - area.top + PAD + HEAD, box.width, box.height];

@@ -34,6 +34,7 @@ export class Source {
   constructor(name, onChange) {
     this.name = name;
     this.onChange = onChange;
+    this.about = null; // A note of whoever asks: what the answer is about.
     this.reset();
   }
 

@@ -26,12 +26,20 @@ export function end(list) {
   return list.findLast((v) => v !== null) ?? 0;
 }
 
-/** A running sum that starts from what came before it; gaps stay. */
+/**
+ * A running sum that starts from what came before it; gaps stay.
+ * @param {number | null} before
+ * @param {(number | null)[]} sums
+ */
 export function startingFrom(before, sums) {
   return before ? sums.map((v) => (v === null ? null : v + before)) : sums;
 }
 
-/** Running sums since the run's start or the range's: {sums [L][B + 1], total, truth [B + 1]}. */
+/**
+ * Running sums since the run's start or the range's: {sums [L][B + 1], total, truth [B + 1]}.
+ * @param {BinsAnswer} bins
+ * @param {boolean} sinceRun
+ */
 export function sumsOf(bins, sinceRun) {
   const from = (before, sums) => startingFrom(sinceRun ? before : 0, sums);
   return {

@@ -9,6 +9,7 @@ const POLL = 3000; // Milliseconds between looks.
 export class Runs {
   /** `isLive()` tells whether to go on looking, `onAnswer(error or null, whether new)` is told. */
   constructor(isLive, onAnswer) {
+    /** @type {RunsAnswer["runs"] | null} */
     this.all = null;
     this.isLive = isLive;
     this.onAnswer = onAnswer;
@@ -27,6 +28,10 @@ export class Runs {
     setTimeout(() => this.poll(), this.all?.length ? POLL : POLL / 2);
   }
 
+  /**
+   * @param {RunsAnswer | null} data
+   * @param {string | null} error
+   */
   take(data, error) {
     if (error) {
       this.onAnswer(error, false);
@@ -53,7 +58,7 @@ export class Runs {
       .flatMap((r) =>
         r.probes.map((p) => choice(r, p, r.probes.length > 1 ? `${r.name} · ${p}` : r.name)),
       );
-    others.sort((a, b) => (b.probe === probe) - (a.probe === probe)); // The same probe first.
+    others.sort((a, b) => Number(b.probe === probe) - Number(a.probe === probe)); // The same probe first.
     return [...own, ...others];
   }
 }

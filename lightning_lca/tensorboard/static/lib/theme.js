@@ -90,7 +90,10 @@ function oklab(color) {
   ];
 }
 
-/** OKLab -> [r, g, b] in 0..255. */
+/**
+ * OKLab -> [r, g, b] in 0..255.
+ * @param {number[]} color
+ */
 function fromOklab([L, a, b]) {
   const l = (L + 0.3963377774 * a + 0.2158037573 * b) ** 3;
   const m = (L - 0.1055613458 * a - 0.0638541728 * b) ** 3;

@@ -19,7 +19,11 @@ function lossText(value) {
     : number(value, 4);
 }
 
-/** How the loss moved; {head, detail}. */
+/**
+ * How the loss moved; {head, detail}.
+ * @param {TableAnswer} table
+ * @param {BinsAnswer} bins
+ */
 export function lossWords(table, { loss, edges }) {
   const { true_change: change, rows } = table;
   const [first, last] = [edges[0] + 1, edges.at(-1)];
@@ -37,7 +41,10 @@ export function lossWords(table, { loss, edges }) {
   return { head, detail: `${ends}${told}${measured}`, warn: false };
 }
 
-/** Which layers helped and which hurt. */
+/**
+ * Which layers helped and which hurt.
+ * @param {TableAnswer} table
+ */
 export function layerWords({ layers, true_change: change }) {
   const helped = layers.filter((l) => l.credit < 0).sort((a, b) => a.credit - b.credit);
   const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
@@ -53,7 +60,10 @@ export function layerWords({ layers, true_change: change }) {
   return { head, detail: details.join(" · "), warn: broken > 0 };
 }
 
-/** How far the credits explain what happened: by the residuals of all steps against all credit. */
+/**
+ * How far the credits explain what happened: by the residuals of all steps against all credit.
+ * @param {TableAnswer} table
+ */
 function explainedWords({ unexplained, is_large: large }) {
   if (unexplained === null) return large ? "The credits do not add up" : "The credits add up";
   if (unexplained === 0) return "The credits add up";
@@ -71,7 +81,11 @@ export function leftOut(steps) {
     : `${plural(steps, "step")} were not finite and are left out`;
 }
 
-/** Whether the credits can be trusted. */
+/**
+ * Whether the credits can be trusted.
+ * @param {TableAnswer} table
+ * @param {number} lost
+ */
 export function trustWords(table, lost) {
   const { rows, residual, drift, not_finite: broken, beyond_tolerance: beyond } = table;
   if (!rows) return { head: "Nothing to add up", detail: "" };
@@ -89,7 +103,10 @@ export function trustWords(table, lost) {
   };
 }
 
-/** The ledger of the range in a line, and what a reader must be told. */
+/**
+ * The ledger of the range in a line, and what a reader must be told.
+ * @param {TableAnswer} table
+ */
 export function ledgerWords(table) {
   const { true_change: change, allocated, residual, drift, unexplained, remarks } = table;
   // What is left out is missing from the sums, but not from the change.
@@ -113,6 +130,7 @@ function pWords({ p_pairs: p, draws }) {
 /**
  * What the moments say: {together: true, false or null, head, words}. Pairs of layers decide: with
  * many layers nearly every moment has company by chance, but not that of so many.
+ * @param {SynchronyAnswer} data
  */
 export function synchronyWords(data) {
   const { layers, moments, pairs, pairs_null_low: low, pairs_null_high: high, p_pairs: p } = data;
@@ -133,7 +151,10 @@ export function synchronyWords(data) {
       };
 }
 
-/** How many moments have company, as a sentence. */
+/**
+ * How many moments have company, as a sentence.
+ * @param {SynchronyAnswer} data
+ */
 export function sharedWords({ synchronized, moments, null_low: low, null_high: high }) {
   const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
   return `${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;

@@ -30,6 +30,7 @@ export function channelsView(app) {
         ? null
         : "Click a layer above to see its channels (its neurons, for a linear layer).";
     },
+    /** @param {ChannelsAnswer} data */
     draw(data) {
       const { layer, edges, channels, credit, total, helped, hurt, shown, of } = data;
       const label = (name) => (name.startsWith(`${layer}/`) ? name.slice(layer.length + 1) : name);

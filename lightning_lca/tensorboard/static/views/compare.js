@@ -53,6 +53,7 @@ export function compareView(app) {
           ]),
       ];
     },
+    /** @param {CompareAnswer} data */
     draw(data, { state, own, other, shares }) {
       const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);

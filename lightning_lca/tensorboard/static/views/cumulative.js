@@ -41,6 +41,7 @@ export function cumulativeView(app) {
   return {
     section,
     source: "bins",
+    /** @param {BinsAnswer} bins */
     draw(bins, { state }) {
       const stacked = state.stack === "1";
       stack.setAttribute("aria-pressed", stacked);
@@ -71,7 +72,12 @@ function strongest(names, [helping, hurting] = names.length > 16 ? [8, 4] : [16,
   ];
 }
 
-/** Helping layers blue, hurting ones red, the selected one in front. */
+/**
+ * Helping layers blue, hurting ones red, the selected one in front.
+ * @param {BinsAnswer} bins
+ * @param {(number | null)[][]} sums
+ * @param {number} chosen
+ */
 function asLines({ edges, layers }, sums, chosen) {
   const hurts = (sum) => end(sum) > sum[0];
   const sign = (sum) => (hurts(sum) ? colors.hurts : colors.helps);
@@ -107,7 +113,14 @@ function asLines({ edges, layers }, sums, chosen) {
   };
 }
 
-/** Layers on top of each other in network order, helpful ones down, and what they amount to. */
+/**
+ * Layers on top of each other in network order, helpful ones down, and what they amount to.
+ * @param {BinsAnswer} bins
+ * @param {(number | null)[][]} sums
+ * @param {(number | null)[]} total
+ * @param {(number | null)[]} truth
+ * @param {number} chosen
+ */
 function asAreas({ edges, layers }, sums, total, truth, chosen) {
   const palette = sequence(layers.length);
   if (chosen >= 0) palette[chosen] = colors.selected;

@@ -24,6 +24,7 @@ export function helpingView(app) {
   return {
     section,
     source: "helping",
+    /** @param {HelpingAnswer} answer */
     draw({ edges, network, layer }, { state }) {
       const middle = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
       const name = layer ? state.layer : null;
@@ -42,7 +43,13 @@ export function helpingView(app) {
           bold: true,
           rank: 10 - i,
         }));
-      names.push({ text: "as many hurt as help", value: 0.5, color: colors.muted, rank: 1 });
+      names.push({
+        text: "as many hurt as help",
+        value: 0.5,
+        color: colors.muted,
+        bold: false,
+        rank: 1,
+      });
       chart.update({
         x: middle,
         lines,

@@ -34,6 +34,7 @@ export function layersView(app) {
     section,
     source: "bins",
     also: "table",
+    /** @param {BinsAnswer} bins */
     draw(bins, { state, shares }) {
       const { edges, layers, credit, total, measured, not_finite: notFinite } = bins;
       tall.hidden = rowHeight(layers.length) >= 13;

@@ -34,6 +34,7 @@ export function ledgerView(app) {
     section,
     source: "bins",
     also: "table",
+    /** @param {BinsAnswer} bins */
     draw(bins, { state, table }) {
       drawOrigin(state);
       drawTotals(totals, bins, state.origin === "run");
@@ -43,6 +44,12 @@ export function ledgerView(app) {
   };
 }
 
+/**
+ * All layers' LCA against the true change.
+ * @param {Chart} chart
+ * @param {BinsAnswer} bins
+ * @param {boolean} sinceRun
+ */
 function drawTotals(chart, bins, sinceRun) {
   const { edges } = bins;
   const { total, truth } = sumsOf(bins, sinceRun);
@@ -82,6 +89,11 @@ function drawTotals(chart, bins, sinceRun) {
   });
 }
 
+/**
+ * What the credits miss, per bin.
+ * @param {Chart} chart
+ * @param {BinsAnswer} bins
+ */
 function drawResidual(chart, { edges, residual, drift, beyond_tolerance: beyond }) {
   const missed = beyond.some(Boolean);
   chart.update({

@@ -50,6 +50,7 @@ export function synchronyView(app) {
     blocked({ run }) {
       return run.layers.length < 2 ? "One layer has no other to learn with." : null;
     },
+    /** @param {SynchronyAnswer} data */
     draw(data, { state }) {
       if (document.activeElement !== strongest) strongest.value = state.strongest ?? 20;
       const { edges, layers } = data;
@@ -77,7 +78,10 @@ export function synchronyView(app) {
   };
 }
 
-/** Every bin is one measured step: how many layers had a moment there. */
+/**
+ * Every bin is one measured step: how many layers had a moment there.
+ * @param {SynchronyAnswer} answer
+ */
 function perStep({ edges, layers, coincidences, band, expected }) {
   return {
     x: edges,
@@ -114,7 +118,10 @@ function perStep({ edges, layers, coincidences, band, expected }) {
   };
 }
 
-/** Many steps to a bin: how many pairs of layers had a moment on the same step. */
+/**
+ * Many steps to a bin: how many pairs of layers had a moment on the same step.
+ * @param {SynchronyAnswer} answer
+ */
 function perBin({ edges, rate, rate_null: chance, rate_high: high }) {
   return {
     x: edges,

@@ -44,6 +44,7 @@ export function tableView(app) {
   });
   section.png.remove();
   let sort = { key: "order", falling: false };
+  /** @type {[TableAnswer, object]} */
   let latest = null;
   const heads = COLUMNS.map(({ key, title, hint }) => {
     const button = el(
@@ -63,9 +64,11 @@ export function tableView(app) {
   );
   section.plot.classList.add("scroll");
 
+  /** @param {TableAnswer} data */
   function draw(data, context) {
     latest = [data, context];
-    const focused = body.contains(document.activeElement) ? document.activeElement.title : null;
+    const active = /** @type {HTMLElement} */ (document.activeElement);
+    const focused = body.contains(active) ? active.title : null;
     const rows = data.layers.map((row, i) => ({ ...row, order: i + 1 }));
     rows.sort((a, b) => inOrder(a[sort.key], b[sort.key], sort.falling) || a.order - b.order);
     const most = Math.max(...rows.map((row) => Math.abs(row.credit ?? 0)), Number.MIN_VALUE);
