@@ -264,6 +264,14 @@ def refined_gradient(
     return buffer.sums, Ends(loss_before, last, panels, residual <= tolerance)
 
 
+@torch.no_grad()
+def first_order(gradient: Weights, segment: Segment) -> Tensor:
+    """Sums gradient · motion: the loss change [] that a gradient at one place foretells."""
+    return total(
+        gradient[name] * (segment.stop[name] - start) for name, start in segment.start.items()
+    )
+
+
 def credit(gradient: Weights, segment: Segment) -> Weights:
     """Multiplies a mean gradient by the motion, in place: {name: [*shape]} in loss units."""
     names = list(segment.start)

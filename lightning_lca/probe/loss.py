@@ -15,7 +15,7 @@ from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationEx
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
 
 
-class Objective:
+class TrainingLoss:
     """The loss of a LightningModule on a batch, evaluated as training does it."""
 
     def __init__(self, module: LightningModule, loss_fn: LossFn | None) -> None:

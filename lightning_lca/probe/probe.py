@@ -21,7 +21,7 @@ from lightning_lca.measure.parameters import any_cut, live_weights, local, local
 from lightning_lca.measure.tensors import HALF, wide
 from lightning_lca.probe.batches import batch_sizes
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
-from lightning_lca.probe.loss import LossFn, Objective, ProbeMode, set_mode, surroundings
+from lightning_lca.probe.loss import LossFn, TrainingLoss, ProbeMode, set_mode, surroundings
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.runtime import lightnings
 from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer
@@ -71,7 +71,7 @@ class Probe:
         self._trainer = trainer
         self._module = module
         self._mode = mode
-        self._objective = Objective(module, loss_fn)
+        self._objective = TrainingLoss(module, loss_fn)
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
         sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)

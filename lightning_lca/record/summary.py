@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LARGE = 0.01  # A residual beyond this share of all credit is pointed out.
 _WIDEST = 200  # Longer names get a line that is longer.
+_HELPS = 0.5  # Simpson's residual against that of the ends alone, where halving does not help.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
 
 
@@ -104,10 +105,14 @@ class Trust:
             )
         if self.settings.get("quadrature", "simpson") != "simpson":
             return 'Choose quadrature="simpson".'
-        return (
-            "If the loss is smooth, a tolerance helps, e.g. tolerance=1e-3; if the gradient is not "
-            "its derivative (detach(), custom backward passes), nothing does."
-        )
+        helps = self.settings.get("halving")
+        if isinstance(helps, float) and helps > _HELPS:
+            return (
+                "Finer panels would not make it smaller: the gradient is not the derivative of the "
+                "loss here (detach(), custom backward passes), or the loss has jumps."
+            )
+        doubt = "" if helps is not None else ", if the gradient is the derivative of the loss"
+        return f"Set a tolerance, e.g. tolerance=1e-3{doubt}."
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,15 @@ class RecordWriter:
         # An event of moderate size never holds the writer's thread for long.
         self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * max(1, len(sizes)))))
 
-    def describe(self, metadata: Mapping[str, Any], step: int) -> None:
-        """Takes what describes a session of the record, which starts after this step."""
-        self._metadata, self._written_to, self._is_described = dict(metadata), step, False
+    def describe(self, metadata: Mapping[str, Any], step: int | None = None) -> None:
+        """Takes what describes a session of the record.
+
+        Args:
+            metadata: As JSON.
+            step: The session starts after this step; None: it goes on, and only knows more.
+        """
+        self._metadata, self._is_described = dict(metadata), False
+        self._written_to = self._written_to if step is None else step
         self._try(everything=False)
 
     def add(self, probe: str | None, rows: StepTable) -> None:

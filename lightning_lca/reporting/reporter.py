@@ -217,10 +217,10 @@ class Reporter:
             self._take(name, meter.history.rows)
 
     def note(self, **settings: Any) -> None:
-        """Records settings that were chosen since the start."""
+        """Records what was chosen, or found out, since the start."""
         self._metadata["settings"] = {**self._metadata["settings"], **settings}
         if self._writer is not None:
-            self._writer.describe(self._metadata, self._metadata["first_step"])
+            self._writer.describe(self._metadata)
 
     def log(self, x: int, step: int) -> None:
         """Logs scalars on their interval, and shows figures on their occasions.

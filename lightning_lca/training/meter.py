@@ -20,10 +20,12 @@ from lightning_lca.measure.allocation import (
     Segment,
     Weights,
     credit,
+    first_order,
     mean_gradient,
     refined_gradient,
 )
 from lightning_lca.measure.groups import Grouping, GroupSums
+from lightning_lca.measure.quadrature import SIMPSON
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.record.tables import StepTable, WindowTable
@@ -113,6 +115,8 @@ class Meter:
         self._buffer = Buffer({})
         self._loss: Tensor | None = None  # At the end of the last segment.
         self._pending: list[_Pending] = []
+        self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
+        self._missed = np.zeros(2)
 
     def measure(self, segment: Segment, step: int, *, spread: bool = False) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
@@ -127,6 +131,9 @@ class Meter:
         if self._buffer.sums.keys() != segment.start.keys():
             self._buffer = Buffer.of(segment)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
+        looks = self._reuse.is_audited and self._rule == SIMPSON and self._tolerance is None
+        looks = looks and self._grouping.is_whole and first is not None
+        ends_only = first_order(first.gradient, segment) if looks else None  # type: ignore[union-attr, arg-type]
         self._buffer.first, first = first, None
         if self._tolerance is None:
             gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
@@ -135,6 +142,8 @@ class Meter:
                 self.probe, segment, self._tolerance, self._max_splits, self._buffer
             )
         values = credit(gradient, segment)
+        if ends_only is not None and ends.last.gradient is not None:
+            ends_only = ends_only + first_order(ends.last.gradient, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
         finite = torch.isfinite(torch.cat([losses, sums.credit])).all()
@@ -143,6 +152,10 @@ class Meter:
             self._spread = self._distributions.of(values)
         drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
         self._loss = losses[1]
+        if ends_only is not None:
+            self._ranks.sum([ends_only])
+            change = losses[1] - losses[0]
+            self._looks.append(torch.stack([change - sums.credit.sum(), change - ends_only / 2]))
         row = torch.cat(
             [losses, drift, sums.credit, sums.helping.to(losses), sums.hurting.to(losses)]
         )
@@ -201,6 +214,12 @@ class Meter:
             seconds=np.array([p.seconds for p in pending]),
         )
         self.history.append(rows)
+        if self._looks:
+            looks = torch.stack(self._looks).abs().cpu().double().numpy()
+            self._looks = []
+            self._missed += np.where(np.isfinite(looks), looks, 0).sum(0)
+            if self._missed[1] > 0:
+                self.history.settings["halving"] = float(self._missed[0] / self._missed[1])
         return rows
 
     def take_windows(self) -> dict[str, WindowTable]:

@@ -26,6 +26,7 @@ class Reuse:
     Attributes:
         on: False once an audit found that the loss depends on something that cannot be seen.
         audits: Starts evaluated only to check a kept one.
+        is_audited: Whether the latest start was one of these.
         apart: Gradients of the probe that were not spent on measuring: its first check, audits.
     """
 
@@ -38,6 +39,7 @@ class Reuse:
         """
         self.on = True
         self.audits = 0
+        self.is_audited = False
         self.apart = probe.gradients
         self._probe = probe
         self._ranks = ranks
@@ -68,7 +70,7 @@ class Reuse:
         agreed, *trusted = self._ranks.all(looked_at, self._probe.device)
         if not agreed:
             self._give_up()
-        self._audit = None
+        self._audit, self.is_audited = None, False
         if not (agreed and all(trusted)) or self._kept is None:
             return None
         if self._reused % AUDIT_EVERY == 0:
@@ -80,7 +82,7 @@ class Reuse:
         """Evaluates the start afresh, uses that, and compares; the next start reads the verdict."""
         before = self._probe.gradients
         fresh = self._probe(segment.at(0.0, needs_gradient=kept.gradient is not None))
-        self.audits += 1
+        self.audits, self.is_audited = self.audits + 1, True
         self.apart += self._probe.gradients - before
         losses = Sample(kept.loss, None), Sample(fresh.loss, None)
         self._audit = (DeferredBool(_agree(kept, fresh)), *losses)

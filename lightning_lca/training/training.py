@@ -205,6 +205,7 @@ class Training:
         if self.snapshots.is_open and done > self._opened_at:
             self.close(trainer, module, last=True)
             x = x_axis(trainer) - 1  # The last batch is counted by now.
+        self._note_halving()
         self.reporter.end(x, done)
 
     def abort(self) -> None:
@@ -318,6 +319,13 @@ class Training:
         self._settle(every)
         self._budget, self._timer = None, StepTimer(budget.device)
         return True
+
+    def _note_halving(self) -> None:
+        """Records whether finer panels leave less over, as far as audits have seen it."""
+        self.reporter.collect()
+        seen = [meter.history.settings.get("halving") for meter in self.meters.values()]
+        if any(value is not None for value in seen):
+            self.reporter.note(halving=max(value for value in seen if value is not None))
 
     def _settle(self, every: int) -> None:
         """Goes on with an every_n_steps, and records it."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
 from support.assertions import assert_ledger_closes
 from support.marks import matrix
 from support.models import Classifier, mlp, pl, toy_loader
@@ -11,7 +12,7 @@ from support.training import fit
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_lca import LCACallback
+from lightning_lca import History, LCACallback
 from lightning_lca.measure.allocation import Buffer, Sample
 from lightning_lca.measure.quadrature import as_quadrature
 from lightning_lca.training.meter import Meter
@@ -290,3 +291,29 @@ def test_several_probes_share_the_path_and_keep_their_own_books(tmp_path):
     assert not np.array_equal(a.allocated, b.allocated)
     for history in (a, b):
         assert_ledger_closes(history, 1e-5)
+
+
+class HalfDetached(Classifier):
+    """Squares its loss, and hides one of the factors from autograd."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * loss.detach()
+
+
+def test_a_tolerance_is_advised_only_where_finer_panels_leave_less_over(tmp_path):
+    told = {}
+    for model in (Classifier, HalfDetached):
+        lca = fit(
+            tmp_path, model=model, steps=20, trainer={"logger": TensorBoardLogger(tmp_path)}
+        ).lca
+        loaded = History.load(lca.log_dir)
+        assert loaded.settings["halving"] == lca.history.settings["halving"]
+        assert len(loaded) == 20, "what is found out later belongs to the same session"
+        told[model] = lca.history.settings["halving"], lca.summary(), loaded.summary()
+    smooth, half = told[Classifier], told[HalfDetached]
+    assert smooth[0] < 0.1
+    assert half[0] > 0.9
+    for text in half[1:]:
+        assert "Finer panels would not make it smaller: the gradient is not the derivative" in text
+    assert "tolerance" not in half[1].rpartition("residual is large")[2]
