@@ -116,7 +116,10 @@ def fit(case, path, *first, lca=None):
     others, watcher = case.callbacks(path), Watcher()
     loggers = [Recorder(), CSVLogger(path, "csv"), TensorBoardLogger(path, "tb")]
     options = {"max_steps": 7, "logger": loggers, "log_every_n_steps": 2, "num_sanity_val_steps": 0}
-    trainer = make_trainer(path, *first, *others, watcher, **(options | case.trainer))
+    # The first of several keeps the directory: so the one that was there before must come first.
+    kin = [other for other in others if isinstance(other, LCACallback)]
+    rest = [other for other in others if other not in kin]
+    trainer = make_trainer(path, *kin, *first, *rest, watcher, **(options | case.trainer))
     raised = None
     try:
         trainer.fit(model, *data, ckpt_path=case.resume)
