@@ -18,7 +18,7 @@ from lightning_lca.tensorboard.snapshot import Range, Table
 
 _LEDGER = ("loss_before", "loss_after", "residual", "drift", "splits", "converged", "seconds")
 _BLOCK = 2**17  # Numbers that are turned to text at once.
-_CELLS = 2**21  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
+_CELLS = 2**20  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
 _PAIRED = 2000  # Most layers of which every pair is compared.
 
 
