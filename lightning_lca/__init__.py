@@ -6,6 +6,7 @@ Names are imported when they are first used, so that TensorBoard can load its pl
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,3 +74,25 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Moved:
+    """Says what to do to whoever loads a pickle that was made before modules lay in folders."""
+
+    names = ("callback", "history", "quadrature", "results", "rows", "settings")
+
+    @classmethod
+    def find_spec(cls, name: str, *_: Any) -> None:
+        """Comes last among the finders of modules, when there is none of that name."""
+        package, _, module = name.partition(".")
+        if package == __name__ and module in cls.names:
+            raise ModuleNotFoundError(
+                f"There is no module {name}: modules moved into folders. A pickle of LCACallback "
+                "from before cannot be loaded; its results are in its record, "
+                "lightning_lca.History.load(log_dir). Public names are imported from "
+                "lightning_lca itself.",
+                name=name,
+            )
+
+
+sys.meta_path.append(_Moved)

@@ -143,3 +143,11 @@ def test_a_pickle_holds_the_batches_that_were_given_as_probe(tmp_path):
     assert large - small > batch[0].nbytes
     with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
         pickle.dumps(LCACallback(loss_fn=lambda module, batch: None))
+
+
+def test_a_pickle_from_before_the_folders_says_that_it_cannot_be_loaded():
+    before = b"clightning_lca.callback\nLCACallback\n."
+    with pytest.raises(ModuleNotFoundError, match=r"A pickle of LCACallback from before .*History"):
+        pickle.loads(before)
+    with pytest.raises(ModuleNotFoundError, match="No module named"):
+        pickle.loads(b"clightning_lca.nothing\nNothing\n.")
