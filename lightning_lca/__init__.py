@@ -84,8 +84,8 @@ class _Moved:
     @classmethod
     def find_spec(cls, name: str, *_: Any) -> None:
         """Comes last among the finders of modules, when there is none of that name."""
-        package, _, module = name.partition(".")
-        if package == __name__ and module in cls.names:
+        module = name.removeprefix(f"{__name__}.")
+        if module != name and module in cls.names:
             raise ModuleNotFoundError(
                 f"There is no module {name}: modules moved into folders. A pickle of LCACallback "
                 "from before cannot be loaded; its results are in its record, "
