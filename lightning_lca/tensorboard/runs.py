@@ -286,9 +286,9 @@ def _is_steady(reader: Reader) -> bool:
 def _find_astray(source: Source, name: str, reading: _Reading, astray: dict[str, Mark]) -> None:
     """Finds chunks that were written when the clock had been set back, among void ones.
 
-    A chunk from before the run's first event can be nothing else. Another one goes on from the last
-    row if its steps and losses do; if not, it is what a former training left. Where nobody tells
-    when the run began, one whose losses do not go on is counted as lost.
+    One that nothing in the run was written before can be nothing else. Another one goes on from the
+    last row if its steps and losses do; if not, it is what a former training left. Where there is
+    no way to tell, chunks are counted as lost.
     """
     began = source.started(name)
     reader = reading.reader
@@ -307,16 +307,16 @@ def _find_astray(source: Source, name: str, reading: _Reading, astray: dict[str,
             if first <= last:
                 continue
             events = list(_latest(source, name, chunks[first]))
-            is_certain = began is not None and max(e.wall_time for e in events) < began
+            is_certain = began is not None and min(e.wall_time for e in events) <= began
             if table != "chunk" and not is_certain and first > history.last_step:
                 break
             if table == "chunk" and not is_certain:
                 rows = _rows(events, history)
-                if rows is None or not _follows(rows, history):
+                if rows is not None and not _follows(rows, history):
                     break
-                if not _goes_on(rows, history):
-                    if began is None:
-                        reading.failed += 1
+                if rows is None or not _goes_on(rows, history):
+                    if rows is None or began is None or not len(history):
+                        reading.failed += sum(step >= first for step in chunks)
                     break
             for event in events:
                 _take(reading, event)

@@ -77,11 +77,10 @@ def write(directory: Path, *tags: Mapping[str, bytes], at: Sequence[float] = ())
     file = eventfile.EventFile(directory)
     for i, some in enumerate(tags):
         for tag, data in some.items():
-            parsed = eventfile.Tag.parse(tag)
             file.write(
                 [
                     Event(
-                        step=parsed.first_step if parsed else 0,
+                        step=_step(tag, data),
                         wall_time=at[i] if at else time.time(),
                         summary=eventfile.summarize({tag: data}),
                     )
@@ -89,6 +88,17 @@ def write(directory: Path, *tags: Mapping[str, bytes], at: Sequence[float] = ())
             )
     file.close()
     return Path(file._file.name)
+
+
+def _step(tag: str, data: bytes) -> int:
+    """The step under which a tag is written."""
+    parsed = eventfile.Tag.parse(tag)
+    if parsed is not None:
+        return parsed.first_step
+    try:
+        return min(max(int(json.loads(data)["first_step"]), 0), 2**60)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
 
 
 def good(directory: Path) -> Path:

@@ -223,3 +223,19 @@ def test_any_bytes_flipped_are_answered_or_told(tmp_path, seed):
         for run in told[1:]:
             for route, reply in tab.routes(run["name"]).items():
                 assert_answer(route, reply)
+
+
+@pytest.mark.parametrize("began", [None, -10_000])
+@pytest.mark.parametrize("before", range(3))
+def test_chunks_that_may_be_of_a_clock_set_back_are_never_dropped_in_silence(
+    tmp_path, monkeypatch, before, began
+):
+    """Not even where nobody tells when the run began, or where it was long ago."""
+    now = time.time()
+    chunks = [chunk(1 + 8 * i, loss=5 - 0.8 * i) for i in range(4)]
+    times = [now + i for i in range(before + 1)]
+    times += [now - 7200 + i for i in range(4 - before)]
+    write(tmp_path / "run", {META: description()}, *chunks, at=times)
+    monkeypatch.setattr(runs.Source, "started", lambda *_: began and now + began)
+    steps, lost = read_by_the_tab(tmp_path)
+    assert (len(steps), lost) == ((32, 0) if before else (0, 4))
