@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -64,19 +65,32 @@ class Planted(Classifier):
         return torch.optim.SGD(groups, lr=0.3)
 
 
-def train(root, name, **arguments):
+class Broken(Planted):
+    """Its loss is not finite for a while, and training goes on all the same."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if 20 <= self.global_step < 25 else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(0)
+
+
+def train(root, name, kind=Planted, **arguments):
     logger = {"logger": TensorBoardLogger(root, name=None, version=name)}
     later = DataLoader(Subset(toy_data(), range(48, 96)), batch_size=16)
     data = toy_loader(), later
-    fit(root, model=lambda: Planted(Net()), data=data, steps=STEPS, trainer=logger, **arguments)
+    fit(root, model=lambda: kind(Net()), data=data, steps=STEPS, trainer=logger, **arguments)
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Two runs; the second is short of channels and of a second probe."""
+    """Three runs; the second is short of channels and of a second probe."""
     root = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(board, "CHUNK_STEPS", 16)
+        train(root, "run_0", Broken)
         train(root, "run_1", probe={"train": "train", "val": "val"}, neurons=True)
         train(root, "run_2", every_n_steps=2)
     return root
@@ -105,7 +119,7 @@ def address(logs):
     )
     root = f"http://localhost:{port}/"
     try:
-        wait_for(lambda: rows_at(root) == STEPS * 3 // 2, "all rows of two runs", process=process)
+        wait_for(lambda: rows_at(root) == STEPS * 5 // 2, "all rows of three runs", process=process)
         yield root
     finally:
         process.terminate()
@@ -276,7 +290,7 @@ def test_the_tab_opens_in_tensorboard(page):
     tab.click()
     page.enter()
     assert page.find("heatmap").is_displayed()
-    assert page.text("run") == "run_1\nrun_2"
+    assert page.text("run") == "run_0\nrun_1\nrun_2"
 
 
 def test_layers_stand_in_network_order_with_their_true_sums(page, history):
@@ -476,6 +490,27 @@ def test_pointing_at_a_cell_names_it(page, history):
     step = int(told.split(" · step ")[1].split()[0])
     value = float(told.split("LCA\n")[1].split()[0].replace("\N{MINUS SIGN}", "-"))
     assert value == pytest.approx(history["train"].allocated[step - 1, row], rel=6e-3)
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(page, logs):
+    history = History.load(logs / "run_0")
+    finite = history.rows.finite
+    broken = int((~finite).sum())
+    assert 0 < broken < STEPS
+    told = f"{broken} steps were not finite and are left out"
+    page.open(run="run_0")
+    assert told in page.text("verdict-trust")
+    assert page.data("verdict-trust")["warn"] == "true"
+    assert told in page.text("layers-note")
+    assert f"In {broken} of {STEPS} steps" in page.text("ledger-note")
+    np.testing.assert_allclose(page.credits(), history.allocated[finite].sum(0), rtol=6e-3)
+    # Only these steps: nothing but grey in the heatmap, and no number.
+    first = int(history.steps[~finite][0])
+    page.open(run="run_0", start=first, stop=first + broken - 1, stack=1)
+    red, green, blue = page.row_color("heatmap", 2)
+    assert max(red, green, blue) - min(red, green, blue) < 15
+    assert [row[3] for row in page.table().values()] == ["–"] * len(LAYERS)
+    assert "No step is finite" in page.text("verdict-trust")
 
 
 def test_an_error_is_shown_and_can_be_retried(page):
