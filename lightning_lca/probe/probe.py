@@ -21,7 +21,7 @@ from lightning_lca.measure.parameters import any_cut, live_weights, local, local
 from lightning_lca.measure.tensors import HALF, wide
 from lightning_lca.probe.batches import batch_sizes
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
-from lightning_lca.probe.loss import LossFn, TrainingLoss, ProbeMode, set_mode, surroundings
+from lightning_lca.probe.loss import LossFn, ProbeMode, TrainingLoss, set_mode, surroundings
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.runtime import lightnings
 from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer

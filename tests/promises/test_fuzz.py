@@ -218,7 +218,7 @@ def case(seed):
             "every_n_steps": int(pick(random, 1, 1, 2, 3)),
             "quadrature": rule,
             "tolerance": tolerance,
-            "max_splits": int(pick(random, 1, 3, 8)),
+            "max_splits": int(pick(random, 1, 4, 8)),
             "group_by": pick(random, "parameter", "layer", "neuron"),
             "seed": int(random.integers(1000)),
         },

@@ -132,6 +132,7 @@ def test_an_argument_typed_on_the_command_line_means_what_it_means_in_python(nam
     assert one._settings == two._settings == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "typed", "value"), EVERY)
 def test_an_argument_written_in_yaml_means_what_it_means_in_python(tmp_path, name, typed, value):
     file = tmp_path / "config.yaml"

@@ -128,7 +128,7 @@ def fit(case, path, *first, lca=None):
         "data": [(d.dataset, d.generator, d.collate_fn) for d in tree_flatten(data)[0]],
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-        "callbacks": [c.state_dict() for c in others],
+        "callbacks": [state_of(c) for c in others],
         "checkpoints": {file.name: read_checkpoint(file) for file in sorted(path.rglob("*.ckpt"))},
         "recorder": loggers[0].calls,
         "csv": read_csv(path / "csv"),
@@ -140,6 +140,11 @@ def fit(case, path, *first, lca=None):
         "random": random_state(),
         "done": (trainer.global_step, trainer.current_epoch, type(raised), repr(raised)),
     }
+
+
+def state_of(callback):
+    """What a callback saves, but where its record is: a second LCACallback's is another place."""
+    return {k: v for k, v in callback.state_dict().items() if k != "record"}
 
 
 def read_checkpoint(file):
