@@ -52,6 +52,7 @@ _LARGEST_RATIO = 8
 _LARGEST_DESCRIPTION = 2**27  # Bytes of memory, once it is read.
 _LARGEST_FRAME = 2**28  # Bytes; TensorBoard reads no more at once.
 _CHECKED_FRAME = 2**24  # From here on it is checked that a sparse file does not pretend.
+_LATEST = 10.0**10  # Seconds: where the names of event files end to sort.
 _HEAD = 4096  # The first bytes of an event tell whether it is ours.
 _PREFIX = "events.out.tfevents."
 _NAME = re.compile(r"tfevents\.([0-9]{1,10}(?:\.[0-9]{1,9})?)(?=\.|$)")
@@ -270,15 +271,23 @@ def newest(log_dir: Path) -> float:
     return max((_opened_at(path.name) for path in _event_files(log_dir)[0]), default=0.0)
 
 
-def last_written(log_dir: Path) -> float:
-    """Tells when an event file of a directory was last written, by the writers' clocks; 0 if none.
+def last_time(log_dir: Path) -> float:
+    """Finds the latest wall time of all events in a directory, in seconds; 0 if there are none.
 
-    In seconds: the time in a file's name, or of its last change.
+    The clock may have been set back since; so neither the names of files nor their own times tell.
     """
-    latest = newest(log_dir)
+    latest = 0.0
     for path in _event_files(log_dir)[0]:
-        with contextlib.suppress(OSError):
-            latest = max(latest, path.stat().st_mtime)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while len(head := file.read(21)) == 21:
+                # An event begins with its time: a byte, and eight of a float.
+                length, _, field, seconds = struct.unpack("<QIcd", head)
+                if field == b"\t" and latest < seconds < _LATEST:
+                    latest = seconds
+                if length + 16 > size:
+                    break
+                file.seek(length + 4 - 9, os.SEEK_CUR)
     return latest
 
 
@@ -340,7 +349,7 @@ class EventFile:
         name = f"{_PREFIX}{time.time():017.6f}.{who}"
         there = [path.name for path in _event_files(directory)[0]]
         if any(other.startswith(_PREFIX) and other > name for other in there):
-            later = min(math.floor(max(map(_opened_at, there))) + 1, 10**10 - 1)
+            later = min(math.floor(max(map(_opened_at, there))) + 1, int(_LATEST) - 1)
             name = f"{_PREFIX}{later:017.6f}.{who}"
         return name
 

@@ -147,7 +147,7 @@ class RecordWriter:
         """Writes what is due; what was not written stays, if that raises."""
         assert self._log_dir is not None
         if self._latest == -math.inf:
-            self._latest = eventfile.last_written(self._log_dir)
+            self._latest = eventfile.last_time(self._log_dir)
             # A logger's file that was opened after the clock was set back is read before the
             # files that are there already.
             if eventfile.newest(self._log_dir) > time.time():
@@ -201,7 +201,7 @@ class RecordWriter:
 
     def _now(self) -> float:
         """Tells the time by a clock that never steps back: dashboards order events by it."""
-        self._latest = max(time.time(), self._latest + 1e-6)
+        self._latest = max(time.time(), math.nextafter(self._latest + 1e-6, math.inf))
         return self._latest
 
 

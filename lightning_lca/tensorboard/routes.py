@@ -17,7 +17,7 @@ from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 _BLOCK = 2**17  # Numbers that are turned to text at once.
-_CELLS = 2**21  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
+_CELLS = 2**20  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
 _PAIRED = 2000  # Most layers of which every pair is compared.
 
 

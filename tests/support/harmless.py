@@ -116,7 +116,10 @@ def fit(case, path, *first, lca=None):
     others, watcher = case.callbacks(path), Watcher()
     loggers = [Recorder(), CSVLogger(path, "csv"), TensorBoardLogger(path, "tb")]
     options = {"max_steps": 7, "logger": loggers, "log_every_n_steps": 2, "num_sanity_val_steps": 0}
-    trainer = make_trainer(path, *first, *others, watcher, **(options | case.trainer))
+    # The first of several keeps the directory: so the one that was there before must come first.
+    kin = [other for other in others if isinstance(other, LCACallback)]
+    rest = [other for other in others if other not in kin]
+    trainer = make_trainer(path, *kin, *first, *rest, watcher, **(options | case.trainer))
     raised = None
     try:
         trainer.fit(model, *data, ckpt_path=case.resume)
@@ -128,7 +131,7 @@ def fit(case, path, *first, lca=None):
         "data": [(d.dataset, d.generator, d.collate_fn) for d in tree_flatten(data)[0]],
         "optimizers": [o.state_dict() for o in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-        "callbacks": [state_of(c) for c in others],
+        "callbacks": [c.state_dict() for c in others],
         "checkpoints": {file.name: read_checkpoint(file) for file in sorted(path.rglob("*.ckpt"))},
         "recorder": loggers[0].calls,
         "csv": read_csv(path / "csv"),
@@ -140,11 +143,6 @@ def fit(case, path, *first, lca=None):
         "random": random_state(),
         "done": (trainer.global_step, trainer.current_epoch, type(raised), repr(raised)),
     }
-
-
-def state_of(callback):
-    """What a callback saves, but where its record is: a second LCACallback's is another place."""
-    return {k: v for k, v in callback.state_dict().items() if k != "record"}
 
 
 def read_checkpoint(file):

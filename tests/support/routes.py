@@ -1,12 +1,36 @@
-"""The tables of docs/routes.md, read: what the routes take and answer, and the same as types."""
+"""Routes without TensorBoard around them, and what docs/routes.md says of them."""
 
 import re
 from pathlib import Path
 
+from werkzeug.datastructures import MultiDict
+
 import lightning_lca
+from lightning_lca.tensorboard.query import Query
+from lightning_lca.tensorboard.routes import ANSWERS
+from lightning_lca.tensorboard.snapshot import Run, Table
 
 DOCUMENT = Path(lightning_lca.__file__).parent / "docs" / "routes.md"
 _TYPES = {"int": "number", "float": "number", "text": "string", "bool": "boolean"}
+
+
+class Store:
+    """Runs, each with one unnamed probe, made of histories by name."""
+
+    def __init__(self, **histories):
+        tables = {name: Table.of(history, name) for name, history in histories.items()}
+        self.runs = {n: Run(n, "1", {"": table}, {}, 0) for n, table in tables.items()}
+
+    def run(self, source, name):
+        return self.runs[name]
+
+    def describe(self, source):
+        return [run.describe() for run in self.runs.values()]
+
+    def ask(self, route, **parameters):
+        """Gives the route's answer; parameters are as in an address."""
+        texts = {name: str(value) for name, value in parameters.items()}
+        return ANSWERS[route](self, None, Query(MultiDict(texts)))
 
 
 def _cells(line):

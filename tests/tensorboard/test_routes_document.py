@@ -4,45 +4,33 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.routes import fields, parameters
+from support.routes import Store, fields, parameters
 from support.training import fit
-from werkzeug.datastructures import MultiDict
 
 from lightning_lca.record.history import History
-from lightning_lca.tensorboard.query import Query, QueryError
+from lightning_lca.tensorboard.query import QueryError
 from lightning_lca.tensorboard.routes import ANSWERS, Download
-from lightning_lca.tensorboard.snapshot import Run, Table
 
 KINDS = {"int": int, "float": float, "text": str, "bool": bool, "object": dict}
 VALUES = {"run": "a", "layer": "net.2", "run_b": "b"}
 
 
-class Store:
-    """Two runs, one of them with steps that are not finite, without TensorBoard around them."""
-
-    def __init__(self, history):
-        rows = history.rows
-        broken = History(history.groups, history.sizes)
-        residual = np.where(np.arange(len(rows)) < 7, np.nan, rows.residual)
-        broken.append(replace(rows, residual=residual, converged=np.isfinite(residual)))
-        tables = {"a": Table.of(history, "a"), "b": Table.of(broken, "b")}
-        self.runs = {n: Run(n, "1", {"": table}, {}, 0) for n, table in tables.items()}
-
-    def run(self, source, name):
-        return self.runs[name]
-
-    def describe(self, source):
-        return [run.describe() for run in self.runs.values()]
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return Store(fit(tmp_path_factory.mktemp("run"), steps=20, neurons=True).lca.history)
+    """Two runs, one of them with steps that are not finite."""
+    history = fit(tmp_path_factory.mktemp("run"), steps=20, neurons=True).lca.history
+    broken = History(history.groups, history.sizes)
+    residual = np.where(np.arange(len(history)) < 7, np.nan, history.residual)
+    broken.append(replace(history.rows, residual=residual, converged=np.isfinite(residual)))
+    return Store(a=history, b=broken)
+
+
+def needed(route):
+    return {name: VALUES[name] for name, free in parameters()[route].items() if not free}
 
 
 def ask(store, route, **more):
-    needed = {name: VALUES[name] for name, free in parameters()[route].items() if not free}
-    return ANSWERS[route](store, None, Query(MultiDict(needed | more)))
+    return store.ask(route, **(needed(route) | more))
 
 
 def check(value, kind, null, shape, sizes):
@@ -95,11 +83,10 @@ def test_a_route_takes_the_parameters_that_are_told(store, route):
         ask(store, route, nothing="1")
     known = str(error.value).partition("This route takes ")[2].rstrip(".")
     assert set(known.split(", ")) - {"none"} == told.keys()
-    needed = [name for name, free in told.items() if not free]
-    for missing in needed:
-        given = MultiDict({name: VALUES[name] for name in needed if name != missing})
+    for missing in needed(route):
+        given = {name: value for name, value in needed(route).items() if name != missing}
         with pytest.raises(QueryError, match=f"{missing} is missing"):
-            ANSWERS[route](store, None, Query(given))
+            store.ask(route, **given)
 
 
 RANGES = [{}, {"bins": "3"}, {"start": "1", "stop": "5"}, {"stop": "400", "bins": "39"}]
