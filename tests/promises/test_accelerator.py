@@ -47,7 +47,7 @@ def train(path, lca, net=convnet, steps=8):
         {},
         {"quadrature": "midpoint"},
         pytest.param({"tolerance": 1e-8}, marks=pytest.mark.slow),
-        {"group_by": "neuron"},
+        pytest.param({"group_by": "neuron"}, marks=pytest.mark.slow),
         {"neurons": True, "every_n_steps": 3},
     ],
     ids=str,

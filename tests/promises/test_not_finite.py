@@ -150,6 +150,7 @@ def every_view(history):
         yield views.synchrony(table, asked, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hazard", ["infinite loss", "nan loss", "diverges"])
 def test_every_view_of_a_run_with_numbers_that_are_not_finite_can_be_made(
     tmp_path, hazard, recwarn

@@ -62,7 +62,8 @@ def train(path, version, steps, resume=None, save_at=(), **options):
     ("every", "stop"),
     [
         *(pytest.param(1, stop, marks=pytest.mark.slow) for stop in (1, 4, 9)),
-        *((3, 7), (3, 6), (5, 22)),
+        pytest.param(3, 6, marks=pytest.mark.slow),
+        *((3, 7), (5, 22)),
     ],
     ids=str,
 )

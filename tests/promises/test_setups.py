@@ -20,6 +20,7 @@ from support.harmless import (
     twins,
     validating,
 )
+from support.marks import matrix
 from support.models import Classifier, Model, pl, toy_loader
 from support.training import fit, make_trainer
 from support.twin import RULES, PathRecorder, Twin
@@ -339,7 +340,7 @@ quiet = pytest.mark.filterwarnings(
 
 
 @quiet
-@pytest.mark.parametrize("setup", CALLBACKS.values(), ids=CALLBACKS)
+@pytest.mark.parametrize("setup", matrix(CALLBACKS, ["finetuning", "pruning"]))
 def test_credits_are_the_twins_beside(tmp_path, setup):
     pruned = "prun" in str(setup.get("callbacks"))
     weights = {"weights": unmasked} if pruned else {}

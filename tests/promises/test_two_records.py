@@ -126,6 +126,7 @@ print(role, lca.log_dir, len(lca.history), lca.history.allocated.sum())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_directory_have_a_record_each(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
