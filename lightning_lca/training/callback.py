@@ -211,7 +211,7 @@ class LCACallback(LightningCallback):
                 self._settings,
                 self._chords,
                 key=self.state_key,
-                place=_siblings(trainer).index(self),
+                place=_place(self, trainer),
                 kept=kept,
             )
             self.log_dir = self._training.reporter.log_dir
@@ -310,6 +310,13 @@ class LCACallback(LightningCallback):
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _place(callback: LCACallback, trainer: Trainer) -> int:
+    """Finds which one of a Trainer's callbacks of this kind this is, from 0."""
+    siblings = _siblings(trainer)
+    # A callback that another one calls is not among them.
+    return siblings.index(callback) if callback in siblings else len(siblings)
 
 
 def _siblings(trainer: Trainer) -> list[LCACallback]:

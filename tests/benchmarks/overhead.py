@@ -153,7 +153,11 @@ def time_turns(workload: Workload, device: str, block: int, budget: float) -> Ti
 
 
 def fit(
-    workload: Workload, device: str, callbacks: list[pl.Callback], steps: int = NO_LIMIT
+    workload: Workload,
+    device: str,
+    callbacks: list[pl.Callback],
+    steps: int = NO_LIMIT,
+    precision: Any = None,
 ) -> Model:
     """Trains a fresh model with a TensorBoard logger in a directory that goes away."""
     model = workload.model()
@@ -161,7 +165,7 @@ def fit(
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,
-            precision=PRECISION,
+            precision=precision or PRECISION,
             max_steps=steps,
             max_epochs=-1,
             logger=TensorBoardLogger(root),
@@ -270,7 +274,7 @@ class Compare(pl.Callback):
             scale = float(value.abs().sum()) + 1e-2 * everything
             error = abs(float(value.sum(dtype=torch.float64)) - credit) / scale
             self.worst = max(self.worst, error)
-            if not error <= 1e-4:
+            if not error <= 1e-6:
                 raise AssertionError(
                     f"The credit of {name} differs: {float(value.sum())} here, {credit} naively."
                 )
@@ -284,7 +288,8 @@ def check_agreement(workload: Workload, device: str) -> float:
     probe = workload.probe(device)
     ours, naive = LCACallback(probe=[probe], track_parameters=True), NaiveLCA(probe)
     compare = Compare(ours, naive)
-    fit(workload, device, [ours, naive, compare], steps=4)
+    # The first layers of a deep network with BatchNorm magnify the last bit of float32.
+    fit(workload, device, [ours, naive, compare], steps=4, precision="64-true")
     return compare.worst
 
 

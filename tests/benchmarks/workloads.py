@@ -253,7 +253,8 @@ class NaiveLCA(pl.Callback):
         ] = []  # {name: (credit, helping, hurting)}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.batch = [x.to(pl_module.device) for x in self.batch]
+        batch = trainer.precision_plugin.convert_input(self.batch)
+        self.batch = [x.to(pl_module.device) for x in batch]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.before = copy.deepcopy(pl_module.net)

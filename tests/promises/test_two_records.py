@@ -159,3 +159,33 @@ def test_a_directory_is_free_again_when_its_writer_is_done(tmp_path):
     assert claim(tmp_path).directory == tmp_path
     second.release()
     assert claim(tmp_path, place=1).directory == tmp_path / "lca2"
+
+
+class Wrapper(pl.Callback):
+    """Hands on hooks to a callback that the Trainer does not know."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def on_train_start(self, *args):
+        self.inner.on_train_start(*args)
+
+    def on_train_batch_start(self, *args):
+        self.inner.on_train_batch_start(*args)
+
+    def on_before_optimizer_step(self, *args):
+        self.inner.on_before_optimizer_step(*args)
+
+    def on_train_batch_end(self, *args):
+        self.inner.on_train_batch_end(*args)
+
+    def on_train_end(self, *args):
+        self.inner.on_train_end(*args)
+
+
+def test_a_callback_within_another_has_a_record_too(tmp_path):
+    inner, outer = LCACallback(figures=False), LCACallback(quadrature="midpoint", figures=False)
+    fit(tmp_path, outer, Wrapper(inner), trainer={"logger": logger(tmp_path)})
+    assert inner.log_dir == outer.log_dir / "lca2"
+    for lca in (inner, outer):
+        assert same(History.load(lca.log_dir), lca.history)
