@@ -110,7 +110,15 @@ def _figures(options: argparse.Namespace) -> None:
             directory = directory / _as_file(probe) if len(histories) > 1 else directory
             directory.mkdir(parents=True, exist_ok=True)
             for file, make in progress(figures.available(history).items(), "figure"):
-                make(history).savefig(directory / f"{file.replace('/', '_')}.png", dpi=options.dpi)
+                path = directory / f"{file.replace('/', '_')}.png"
+                try:
+                    with np.errstate(all="ignore"):  # Numbers that are not finite leave gaps.
+                        make(history).savefig(path, dpi=options.dpi)
+                except OSError as error:
+                    why = error.strerror or error
+                    raise InputError(f"{path} cannot be written: {why}.") from error
+                except Exception as error:  # One figure never takes the others along.
+                    say(f"{path} cannot be drawn: {type(error).__name__}: {error}.")
             say(f"Figures are in {directory}.")
 
 

@@ -337,6 +337,16 @@ def test_names_do_not_move_the_terminals_cursor(tmp_path, capsys):
     assert len(out) < 10_000
 
 
+def test_numbers_that_cannot_be_drawn_cost_their_figure_alone(tmp_path, capsys):
+    near = np.array([[1e308, -1e308]] * 4 + [[np.nan, 1e-300]] * 4)
+    write(tmp_path / "run", {eventfile.META: description()}, chunk(1, allocated=near))
+    out = tmp_path / "out"
+    status, _, err = command(capsys, "figures", tmp_path / "run", "--out", out, "--dpi", "30")
+    assert status == 0
+    assert "ledger.png" in {path.name for path in out.iterdir()}
+    assert all("cannot be drawn: " in line for line in err.splitlines()[:-1])
+
+
 # -- whatever else --------------------------------------------------------------------------------
 
 
