@@ -72,7 +72,7 @@ def store(histories):
 
 
 def sums(history, above, upto):
-    """Adds up the finite rows of a stretch of steps: the sum, the number of rows, of finite ones."""
+    """Adds up the finite rows of a stretch of steps: the sum, how many rows, how many finite."""
     total, rows, finite = np.zeros(len(LAYERS)), 0, 0
     for t, step in enumerate(history.steps):
         if above < step <= upto:
