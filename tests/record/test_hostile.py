@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hostile import BOMB, CHUNKS, DESCRIPTIONS, STEMS, window
+from support.marks import matrix
 from support.records import bounded, chunk, command, description, good, packed, write
 
 from lightning_lca import History
@@ -317,6 +318,7 @@ def test_a_run_that_cannot_be_read_is_one_line(tmp_path, capsys, kind):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_name_of_a_probe_leads_nowhere(tmp_path, capsys):
     names = ["../../up", str(tmp_path / "absolute"), "..", "fine"]
     tags = chunk(1)
@@ -350,7 +352,7 @@ def test_numbers_that_cannot_be_drawn_cost_their_figure_alone(tmp_path, capsys):
 # -- whatever else --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", matrix({str(seed): seed for seed in range(8)}, quick="0"))
 def test_any_bytes_flipped_and_any_end_cut_off_are_read_or_told(tmp_path, seed):
     random = np.random.default_rng(seed)
     whole = next((Path(__file__).parent.parent / "data/recorded_by_d28cd56").glob("*tfevents*"))

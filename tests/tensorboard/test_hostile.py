@@ -52,6 +52,7 @@ def extreme():
     return chunk(1, allocated=np.full((8, 2), -1e308), scalars=scalars)
 
 
+@pytest.mark.slow
 def test_runs_are_told_one_by_one(tab):
     names = [run["name"] for run in tab.json("runs")["runs"]]
     with bounded(seconds=20):
@@ -113,6 +114,7 @@ def test_a_view_that_fails_says_so_in_json(tmp_path, monkeypatch):
     assert "cannot be answered" in json.loads(text)["error"]
 
 
+@pytest.mark.slow
 def test_very_many_layers_are_answered_or_refused_in_little(tmp_path):
     groups = [f"layer.{i}" for i in range(50_000)]
     said = {META: description(groups=groups, sizes=[1] * len(groups))}
