@@ -98,7 +98,7 @@ class Settings:
                 f'max_overhead={settings.max_overhead}. Chords need segments="batch".'
             )
         if settings.max_overhead is not None:
-            _number("max_overhead", settings.max_overhead, "e.g. max_overhead=0.1 for 10 %")
+            _number("max_overhead", settings.max_overhead, ", e.g. max_overhead=0.1 for 10 %")
             if settings.max_overhead > 1:
                 raise ValueError(
                     f"max_overhead={settings.max_overhead:g} lets training take "
@@ -106,7 +106,7 @@ class Settings:
                     "max_overhead=0.1 is 10 %. Leave it out where there is no limit."
                 )
         if settings.tolerance is not None:
-            _number("tolerance", settings.tolerance, "in loss units, e.g. tolerance=1e-3")
+            _number("tolerance", settings.tolerance, " in loss units, e.g. 1e-3")
             if settings.rule != SIMPSON:
                 raise ValueError(
                     f"A tolerance refines Simpson's rule, got quadrature={settings.rule.name!r}. "
@@ -220,6 +220,6 @@ def _whole(name: str, value: Any, least: int = 1, most: int | None = None) -> No
 
 def _number(name: str, value: Any, example: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, {example}; got {value!r}.")
+        raise TypeError(f"{name} must be a number{example}; got {value!r}.")
     if not (value > 0 and isfinite(value)):
-        raise ValueError(f"{name} must be a positive number, {example}; got {value!r}.")
+        raise ValueError(f"{name} must be a positive number{example}; got {value!r}.")
