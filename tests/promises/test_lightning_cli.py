@@ -185,7 +185,7 @@ def test_the_config_that_the_cli_saves_repeats_the_run(tmp_path):
             'Several probes go by name, probe={"train": "train", "val": "val"}.',
         ),
         ("every_n_steps", "0", "every_n_steps must be at least 1, got 0."),
-        ("tolerance", "-1", "tolerance must be a positive number, in loss units"),
+        ("tolerance", "-1", "tolerance must be a positive number in loss units"),
         # These jsonargparse refuses by their types, in its own words.
         ("probe_mode", "test", "probe_mode.*'no_dropout', 'eval', 'train'.*Got value: test"),
         ("group_by", "head", "group_by.*'parameter', 'layer', 'neuron'.*Got value: head"),

@@ -404,7 +404,7 @@ MISTAKES = {
     (
         "none",
         "--tolerance=-1",
-    ): "tolerance must be a positive number, in loss units, e.g. toleranc",
+    ): "tolerance must be a positive number in loss units, e.g. 1e-3; got -1.0.",
     ("none", "--accelerator=abacus"): "There can be no Trainer(accelerator='abacus', precision=",
     ("none", "--precision=31"): "There can be no Trainer(accelerator='auto', precision='31'",
     ("none", "--model.width"): "--model.width needs a value.",

@@ -61,7 +61,11 @@ MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
         ({"figures": None}, TypeError, "figures must be True or False, got None"),
         ({"custom_scalars": 1}, TypeError, "custom_scalars must be True or False, got 1"),
         ({"tolerance": True}, TypeError, "tolerance must be a number in loss units"),
-        ({"tolerance": "1e-3"}, TypeError, "tolerance must be a number in loss units, e.g. 1e-3; got '1e-3'"),
+        (
+            {"tolerance": "1e-3"},
+            TypeError,
+            "tolerance must be a number in loss units, e.g. 1e-3; got '1e-3'",
+        ),
         ({"tolerance": float("inf")}, ValueError, "tolerance must be a positive number"),
         ({"tolerance": float("nan")}, ValueError, "tolerance must be a positive number"),
         ({"max_overhead": 10}, ValueError, "11 times as long. It is a share, at most 1"),
