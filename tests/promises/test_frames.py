@@ -13,14 +13,14 @@ from lightning_lca import LCACallback
 
 HOME = Path(lightning_lca.__file__).parent
 MOST = 6
+SEEN = []
 
 
 class Deep(Classifier):
-    """Notes the package's own frames above each call of ``training_step``, the outermost first."""
+    """Notes the package's own frames above each call of ``training_step``, the outermost first.
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+    They are kept apart from it, since what it holds is put back after each evaluation.
+    """
 
     def training_step(self, batch, batch_idx):
         frame, names = inspect.currentframe(), []
@@ -29,15 +29,15 @@ class Deep(Classifier):
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         if names:
-            self.seen.append(tuple(names[::-1]))
+            SEEN.append(tuple(names[::-1]))
         return super().training_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tolerance": 1e-3}, {"every_n_steps": 3}])
 def test_from_the_hook_to_training_step_it_is_six_frames_at_most(tmp_path, arguments):
-    model = Deep()
-    fit(tmp_path, LCACallback(figures=False, **arguments), model=model, steps=9)
-    measured = [names for names in model.seen if names[0] == "on_train_batch_end"]
+    SEEN.clear()
+    fit(tmp_path, LCACallback(figures=False, **arguments), model=Deep, steps=9)
+    measured = [names for names in SEEN if names[0] == "on_train_batch_end"]
     # An audit, one measured step in fifty, goes through what decides on reuse.
     usual = [names for names in measured if "start" not in names]
     assert len(usual) > 4
