@@ -27,7 +27,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -257,7 +257,29 @@ def _event_files(log_dir: Path) -> tuple[list[Path], list[str]]:
                 files.append(path)
         except OSError as error:
             unreadable.append(f"{path.name} cannot be read: {error.strerror or error}")
-    return sorted(files, key=lambda path: (_opened_at(path.name), path.name)), unreadable
+    # Of files that loggers opened within one second, the times of their first events tell.
+    order = {p: (math.floor(_opened_at(p.name)), _first_time(p), p.name) for p in files}
+    return sorted(files, key=order.__getitem__), unreadable
+
+
+def _first_time(path: Path) -> float:
+    """Reads the wall time of a file's first event, in seconds; 0 if there is none."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return next(_times(file), 0.0)
+    return 0.0
+
+
+def _times(file: BinaryIO) -> Iterator[float]:
+    """Reads the wall times of all events, in seconds, and nothing else."""
+    size = os.fstat(file.fileno()).st_size
+    while len(head := file.read(21)) == 21:
+        # An event begins with its time: a byte, and eight of a float.
+        length, _, field, seconds = struct.unpack("<QIcd", head)
+        if field == b"\t" and 0 < seconds < _LATEST:
+            yield seconds
+        if length + 16 > size:
+            return
+        file.seek(length + 4 - 9, os.SEEK_CUR)
 
 
 def _opened_at(name: str) -> float:
@@ -279,15 +301,7 @@ def last_time(log_dir: Path) -> float:
     latest = 0.0
     for path in _event_files(log_dir)[0]:
         with contextlib.suppress(OSError), path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while len(head := file.read(21)) == 21:
-                # An event begins with its time: a byte, and eight of a float.
-                length, _, field, seconds = struct.unpack("<QIcd", head)
-                if field == b"\t" and latest < seconds < _LATEST:
-                    latest = seconds
-                if length + 16 > size:
-                    break
-                file.seek(length + 4 - 9, os.SEEK_CUR)
+            latest = max([latest, *_times(file)])
     return latest
 
 

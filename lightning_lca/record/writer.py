@@ -24,6 +24,9 @@ from lightning_lca.record.tables import Ints, StepTable, WindowTable
 CHUNK_STEPS = 512
 CHUNK_BYTES = 2**18
 CHUNK_SECONDS = 15.0
+PATIENCE = 5.0  # Seconds: a process that was killed may take some to let go of its record.
+_MOST_RECORDS = 100  # In one run.
+_here: set[Path] = set()  # Directories that this process holds.
 
 
 class RecordWriter:
@@ -228,6 +231,8 @@ class Claim:
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
+            if self.directory is not None:
+                _here.discard(self.directory)
 
     def __del__(self) -> None:
         self.release()
@@ -249,21 +254,28 @@ def claim(run: Path | None, place: int = 0, record: str | Path | None = None) ->
     """
     if run is None:
         return Claim(None, "lca" if place == 0 else f"lca{place + 1}")
-    choices = {run: "lca"} | {run / f"lca{i}": f"lca{i}" for i in range(2, 101)}
+    choices = {run: "lca"} | {run / f"lca{i}": f"lca{i}" for i in range(2, _MOST_RECORDS + 1)}
     wanted = list(choices)[place:] + list(choices)[:place]
     if record is not None and Path(record) in choices:
         wanted.insert(0, Path(record))
     for directory in wanted:
+        waits = directory == wanted[0] and directory not in _here
         try:
-            lock = _lock(directory)
+            lock = _lock(directory, PATIENCE if waits else 0.0)
         except BlockingIOError:
             continue
+        if lock is not None:
+            _here.add(directory)
         return Claim(directory, choices[directory], directory != wanted[0], lock)
     raise BlockingIOError(f"{len(choices)} other records are being written in {run}.")
 
 
-def _lock(directory: Path) -> int | None:
+def _lock(directory: Path, patience: float) -> int | None:
     """Locks a directory; returns what to unlock, or None where that cannot be done.
+
+    Args:
+        directory: Is made if need be.
+        patience: Seconds to wait for another to let go of it.
 
     Raises:
         BlockingIOError: Another holds it.
@@ -275,12 +287,16 @@ def _lock(directory: Path) -> int | None:
         lock = os.open(directory, os.O_RDONLY)
     except OSError:  # The writer tells of it.
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise
-    except OSError:  # A disk without locks.
-        os.close(lock)
-        return None
-    return lock
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(lock)
+                raise
+            time.sleep(0.05)
+        except OSError:  # A disk without locks.
+            os.close(lock)
+            return None

@@ -149,6 +149,27 @@ def test_two_processes_on_one_directory_have_a_record_each(tmp_path):
         assert history.allocated.sum() == pytest.approx(float(credit), rel=1e-5)
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from lightning_lca.record.writer import claim
+held = claim(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(0.5)
+"""
+
+
+def test_a_process_that_is_ending_is_waited_for(tmp_path):
+    command = [sys.executable, "-c", HOLD, tmp_path]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    mine = claim(tmp_path)
+    assert (mine.directory, mine.is_elsewhere) == (tmp_path, False)
+    mine.release()
+    assert process.wait(PATIENCE) == 0
+    process.stdout.close()
+
+
 def test_a_directory_is_free_again_when_its_writer_is_done(tmp_path):
     first = claim(tmp_path)
     assert (first.directory, first.name, first.is_elsewhere) == (tmp_path, "lca", False)

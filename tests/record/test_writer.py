@@ -156,6 +156,18 @@ def test_names_sort_in_the_order_of_writing(tmp_path, monkeypatch):
     assert by_time == sorted(tmp_path.iterdir())
 
 
+def test_files_of_loggers_within_one_second_are_read_in_the_order_of_writing(tmp_path, monkeypatch):
+    """Their names tell the second and the process, and a resumed training may have any number."""
+    clock = Clock(monkeypatch, now := float(int(time.time())))
+    for first, process in ((0, 900), (8, 90), (16, 9000)):
+        logger = Stream(tmp_path / "run" / f"{NAME}{int(now)}.host.{process}.0")
+        session(tmp_path / "run", clock, first, [None], lambda logger=logger: logger)
+        logger.file.close()
+        clock.now = now + 0.3 * (1 + first // 8)
+    history = History.load(tmp_path / "run")
+    assert (history.steps.tolist(), history.lost) == (list(range(1, 25)), 0)
+
+
 def test_a_time_far_ahead_is_no_trap(tmp_path, monkeypatch):
     clock = Clock(monkeypatch, time.time())
     (tmp_path / "run").mkdir()

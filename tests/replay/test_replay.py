@@ -212,11 +212,15 @@ def run(*arguments, capsys):
 
 
 def events(record):
-    """Every scalar in a record: {tag: [(step, value)]}."""
+    """Every scalar in a record: {tag: [(step, value)]}, by step.
+
+    TensorBoard reads files that loggers opened within one second in any order.
+    """
     written = EventAccumulator(str(record), size_guidance={"scalars": 0})
     written.Reload()
     return {
-        tag: [(e.step, e.value) for e in written.Scalars(tag)] for tag in written.Tags()["scalars"]
+        tag: sorted((e.step, e.value) for e in written.Scalars(tag))
+        for tag in written.Tags()["scalars"]
     }
 
 
