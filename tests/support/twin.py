@@ -4,7 +4,8 @@ The path of the weights comes from `PathRecorder`; `Twin.measure` credits its se
 far rounding in the run's own arithmetic can take a credit from the true one.
 
 Rounding is measured, not guessed: the gradient of the run's arithmetic is compared with that of
-float64 at both ends of the segment and at a point beside it, tensor by tensor. Eight times the
+float64 at the nodes of the rule, where the run's weights are rounded themselves, and at a point
+beside the segment, tensor by tensor. Eight times the
 largest of these errors (never less than one unit in the last place of the largest gradient) bounds
 the error of a gradient; rounding errors are linear in the unit roundoff, so that of float64 is that
 of float32 times 2**-29.
@@ -179,9 +180,16 @@ class Twin:
         middle = _between(wide, 0.5)
         for n, w in middle.items():
             middle[n] = w * torch.from_numpy(1 + 1e-3 * self.random.normal(size=w.shape))
-        # Three points that the run's dtype can hold: the errors of its arithmetic alone.
+        # Where the run's dtype can be: beside the segment the errors of its arithmetic alone, and
+        # at the nodes of the rule those of its weights, too.
+        narrow = {
+            n: torch.float32 if w.dtype == torch.float64 else w.dtype for n, w in start.items()
+        }
         beside = {n: w.to(start[n].dtype).double() for n, w in middle.items()}
-        compared = [(_between(wide, s), samples[s]) for s in (0.0, 1.0)]
+        compared = [
+            ({n: w.to(narrow[n]).double() for n, w in _between(wide, s).items()}, sample)
+            for s, sample in samples.items()
+        ]
         for place, exact in [*compared, (beside, self.loss_and_gradient(beside, buffers))]:
             low_loss, low = self.loss_and_gradient(place, buffers, exact=False)
             loss_error = max(loss_error, abs(low_loss - exact[0]))
