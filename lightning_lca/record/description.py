@@ -72,12 +72,12 @@ class Description:
             DescriptionError: It cannot be used.
 
         Example:
-            >>> said = b'{"probes": [null], "groups": ["fc"], "sizes": [6], "first_step": 0}'
-            >>> Description.parse(said).groups
+            >>> metadata = b'{"probes": [null], "groups": ["fc"], "sizes": [6], "first_step": 0}'
+            >>> Description.parse(metadata).groups
             ('fc',)
         """
-        said = _json(data)
-        version = said.get("version", VERSION)
+        metadata = _json(data)
+        version = metadata.get("version", VERSION)
         if type(version) is not int:
             raise DescriptionError(f"version is {_show(version)}, expected a whole number")
         if version > VERSION:
@@ -87,11 +87,11 @@ class Description:
                 is_newer=True,
             )
         for key in ("probes", "groups", "sizes", "first_step"):
-            if key not in said:
+            if key not in metadata:
                 raise DescriptionError(f"it has no {key!r}")
-        probes = _different("probes", [_probe(p) for p in _list("probes", said["probes"])])
-        groups = _different("groups", _names("groups", said["groups"]))
-        sizes = tuple(_count("sizes", size) for size in _list("sizes", said["sizes"]))
+        probes = _different("probes", [_probe(p) for p in _list("probes", metadata["probes"])])
+        groups = _different("groups", _names("groups", metadata["groups"]))
+        sizes = tuple(_count("sizes", size) for size in _list("sizes", metadata["sizes"]))
         if not probes or not groups:
             raise DescriptionError("it names no probe or no group, expected at least one")
         if len(sizes) != len(groups):
@@ -100,13 +100,15 @@ class Description:
             raise DescriptionError(f"it declares {len(groups):,} groups for {len(probes):,} probes")
         if sum(sizes) > LARGEST:
             raise DescriptionError(f"its sizes add up to {sum(sizes)} weights")
-        group_by = said.get("group_by", "layer")
+        group_by = metadata.get("group_by", "layer")
         if group_by not in _GROUPINGS:
             raise DescriptionError(f"group_by is {_show(group_by)}, expected one of {_GROUPINGS}")
-        callback = said.get("callback")
+        callback = metadata.get("callback")
         if callback is not None and not isinstance(callback, str):
             raise DescriptionError(f"callback is {_show(callback)}, expected a text")
-        layers = _names("layers", said["layers"]) if said.get("layers") is not None else None
+        layers = (
+            _names("layers", metadata["layers"]) if metadata.get("layers") is not None else None
+        )
         if layers is not None and len(layers) != len(groups):
             raise DescriptionError(f"it has {len(groups)} groups and {len(layers)} layers")
         return cls(
@@ -114,18 +116,18 @@ class Description:
             groups=groups,
             sizes=sizes,
             group_by=group_by,
-            first_step=_count("first_step", said["first_step"]),
+            first_step=_count("first_step", metadata["first_step"]),
             layers=layers,
             callback=callback,
-            is_steady=said.get("clock") == STEADY,
-            windows=_windows(said),
-            settings=_settings(said),
+            is_steady=metadata.get("clock") == STEADY,
+            windows=_windows(metadata),
+            settings=_settings(metadata),
         )
 
 
-def _settings(said: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Checks what the callback was asked for; numbers among it are compared later."""
-    settings = _object("settings", said.get("settings") or {})
+    settings = _object("settings", metadata.get("settings") or {})
     if not _is_shallow(settings, _DEEPEST):
         raise DescriptionError(f"settings are nested more than {_DEEPEST} levels deep")
     for name in ("every_n_steps", "tolerance"):
@@ -135,9 +137,9 @@ def _settings(said: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _windows(said: Mapping[str, Any]) -> dict[str, Columns]:
+def _windows(metadata: Mapping[str, Any]) -> dict[str, Columns]:
     """Checks what tables of windows hold, without making the names of their columns."""
-    windows = _object("windows", said.get("windows") or {})
+    windows = _object("windows", metadata.get("windows") or {})
     told = {
         name: _object(name, windows.get(name) or {})
         for name in ("parameters", "neurons", "weights")
@@ -156,7 +158,7 @@ def _windows(said: Mapping[str, Any]) -> dict[str, Columns]:
         if sum(count for _, count in stems) > LARGEST:
             raise DescriptionError(f"it declares more than {LARGEST:.0e} neurons")
         _check_lengths("stems", stems, neurons, "layers")
-    shapes = _object("shapes", said.get("shapes") or {})
+    shapes = _object("shapes", metadata.get("shapes") or {})
     if weights := told["weights"]:
         _count("of", weights.get("of"))
         for name, places in _object("indices", weights.get("indices")).items():
@@ -185,12 +187,12 @@ def _json(data: bytes) -> dict[str, Any]:
     if is_too_large(data):
         raise DescriptionError(f"it has {len(data):,} bytes, and would take far more memory")
     try:
-        said = json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+        metadata = json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
     except RecursionError as error:
         raise DescriptionError("it is nested too deep") from error
     except ValueError as error:
         raise DescriptionError(f"it is no JSON: {_short(str(error))}") from error
-    return _object("it", said)
+    return _object("it", metadata)
 
 
 def _finite(text: str) -> float | None:

@@ -62,7 +62,7 @@ def _per_group(history: History, table: StepTable, layers: Layers) -> Columns:
 
 
 def arrays(history: History) -> Columns:
-    """Gives the attributes of a history under their own names, tables of windows included.
+    """Returns the attributes of a history under their own names, tables of windows included.
 
     ``neurons_allocated`` [W, N], ``neurons_steps`` [W] and ``neurons_names`` (N,), for example.
     """

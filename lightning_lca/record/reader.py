@@ -110,23 +110,23 @@ class Reader:
     def _begin(self, data: bytes) -> None:
         """Starts a session: what was measured up to its first step stays."""
         try:
-            said = Description.parse(data)
+            metadata = Description.parse(data)
         except DescriptionError as error:
             self._is_newer = error.is_newer
             self._lose(f"a description ({eventfile.META}) cannot be used: {error}")
             return
         self._is_newer = False
-        fresh = {probe: _empty(said) for probe in said.probes}
+        fresh = {probe: _empty(metadata) for probe in metadata.probes}
         # Another callback measures something else, and its history is another one.
-        if self._callback is None or said.callback in (None, self._callback):
+        if self._callback is None or metadata.callback in (None, self._callback):
             for probe, history in fresh.items():
                 before = self.histories.get(probe)
                 if before is not None and before.measures_like(history):
-                    before.cut(said.first_step)
+                    before.cut(metadata.first_step)
                     before.settings, before.layers = history.settings, history.layers
                     fresh[probe] = before
-        self.histories, self.description = fresh, said
-        self._callback = said.callback or self._callback
+        self.histories, self.description = fresh, metadata
+        self._callback = metadata.callback or self._callback
         self._unread += len(self._open)
         self._open, self._in_open = {}, 0
 
@@ -216,10 +216,10 @@ def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     return None if columns is None else columns.parts()
 
 
-def _empty(said: Description) -> History:
+def _empty(metadata: Description) -> History:
     """Makes the table that a session's description asks for."""
-    history = History(said.groups, said.sizes, said.group_by, said.layers)
-    history.settings = dict(said.settings)
-    for name, columns in said.windows.items():
+    history = History(metadata.groups, metadata.sizes, metadata.group_by, metadata.layers)
+    history.settings = dict(metadata.settings)
+    for name, columns in metadata.windows.items():
         history.declare(name, columns)
     return history

@@ -72,20 +72,20 @@ class Trust:
     @property
     def remarks(self) -> list[str]:
         """What a reader must be told, a sentence each."""
-        told = []
+        remarks = []
         if self.is_large:
-            told.append(f"The residual is large. {self._remedy}")
+            remarks.append(f"The residual is large. {self._remedy}")
         if self.not_finite:
-            told.append(
+            remarks.append(
                 f"In {self.not_finite} of {self.measured} steps loss or credit was not finite; no "
                 "sum counts these."
             )
         if self.unmoved:
-            told.append(
+            remarks.append(
                 f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
                 "steps whose gradient overflows)."
             )
-        return told
+        return remarks
 
     @property
     def _remedy(self) -> str:

@@ -103,7 +103,7 @@ class StepTable:
         )
 
     def parts(self, sizes: Ints) -> dict[str, eventfile.Array]:
-        """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
+        """Returns the arrays that the record keeps: credits to float32, everything else exactly."""
         narrow = eventfile.counts_dtype(sizes)
         return {
             "steps": self.steps,
@@ -233,7 +233,7 @@ class WindowTable:
         return replace(parts[0], **stacked)
 
     def parts(self) -> dict[str, eventfile.Array]:
-        """Gives the arrays that the record keeps: credits to float32, everything else exactly."""
+        """Returns the arrays that the record keeps: credits to float32, everything else exactly."""
         parts: dict[str, eventfile.Array] = {
             "span": np.stack([self.steps, self.measured], 1),
             "allocated": _single(self.allocated),
@@ -382,46 +382,48 @@ class Columns:
         )
 
 
-def declared(said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Columns]:
+def declared(
+    metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Columns]:
     """Reads what a session's description says of its tables of windows.
 
     Args:
-        said: {"parameters": {"names", "kinds", "layers"}, "neurons": {"stems": [(stem, neurons)],
-            "layers": of each stem}, "weights": {"indices": {parameter: flat indices}, "of": weights
-            sampled from}}, each where there is such a table.
+        metadata: {"parameters": {"names", "kinds", "layers"}, "neurons": {"stems": [(stem,
+            neurons)], "layers": of each stem}, "weights": {"indices": {parameter: flat indices},
+            "of": weights sampled from}}, each where there is such a table.
         shapes: Shape of every parameter.
     """
     tables = {}
-    if told := said.get("parameters"):
-        names = tuple(told["names"])
-        layers = told.get("layers") or [layer_of(name, "parameter") for name in names]
+    if table := metadata.get("parameters"):
+        names = tuple(table["names"])
+        layers = table.get("layers") or [layer_of(name, "parameter") for name in names]
         ones = (1,) * len(names)
-        tables["parameters"] = Columns(names, ones, tuple(layers), tuple(told["kinds"]))
-    if told := said.get("neurons"):
-        stems = tuple(stem for stem, _ in told["stems"])
-        counts = tuple(count for _, count in told["stems"])
-        layers = tuple(told.get("layers") or stems)
+        tables["parameters"] = Columns(names, ones, tuple(layers), tuple(table["kinds"]))
+    if table := metadata.get("neurons"):
+        stems = tuple(stem for stem, _ in table["stems"])
+        counts = tuple(count for _, count in table["stems"])
+        layers = tuple(table.get("layers") or stems)
         tables["neurons"] = Columns(stems, counts, layers, is_numbered=True)
-    if told := said.get("weights"):
-        indices = told["indices"]
+    if table := metadata.get("weights"):
+        indices = table["indices"]
         tables["weights"] = Columns(
             tuple(indices),
             tuple(map(len, indices.values())),
             indices=tuple(map(tuple, indices.values())),
             shapes=tuple(tuple(shapes[name]) for name in indices),
-            sampled_from=told["of"],
+            sampled_from=table["of"],
         )
     return tables
 
 
 def window_tables(
-    said: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+    metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, WindowTable]:
     """Makes empty tables of windows from what `declared` takes.
 
     Example:
-        >>> said = {"weights": {"indices": {"fc.weight": [0, 5]}, "of": 6}}
-        >>> window_tables(said, {"fc.weight": [2, 3]})["weights"].names
+        >>> metadata = {"weights": {"indices": {"fc.weight": [0, 5]}, "of": 6}}
+        >>> window_tables(metadata, {"fc.weight": [2, 3]})["weights"].names
         ('fc.weight[0, 0]', 'fc.weight[1, 2]')
     """
-    return {name: columns.table() for name, columns in declared(said, shapes).items()}
+    return {name: columns.table() for name, columns in declared(metadata, shapes).items()}

@@ -57,7 +57,7 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="LCA")
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Gives a handler for every route: the answers, the files of the page, and its colours."""
+        """Returns a handler for every route: the answers, the page's files, and its colours."""
         from lightning_lca.tensorboard.routes import ANSWERS
 
         files = [path for path in _STATIC.rglob("*") if path.is_file()]

@@ -49,7 +49,7 @@ class _Reading:
     believed_until: float = -math.inf
 
     def forget(self) -> None:
-        """Gives the memory back; the description stays, and what it was made of."""
+        """Returns the memory back; the description stays, and what it was made of."""
         self.reader, self.run, self.until, self.failed = Reader(), None, -math.inf, 0
 
 
@@ -65,7 +65,7 @@ class Store:
         self._readings: dict[tuple[str, str], _Reading] = {}  # The one used last comes last.
 
     def run(self, source: Source, name: str) -> Run:
-        """Gives a run as it is now.
+        """Returns a run as it is now.
 
         Raises:
             QueryError: There is none of this name, or it has no LCA record.

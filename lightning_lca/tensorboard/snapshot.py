@@ -167,7 +167,7 @@ class Run:
     problem: str = ""
 
     def table(self, probe: str | None) -> Table:
-        """Gives a probe's table; the first where none was named.
+        """Returns a probe's table; the first where none was named.
 
         Raises:
             QueryError: No such probe, or nothing was measured yet.

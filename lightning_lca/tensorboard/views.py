@@ -238,12 +238,12 @@ def _credit(shown: Table, tiles: Bins) -> Floats:
 
 
 def _loss_before(shown: Table, row: int) -> float:
-    """Gives the probe loss from which a row's drift and step start."""
+    """Returns the probe loss from which a row's drift and step start."""
     return float(shown.rows.loss_after[row - 1] if row else shown.rows.loss_before[0])
 
 
 def _loss_at_edges(shown: Table, tiles: Bins) -> Floats:
-    """Gives the probe loss at the edges [B + 1]; nan after an empty bin."""
+    """Returns the probe loss at the edges [B + 1]; nan after an empty bin."""
     rows = shown.rows
     known = np.concatenate([rows.loss_before[:1], rows.loss_after])
     return np.where(np.append(True, tiles.measured > 0), known[tiles.cuts], np.nan)

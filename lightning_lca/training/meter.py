@@ -131,9 +131,7 @@ class Meter:
         if self._buffer.sums.keys() != segment.start.keys():
             self._buffer = Buffer.of(segment)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
-        looks = self._reuse.is_audited and self._rule == SIMPSON and self._tolerance is None
-        looks = looks and self._grouping.is_whole and first is not None
-        ends_only = first_order(first.gradient, segment) if looks else None  # type: ignore[union-attr, arg-type]
+        at_start = self._foretold(first, segment) if self._reuse.is_audited else None
         self._buffer.first, first = first, None
         if self._tolerance is None:
             gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
@@ -142,8 +140,7 @@ class Meter:
                 self.probe, segment, self._tolerance, self._max_splits, self._buffer
             )
         values = credit(gradient, segment)
-        if ends_only is not None and ends.last.gradient is not None:
-            ends_only = ends_only + first_order(ends.last.gradient, segment)
+        at_stop = None if at_start is None else self._foretold(ends.last, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
         finite = torch.isfinite(torch.cat([losses, sums.credit])).all()
@@ -152,10 +149,11 @@ class Meter:
             self._spread = self._distributions.of(values)
         drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
         self._loss = losses[1]
-        if ends_only is not None:
-            self._ranks.sum([ends_only])
+        if at_start is not None and at_stop is not None:
+            by_ends = (at_start + at_stop) / 2
+            self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
-            self._looks.append(torch.stack([change - sums.credit.sum(), change - ends_only / 2]))
+            self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
         row = torch.cat(
             [losses, drift, sums.credit, sums.helping.to(losses), sums.hurting.to(losses)]
         )
@@ -188,7 +186,7 @@ class Meter:
         return len(self._pending)
 
     def collect(self) -> StepTable:
-        """Copies the pending rows to the host, at once, into the history; gives the new ones."""
+        """Copies the pending rows to the host, at once, into the history; returns the new ones."""
         groups = len(self.history.groups)
         if not self._pending:
             return StepTable.none(groups)
@@ -285,6 +283,17 @@ class Meter:
             self._ranks.sum([losses, sums.credit, helping, hurting, sums.parameters, neurons])
             return _Sums(sums.credit, helping, hurting, sums.parameters, neurons)
         return _Sums(sums.credit, sums.helping, sums.hurting, sums.parameters, neurons)
+
+    def _foretold(self, sample: Sample | None, segment: Segment) -> Tensor | None:
+        """Returns the loss change [] that a gradient at one end foretells.
+
+        Against that of both ends alone, Simpson's residual tells whether finer panels help. Nothing
+        where another rule, a tolerance or the cut of the weights leaves no such comparison.
+        """
+        compares = self._rule == SIMPSON and self._tolerance is None and self._grouping.is_whole
+        if not compares or sample is None or sample.gradient is None:
+            return None
+        return first_order(sample.gradient, segment)
 
     def _add_up(self, names: list[str], sums: Tensor) -> Tensor:
         """Sums numbers of single parameters [names] -> [] over all processes that hold parts."""
