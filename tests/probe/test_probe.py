@@ -29,6 +29,7 @@ class Checkpointed(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["no_dropout", "train"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_credit(tmp_path, reentrant, mode):

@@ -41,6 +41,7 @@ def train(path, lca, net=convnet, steps=8):
     return fit(path, lca, model=model, data=data, steps=steps, run_seed=2, trainer=double).lca
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -85,6 +86,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch, arguments):
     read = DeferredBool.__bool__

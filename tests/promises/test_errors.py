@@ -105,6 +105,7 @@ def assert_record_ends(lca, last):
     assert record.lost == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2, 4])  # Batch 0 and 1 in the middle; batch 1 at the end.
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_error_in_the_probe_alone_comes_out_as_it_is_and_leaves_nothing_behind(
@@ -159,6 +160,7 @@ def raiser(hook, error):
     return type("Raiser", (pl.Callback,), {hook: burn})()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["before", pytest.param("after", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_error_in_another_callback_comes_out_as_without_us(tmp_path, hook, place):

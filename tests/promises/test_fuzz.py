@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lca import LCACallback
 
 SEEDS = {f"seed{i}x": i for i in range(200)}
-QUICK = list(SEEDS)[:20]
+QUICK = list(SEEDS)[:8]
 CLASSES = 3
 
 

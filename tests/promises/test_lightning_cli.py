@@ -121,6 +121,7 @@ def test_every_argument_has_a_case_here():
     assert not gone, f"LCACallback no longer takes {sorted(gone)}: take it out of CASES."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "typed", "value"), EVERY)
 def test_an_argument_typed_on_the_command_line_means_what_it_means_in_python(name, typed, value):
     expected = meant(name, value)._settings

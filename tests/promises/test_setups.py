@@ -20,7 +20,6 @@ from support.harmless import (
     twins,
     validating,
 )
-from support.marks import matrix
 from support.models import Classifier, Model, pl, toy_loader
 from support.training import fit, make_trainer
 from support.twin import RULES, PathRecorder, Twin
@@ -35,6 +34,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_lca import LCACallback
 from lightning_lca.runtime.lightnings import MisconfigurationException
+
+pytestmark = pytest.mark.slow  # Every set-up is trained twice or three times.
 
 plc = pl.callbacks
 BATCH = next(iter(toy_loader(batch_size=24, shuffle=False)))
@@ -340,7 +341,7 @@ quiet = pytest.mark.filterwarnings(
 
 
 @quiet
-@pytest.mark.parametrize("setup", matrix(CALLBACKS, ["finetuning", "pruning"]))
+@pytest.mark.parametrize("setup", CALLBACKS.values(), ids=CALLBACKS)
 def test_credits_are_the_twins_beside(tmp_path, setup):
     pruned = "prun" in str(setup.get("callbacks"))
     weights = {"weights": unmasked} if pruned else {}
@@ -353,7 +354,6 @@ def test_credits_are_the_twins_beside(tmp_path, setup):
 
 
 @quiet
-@pytest.mark.slow
 @pytest.mark.parametrize("setup", CALLBACKS.values(), ids=CALLBACKS)
 def test_training_is_bitwise_the_same_beside(tmp_path, capsys, setup):
     callbacks = setup.get("callbacks", list)
@@ -363,7 +363,6 @@ def test_training_is_bitwise_the_same_beside(tmp_path, capsys, setup):
     assert_same(plain, measured)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(plc, "EMAWeightAveraging"), reason="Lightning before 2.6")
 def test_averages_swapped_in_for_validation_are_swapped_out_again(tmp_path, capsys):
     case = Case(

@@ -43,6 +43,7 @@ def same(history, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_two_callbacks_of_a_trainer_have_a_record_each(tmp_path, pair):
     a, b = two(pair)
@@ -57,6 +58,7 @@ def test_two_callbacks_of_a_trainer_have_a_record_each(tmp_path, pair):
         assert same(lca.history, other.history), "it is what it would be alone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True], ids=["in order", "the other way round"])
 @pytest.mark.parametrize("into", ["the same directory", "another"])
 def test_a_resume_takes_its_own_history(tmp_path, turned, into):

@@ -295,6 +295,7 @@ def test_a_killed_process_loses_at_most_its_last_chunk(tmp_path):
     assert booked == pytest.approx(change, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [5, 1000])
 def test_memory_beside_the_table_does_not_grow(tmp_path, monkeypatch, log_every):
     monkeypatch.setattr("lightning_lca.record.writer.CHUNK_STEPS", 16)

@@ -18,6 +18,7 @@ from lightning_lca.record import eventfile
 from lightning_lca.record.reader import Reader
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DESCRIPTIONS)
 def test_a_description_that_cannot_be_used_is_told(tmp_path, case):
     data, why = DESCRIPTIONS[case]
@@ -28,6 +29,7 @@ def test_a_description_that_cannot_be_used_is_told(tmp_path, case):
     assert "Give the run's log directory" in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DESCRIPTIONS)
 def test_a_later_session_that_cannot_be_read_leaves_the_first(tmp_path, case):
     write(
@@ -68,6 +70,7 @@ def test_a_chunk_that_cannot_be_read_costs_its_own_steps(tmp_path, case):
     assert "lca/chunk/000000009/" in reader.problems[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["steps", "allocated", "helping", "idle", "scalars"])
 def test_every_bit_of_a_header_may_be_flipped(tmp_path, part):
     said, tags = {eventfile.META: description()}, chunk(9)

@@ -256,6 +256,7 @@ class Hollow(nn.Module):
         return self.last(torch.tanh(self.first(x))) + self.none["empty"].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_by", ["layer", "parameter", "neuron"])
 def test_a_layer_of_no_weights_goes_all_the_way(tmp_path, capsys, group_by):
     logger = TensorBoardLogger(tmp_path / "logs", name=None, version="run")

@@ -27,6 +27,8 @@ from lightning_lca.cli.main import main
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
 
+pytestmark = pytest.mark.slow  # Every test trains, saves and replays.
+
 STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")
 LOSSES = ("loss_before", "loss_after")
@@ -157,7 +159,6 @@ def test_on_every_nth_step_it_gives_the_record_of_chords(tmp_path, n, save):
     assert_same(history, History.load(live.log_dir))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("then", [True, False])
 def test_weights_find_their_places_when_only_one_side_is_compiled(tmp_path, then):
     live = train(tmp_path, Net(compiles=then), Data()).history
@@ -236,7 +237,6 @@ def assert_identical(a, b):
     assert events(a) == events(b)
 
 
-@pytest.mark.slow
 def test_several_runs_in_one_call_get_a_record_each(trained, runs, tmp_path, capsys):
     live = History.load(trained[1].log_dir)
     status, err = run(runs, *NAMES, "--log_every_n_steps", 4, capsys=capsys)
@@ -255,7 +255,6 @@ def test_several_runs_in_one_call_get_a_record_each(trained, runs, tmp_path, cap
         assert_same(History.load(tmp_path / "out" / name), live)
 
 
-@pytest.mark.slow
 def test_a_replay_that_was_killed_goes_on_as_if_unbroken(runs, monkeypatch):
     options = (*NAMES, "--loss_fn", "scripts.replayed.loss_until_saved", "--log_every_n_steps", "2")
     command = [sys.executable, "-m", "lightning_lca", "replay", runs / "a", *options]
@@ -275,7 +274,6 @@ def test_a_replay_that_was_killed_goes_on_as_if_unbroken(runs, monkeypatch):
     assert_identical(runs / "a" / RECORD, runs / "b" / RECORD)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_replay_that_was_asked_to_stop_goes_on_as_if_unbroken(runs, capsys, monkeypatch, number):
     calls = []
@@ -295,7 +293,6 @@ def test_a_replay_that_was_asked_to_stop_goes_on_as_if_unbroken(runs, capsys, mo
     assert_identical(runs / "a" / RECORD, runs / "b" / RECORD)
 
 
-@pytest.mark.slow
 def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_path):
     later = tmp_path / "later"
     later.mkdir()

@@ -23,7 +23,7 @@ from lightning_lca.record import summary
 from lightning_lca.record.tables import StepTable
 from lightning_lca.reporting.figures import Gallery
 
-pytestmark = pytest.mark.figures
+pytestmark = [pytest.mark.figures, pytest.mark.slow]
 KINDS = ("images", "tensors", "histograms")
 CORE = {"heatmap", "cumulative", "ledger", "totals", "helping", "synchrony"}
 
@@ -121,7 +121,6 @@ def test_names_cannot_become_markdown_or_html():
     assert html.count("<td") == 7 + 5 * 3, "the name does not split its row"
 
 
-@pytest.mark.slow
 def test_without_a_logger_for_figures_they_are_files(tmp_path):
     lca, *_ = fit(
         tmp_path, trainer={"logger": CSVLogger(tmp_path)}, probe={"a": "train", "b/../x": "train"}
@@ -223,7 +222,6 @@ def test_drawing_takes_a_twentieth_of_training_at_most(tmp_path, monkeypatch):
     assert clock.now - drawn[-1] < 1e-9, "the end is always drawn"
 
 
-@pytest.mark.slow
 def test_the_layout_is_beside_the_users_own(tmp_path):
     logger = TensorBoardLogger(tmp_path, version="v")
     logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["train_loss"]]}})

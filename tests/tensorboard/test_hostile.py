@@ -72,6 +72,7 @@ def test_runs_are_told_one_by_one(tab):
         assert (run["rows"], run["lost"]) == (16, 1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_answers_or_says_why_not(tab, route):
     some = {"channels": {"layer": "conv"}}.get(route, {})
@@ -131,6 +132,7 @@ def test_very_many_layers_are_answered_or_refused_in_little(tmp_path):
         assert code == (400 if route in ("channels", "synchrony") else 200), route
 
 
+@pytest.mark.slow
 def test_many_neurons_are_not_made_before_there_are_rows(tmp_path):
     wide = packed("<f4", [1, 10**9], zlib.compress(bytes(2**28), 9))
     said = {META: description(windows=STEMS)}

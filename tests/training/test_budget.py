@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.assertions import assert_same_history, scalars
-from support.marks import matrix
 from support.models import Classifier, mlp, pl, toy_loader
 from support.training import fit
 from torch import nn
@@ -20,6 +19,7 @@ from lightning_lca.record.reader import Reader
 from lightning_lca.training.budget import Budget
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need"),
@@ -160,10 +160,7 @@ CASES = {
 }
 
 
-QUICK = ["as many steps as pay for one", "several steps of a batch"]
-
-
-@pytest.mark.parametrize(("expected", "options"), matrix(CASES, QUICK))
+@pytest.mark.parametrize(("expected", "options"), CASES.values(), ids=CASES)
 def test_the_number_chosen_repeats_the_run_exactly(tmp_path, expected, options):
     others = [c for c in [options.get("callback")] if c]
     options = {k: v for k, v in options.items() if k != "callback"}

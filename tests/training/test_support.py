@@ -104,6 +104,7 @@ def train(path, model, lca, *callbacks, resume=None, steps=10, **trainer):
     return lca.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{}, {"neurons": True}, {"group_by": "neuron"}, {"tolerance": 1e-6}], ids=str
 )
@@ -136,6 +137,7 @@ def test_a_layer_that_was_left_out_of_sharding_is_pointed_out(alone):
         check_trainer(SimpleNamespace(strategy=strategy), module, LCACallback()._settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 4])
 def test_a_sharded_training_resumes_and_books_an_open_chord_as_drift(tmp_path, alone, every):
     unbroken = train(tmp_path / "whole", Cut, LCACallback(every_n_steps=every, figures=False))
