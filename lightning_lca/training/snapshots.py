@@ -96,6 +96,13 @@ class Snapshots:
         _copy({n: start[n] for n in names}, self._start)
         self._same = False
 
+    def look(self, weights: Weights) -> Segment:
+        """Shows the segment as it would be if it ended here; it stays open."""
+        weights = parts(weights)
+        names = [n for n in self._start if n in weights]
+        _copy({n: weights[n] for n in names}, self._stop)
+        return Segment({n: self._start[n] for n in names}, {n: self._stop[n] for n in names})
+
     def close(self, weights: Weights) -> Segment:
         """Ends the segment at the live weights."""
         if not self.is_open:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import (
     any_cut,
@@ -53,7 +54,7 @@ class Training:
         place: int = 0,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        """Reads the probes, and evaluates each once; every rank must call this.
+        """Prepares what needs no look at the loss; every rank must call this.
 
         Args:
             trainer: The Trainer that starts.
@@ -73,9 +74,9 @@ class Training:
         self._grouping = Grouping(module, settings.group_by, trainer.global_rank)
         self.snapshots = Snapshots()
         self.meters: dict[str | None, Meter] = {
-            name: self._meter(module, self._probe(trainer, module, source))
-            for name, source in settings.sources.items()
+            name: self._meter(module, self._probe(trainer, module)) for name in settings.sources
         }
+        self._catches_up = False  # Whether the next step ends a chord of before a resume.
         self.reporter = Reporter(
             trainer,
             self.meters,
@@ -113,9 +114,9 @@ class Training:
         if opened:
             self._opened_at = opened["at"]
             self.snapshots.resume(opened["weights"], live_weights(module))
-            # The checkpoint was saved after a step was done and before it was measured.
-            self._timer = None
-            self.close(trainer, module)
+            # The checkpoint may have been saved after a step was done and before it was measured.
+            least = self._chords.every
+            self._catches_up = least is not None and self._counter.done - self._opened_at >= least
         self._timer = StepTimer(module.device)
         if self._chords.every is None:
             self._budget = Budget(
@@ -139,6 +140,8 @@ class Training:
     @defer_signals()
     def open(self) -> None:
         """Starts a segment where the weights are, unless one is open: only copies."""
+        if self._catches_up:
+            self.snapshots.mark(self._trained, self._counter.done)
         if not self.snapshots.is_open:
             self._opened_at = self._counter.done
             self.snapshots.open(self._trained)
@@ -155,6 +158,10 @@ class Training:
         """
         done = self._counter.done
         live = live_weights(module)
+        if not (self._is_prepared or self._prepare(trainer, live)):
+            return
+        if self._catches_up:
+            self._catch_up(trainer, live, done)
         if self._budget is not None and not last:
             every = self._budget.take(module, live, done)
             if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
@@ -169,14 +176,33 @@ class Training:
         whole = self.snapshots.close(live)
         pieces = self.snapshots.pieces(whole, done)
         self._rounding.look(pieces[0][0])
-        shown = self.reporter.due(done)
         before = self._gradients
-        for piece, step in pieces:
+        self._measure(pieces, whole, live, spread=self.reporter.due(done))
+        if last:
+            return
+        self.reporter.log(x_axis(trainer), done)
+        self.reporter.record()
+        if self._timer is not None:
+            self._timer.leave(round((self._gradients - before) / len(pieces)))
+            self._tell(trainer, self._timer)
+
+    def _measure(
+        self, pieces: list[tuple[Segment, int]], whole: Segment, live: Weights, *, spread: bool
+    ) -> None:
+        """Measures pieces of a closed segment; the live weights are at its stop afterwards.
+
+        Args:
+            pieces: Each with the steps done at its end.
+            whole: The segment that they are cut from.
+            live: The live weights.
+            spread: Whether the last piece's distributions are shown.
+        """
+        for i, (piece, step) in enumerate(pieces):
             try:
-                if len(pieces) > 1:
+                if len(pieces) > 1 or piece.stop is not whole.stop:
                     piece.at(1.0).write(parts(live))
                 for meter in self.meters.values():
-                    meter.measure(piece, step, spread=shown and step == done)
+                    meter.measure(piece, step, spread=spread and i == len(pieces) - 1)
                     self._measured_to = step
             except BaseException:
                 whole.at(1.0).write(parts(live))
@@ -185,13 +211,40 @@ class Training:
                     self.snapshots.reopen(piece)
                 raise
             self._opened_at = step
-        if last:
-            return
-        self.reporter.log(x_axis(trainer), done)
+
+    def _catch_up(self, trainer: Trainer, live: dict[str, Tensor], done: int) -> None:
+        """Measures the chord that a checkpoint left unmeasured; what came since stays open."""
+        self._catches_up = False
+        whole = self.snapshots.close(live)
+        first, *rest = self.snapshots.pieces(whole, done)
+        self._measure([first], whole, live, spread=False)
+        whole.at(1.0).write(parts(live))
+        if rest:
+            self.snapshots.reopen(rest[0][0])
         self.reporter.record()
-        if self._timer is not None:
-            self._timer.leave(round((self._gradients - before) / len(pieces)))
-            self._tell(trainer, self._timer)
+
+    @property
+    def _is_prepared(self) -> bool:
+        return all(meter.probe.is_prepared for meter in self.meters.values())
+
+    def _prepare(self, trainer: Trainer, live: dict[str, Tensor]) -> bool:
+        """Looks at the loss for the first time, once a step was taken; False: not yet.
+
+        By then all that training prepares is prepared: start hooks of the module and of callbacks
+        have run, and batches have passed.
+        """
+        if not self.snapshots.is_open or self._counter.done <= self._opened_at:
+            return False
+        segment = self.snapshots.look(live)
+        settings = self._settings
+        for name, source in settings.sources.items():
+            meter = self.meters[name]
+            if not meter.probe.is_prepared:
+                batches = read_batches(
+                    source, trainer, settings.probe_batches, settings.seed, self._ranks
+                )
+                meter.probe.prepare(batches, segment)
+        return True
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
@@ -237,25 +290,17 @@ class Training:
 
     # -- how it is set up -------------------------------------------------------------------------
 
-    def _probe(self, trainer: Trainer, module: LightningModule, source: Any) -> Probe:
-        """Reads a probe's batches and evaluates it once; every rank must call this.
-
-        Raises:
-            MisconfigurationException: There is no batch, or no loss that can be measured.
-        """
-        settings, ranks = self._settings, self._ranks
-        probe = Probe(
+    def _probe(self, trainer: Trainer, module: LightningModule) -> Probe:
+        settings = self._settings
+        return Probe(
             trainer,
             module,
-            read_batches(source, trainer, settings.probe_batches, settings.seed, ranks),
             mode=settings.probe_mode,
             loss_fn=settings.loss_fn,
             seed=settings.seed,
-            ranks=ranks,
+            ranks=self._ranks,
             whole=settings.tolerance is not None,  # All ranks must refine alike.
         )
-        probe.check()
-        return probe
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
         return Meter(probe, module, self._settings, self._grouping, self._ranks)
