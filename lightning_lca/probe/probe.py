@@ -109,6 +109,7 @@ class Probe:
         self._taken: dict[int, Recording] | None = None  # While the user's code is recorded.
         self._form: list[tuple[str, torch.Size, torch.dtype]] = []  # Of the recorded weights.
         self._middle: dict[str, Tensor] = {}
+        self._modules: list[Any] = []
         self._has_begun = False
         self.is_lost = False
         self.gradients = 0
@@ -295,6 +296,7 @@ class Probe:
         fresh = self(segment.at(0.0), afresh=True)
         if self.why_not is None:
             self._recordings, self._form = recordings, _form_of(segment.start)
+            self._modules = list(self._module.modules())
             pairs = [(here, self(segment.at(1.0))), (fresh, self(segment.at(0.0)))]
             if not all(bool(agree(*pair)) for pair in pairs):
                 self.why_not = (
@@ -418,7 +420,7 @@ class Probe:
         """Fingerprints what the loss reads beside the trained weights."""
         if self._recordings:
             read = [t for r in self._recordings.values() for t in r.live]
-            return (), fingerprint(read, self.device)
+            return tuple([m.training for m in self._modules]), fingerprint(read, self.device)
         return surroundings(self._module, self._mode, self.device)
 
     # -- one evaluation ---------------------------------------------------------------------------

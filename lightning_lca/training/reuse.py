@@ -53,6 +53,7 @@ class Reuse:
         self._starts = 0
         self._epoch = probe.epoch
         self._misses = 0
+        self._missed: tuple[Sample, Sample] | None = None
         self._has_told = False
 
     def keep(self, last: Sample, into: Weights) -> None:
@@ -80,7 +81,10 @@ class Reuse:
         self._audit, self.is_audited = None, False
         kept = self._kept if agreed and all(trusted) else None
         if self._probe.is_recorded:
-            return self._audit_recording(segment, kept) if self._is_due() else kept
+            is_seen = before is not None and before[0] != now[0]
+            if self._is_due() or is_seen:
+                return self._audit_recording(segment, kept, is_seen=is_seen)
+            return kept
         if kept is None or self._kept is None:
             return None
         if self._reused % AUDIT_EVERY == 0:
@@ -96,8 +100,16 @@ class Reuse:
         # The recording was compared at the first start; at the second the weights have moved.
         return self._starts == 2 or self._starts % every == 0 or epoch != self._epoch
 
-    def _audit_recording(self, segment: Segment, kept: Sample | None) -> Sample | None:
-        """Compares the recorded loss at the start with the user's code; gives what holds."""
+    def _audit_recording(
+        self, segment: Segment, kept: Sample | None, *, is_seen: bool
+    ) -> Sample | None:
+        """Compares the recorded loss at the start with the user's code; gives what holds.
+
+        Args:
+            segment: The segment.
+            kept: What the recording gave there, if that is known.
+            is_seen: Whether flags show that it is another function now: then nobody need be told.
+        """
         before = self._probe.gradients
         fresh = self._probe(segment.at(0.0), afresh=True)
         if self._probe.is_lost:
@@ -106,22 +118,26 @@ class Reuse:
         self.audits, self.is_audited = self.audits + 1, True
         self.apart += self._probe.gradients - before - (kept is None)
         if self._ranks.all([DeferredBool(agree(recorded, fresh))], self._probe.device)[0]:
-            self._misses = 0
+            if self._missed is not None:
+                self._tell(*self._missed)
+            self._misses, self._missed = 0, None
             return recorded
         self._starts, self._misses = 1, self._misses + 1
-        if self._misses == _MISSES:
+        if self._misses < _MISSES:
+            self._missed = self._missed or (
+                None if is_seen else (_loss_of(recorded), _loss_of(fresh))
+            )
+            self._probe.record(segment)
+        else:
             self._probe.give_up("it is another function every time")
             self.on = False
-        else:
-            self._probe.record(segment)
-        self._tell(recorded, fresh)
+            _warn_of_change(recorded, fresh, False)
         return fresh
 
     def _tell(self, recorded: Sample, fresh: Sample) -> None:
-        if self._has_told and self.on:
-            return
-        self._has_told = True
-        _warn_of_change(recorded, fresh, self.on)
+        if not self._has_told:
+            self._has_told = True
+            _warn_of_change(recorded, fresh, True)
 
     def _check(self, segment: Segment, kept: Sample) -> None:
         """Evaluates the start afresh, uses that, and compares; the next start reads the verdict."""
@@ -129,7 +145,7 @@ class Reuse:
         fresh = self._probe(segment.at(0.0, needs_gradient=kept.gradient is not None))
         self.audits, self.is_audited = self.audits + 1, True
         self.apart += self._probe.gradients - before
-        losses = Sample(kept.loss, None), Sample(fresh.loss, None)
+        losses = _loss_of(kept), _loss_of(fresh)
         self._audit = (DeferredBool(agree(kept, fresh)), *losses)
         self.keep(fresh, kept.gradient or {})
 
@@ -139,6 +155,10 @@ class Reuse:
             return
         _, kept, fresh = self._audit
         _warn_of_change(kept, fresh, False)
+
+
+def _loss_of(sample: Sample) -> Sample:
+    return Sample(sample.loss, None)
 
 
 def _warn_of_change(kept: Sample, fresh: Sample, is_recorded: bool) -> None:

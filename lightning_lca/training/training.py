@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import (
     any_cut,
@@ -134,7 +133,7 @@ class Training:
 
     def look(self, module: LightningModule) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
-        if not self.snapshots.is_open:
+        if not self.snapshots.is_open or self._catches_up:
             self._trained = live_weights(module)
 
     @defer_signals()
@@ -160,13 +159,11 @@ class Training:
         live = live_weights(module)
         if not (self._is_prepared or self._prepare(trainer, live)):
             return
-        if self._catches_up:
-            self._catch_up(trainer, live, done)
         if self._budget is not None and not last:
             every = self._budget.take(module, live, done)
             if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
                 self.reporter.log(x_axis(trainer), done)
-        least = 1 if last else self._chords.every
+        least = 1 if last or self._catches_up else self._chords.every
         if not self.snapshots.is_open or least is None or done - self._opened_at < least:
             if not last:
                 self.reporter.record()
@@ -175,34 +172,16 @@ class Training:
             self._timer.enter(done - self._opened_at)
         whole = self.snapshots.close(live)
         pieces = self.snapshots.pieces(whole, done)
+        begun = pieces[1:] if self._catches_up else []  # What goes on after the chord of before.
         self._rounding.look(pieces[0][0])
         before = self._gradients
-        self._measure(pieces, whole, live, spread=self.reporter.due(done))
-        if last:
-            return
-        self.reporter.log(x_axis(trainer), done)
-        self.reporter.record()
-        if self._timer is not None:
-            self._timer.leave(round((self._gradients - before) / len(pieces)))
-            self._tell(trainer, self._timer)
-
-    def _measure(
-        self, pieces: list[tuple[Segment, int]], whole: Segment, live: Weights, *, spread: bool
-    ) -> None:
-        """Measures pieces of a closed segment; the live weights are at its stop afterwards.
-
-        Args:
-            pieces: Each with the steps done at its end.
-            whole: The segment that they are cut from.
-            live: The live weights.
-            spread: Whether the last piece's distributions are shown.
-        """
-        for i, (piece, step) in enumerate(pieces):
+        for piece, step in pieces[: len(pieces) - len(begun)]:
+            spread = step == done and self.reporter.due(done)
             try:
-                if len(pieces) > 1 or piece.stop is not whole.stop:
+                if len(pieces) > 1:
                     piece.at(1.0).write(parts(live))
                 for meter in self.meters.values():
-                    meter.measure(piece, step, spread=spread and i == len(pieces) - 1)
+                    meter.measure(piece, step, spread=spread)
                     self._measured_to = step
             except BaseException:
                 whole.at(1.0).write(parts(live))
@@ -211,17 +190,18 @@ class Training:
                     self.snapshots.reopen(piece)
                 raise
             self._opened_at = step
-
-    def _catch_up(self, trainer: Trainer, live: dict[str, Tensor], done: int) -> None:
-        """Measures the chord that a checkpoint left unmeasured; what came since stays open."""
+        if begun:
+            whole.at(1.0).write(parts(live))
+            self.snapshots.reopen(begun[0][0])
         self._catches_up = False
-        whole = self.snapshots.close(live)
-        first, *rest = self.snapshots.pieces(whole, done)
-        self._measure([first], whole, live, spread=False)
-        whole.at(1.0).write(parts(live))
-        if rest:
-            self.snapshots.reopen(rest[0][0])
-        self.reporter.record()
+        if begun and done - self._opened_at >= (1 if last else self._chords.every or 1):
+            self.close(trainer, module, last=last)
+        elif not last:
+            self.reporter.log(x_axis(trainer), done)
+            self.reporter.record()
+            if self._timer is not None:
+                self._timer.leave(round((self._gradients - before) / len(pieces)))
+                self._tell(trainer, self._timer)
 
     @property
     def _is_prepared(self) -> bool:
