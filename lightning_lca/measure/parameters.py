@@ -63,6 +63,11 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def alike(a: Weights, b: Weights) -> bool:
+    """Whether tensors have the same names and shapes."""
+    return a.keys() == b.keys() and all(a[n].shape == b[n].shape for n in a)
+
+
 def is_cut(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this process holds a part."""
     return hasattr(type(tensor), "to_local")

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Position, Sample, Segment, Weights
-from lightning_lca.measure.parameters import any_cut, live_weights, local, local_gradient, parts
+from lightning_lca.measure.parameters import (
+    alike,
+    any_cut,
+    live_weights,
+    local,
+    local_gradient,
+    parts,
+)
 from lightning_lca.measure.tensors import HALF, bundles, wide
 from lightning_lca.probe.batches import batch_sizes
 from lightning_lca.probe.fingerprint import fingerprint
@@ -216,7 +223,7 @@ class Probe:
         segment = at.segment
         if at.s in (0.0, 1.0):
             return list((segment.start if at.s == 0.0 else segment.stop).values())
-        if self._middle.keys() != segment.start.keys():
+        if not alike(self._middle, segment.start):
             self._middle = {n: torch.empty_like(w) for n, w in segment.start.items()}
         at.write(self._middle)
         return list(self._middle.values())

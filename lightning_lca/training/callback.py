@@ -222,7 +222,7 @@ class LCACallback(LightningCallback):
     ) -> None:
         """Notes which weights are trained."""
         if self._training is not None:
-            self._training.look(pl_module)
+            self._training.start(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: AnyTrainer, pl_module: LightningModule, optimizer: Any

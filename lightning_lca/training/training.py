@@ -90,6 +90,10 @@ class Training:
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
+        # Each with an optimizer of its own, which steps as soon as the gradient is there.
+        self._moves_in_backward = any(
+            getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters()
+        )
         self._counter = StepCounter(trainer, module, self._before_step)
         self._timer: StepTimer | None = StepTimer(module.device)
         self._budget: Budget | None = None
@@ -135,6 +139,12 @@ class Training:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
         if not self.snapshots.is_open or self._catches_up:
             self._trained = live_weights(module)
+
+    def start(self, module: LightningModule) -> None:
+        """Takes the start of a batch: a segment opens here if the backward pass moves weights."""
+        self.look(module)
+        if self._moves_in_backward:
+            self.open()
 
     @defer_signals()
     def open(self) -> None:
