@@ -359,6 +359,13 @@ class Probe:
         return int(self._trainer.current_epoch)
 
     @property
+    def way(self) -> str:
+        """How it is evaluated, in words."""
+        if self._recordings:
+            return "recorded"
+        return f"by the user's code, since it cannot be recorded: {self.why_not}"
+
+    @property
     def is_recorded(self) -> bool:
         """Whether a recording is evaluated, and not the user's code."""
         return bool(self._recordings)

@@ -32,6 +32,8 @@ from lightning_lca.training.meter import Meter
 from lightning_lca.training.settings import Chords, Settings
 from lightning_lca.training.snapshots import Snapshots
 
+_WAYS = {"recorded": "from a recording of its operations; the user's code runs to audit it"}
+
 
 class Training:
     """Opens a segment before an optimizer step, and measures it at the end of a batch.
@@ -234,6 +236,12 @@ class Training:
                     source, trainer, settings.probe_batches, settings.seed, self._ranks
                 )
                 meter.probe.prepare(batches, segment)
+                meter.history.settings["evaluated"] = meter.probe.way
+        ways = {name: meter.probe.way for name, meter in self.meters.items()}
+        self.reporter.note(evaluated=next(iter(ways.values())))
+        for name, way in ways.items():
+            which = "the probe" if name is None else f"probe {name!r}"
+            tell(trainer, f"LCA: the loss on {which} is evaluated {_WAYS.get(way, way)}.")
         return True
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:
