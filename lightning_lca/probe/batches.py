@@ -12,6 +12,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import inspect
 import math
 import multiprocessing
 import os
@@ -107,11 +108,13 @@ class ProbeBatches:
         self._named = repr(source)
         self._device = torch.device("cpu")
         self._has_begun = False
+        self._is_bare = False  # A step that takes dataloader_iter moves its batches itself.
         self._reading: Callable[[int], _Reading] | None = None
         self._context: Any = None  # Of multiprocessing; None: read in this process.
         self._keeps = False
         self._batches: dict[int, Any] = {}
         self._numbers: list[int] = []  # Of the batches that are to be kept.
+        self._summed: tuple[dict[int, Any], int] | None = None
         self._tries = 0
         self._resumed: dict[str, Any] | None = None
         self._epoch: float = math.inf  # Batches of training's epoch.
@@ -143,6 +146,8 @@ class ProbeBatches:
         self._take_up()
 
     def _begin_training(self, trainer: Trainer) -> None:
+        step = inspect.signature(trainer.lightning_module.training_step)
+        self._is_bare = "dataloader_iter" in step.parameters
         loaders = trainer.train_dataloader
         flat, structure = tree_flatten(loaders)
         self._named = _name(_what(flat[0] if flat else loaders))
@@ -169,7 +174,7 @@ class ProbeBatches:
         whys = [part for part in parts if isinstance(part, str)]
         if not whys:
             self._draw(flat, structure, [part for part in parts if isinstance(part, _Items)])
-        elif flat[0] is loaders and not _shared(loaders):
+        elif flat[0] is loaders and _shared(_what(loaders)) is None:
             wanted = self._count * self._ranks.world
             self._context = _context([loaders])
             if self._context is not None:
@@ -261,7 +266,7 @@ class ProbeBatches:
     @property
     def moved(self) -> bool:
         """Whether they went through the module's transfer hooks already, to the device."""
-        return self._keeps
+        return self._keeps and not self._is_bare
 
     def take(self) -> dict[int, Any]:
         """Returns this rank's batches, {number in the whole probe: batch}; not to be written to.
@@ -298,9 +303,10 @@ class ProbeBatches:
         """
         self._tries += 1
         if self._tries >= _TRIES or not (self._keeps or self._reading):
+            count = self._tries * (len(self._batches) or self._count)
             raise MisconfigurationException(
-                f"No loss was found on {self._tries} {'batch' if self._tries == 1 else 'batches'} "
-                f"of the probe: each was None or not finite. {_REMEDY}"
+                f"No loss was found on {count} {'batch' if count == 1 else 'batches'} of the probe:"
+                f" each was None or not finite. {_REMEDY}"
             )
         self._batches, self._stored = {}, None
         if self._reading is not None:
@@ -314,16 +320,18 @@ class ProbeBatches:
         Kept batches are stored if they are plain containers of tensors and numbers. Others are not,
         since to load them would be to run what the checkpoint says. Drawn ones are drawn again.
         """
+        if not self._batches or not self.is_ready:
+            return {}
         kept = self._storable() if self._stored is None and self._ranks.processes == 1 else None
         return {
             "tries": self._tries,
             "kept": (kept or self._stored or None) if self._keeps else None,
-            "checksum": None if self._keeps else _checksum(self._batches),
+            "checksum": None if self._keeps else self._checksum,
         }
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on with the batches of a checkpoint, before or after `begin`."""
-        self._resumed = state
+        self._resumed = state or None  # It may be of a time before the batches were had.
         if self._has_begun:
             self._take_up()
 
@@ -348,8 +356,15 @@ class ProbeBatches:
                 self._read()
         if self._batches or self._keeps:
             self._resumed = None
-            is_same = not self._keeps and state["checksum"] == _checksum(self._batches)
+            is_same = not self._keeps and state["checksum"] == self._checksum
             self.is_another = not is_same and self._ranks.process == 0  # Whose the state is.
+
+    @property
+    def _checksum(self) -> int:
+        """Tells these batches from others; summed up once."""
+        if self._summed is None or self._summed[0] is not self._batches:
+            self._summed = self._batches, _checksum(self._batches)
+        return self._summed[1]
 
     def _storable(self) -> dict[str, Any]:
         """Returns what is kept, on the CPU; nothing if it is more than plain containers."""
@@ -469,7 +484,7 @@ def _plain(loader: Any, limit: float) -> _Items | str:
             return f"{_name(loader)} has its own {name}"
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
         return f"{_name(dataset)} is a stream, or has no length"
-    items = len(dataset)
+    length = len(dataset)
     sampler: Any = loader.sampler
     source: Any
     batched, size, drops = loader.batch_sampler, None, False
@@ -485,15 +500,13 @@ def _plain(loader: Any, limit: float) -> _Items | str:
     else:
         return f"{_name(sampler)} chooses the items"
     seen = len(source)
-    if seen > items:
+    if seen > length:
         return f"{_name(sampler)} is of another dataset"
     if not shuffles:
         batches = seen // ((size or 1) * processes) if drops else math.inf
         most = min(limit, batches) * (size or 1) * processes
         seen = int(min(seen, most))
-    if what := _shared(dataset, loader.collate_fn):
-        return f"{_name(dataset)} holds {_name(what)}, which processes share"
-    return _Items(
+    items = _Items(
         dataset,
         loader.collate_fn,
         seen,
@@ -501,6 +514,9 @@ def _plain(loader: Any, limit: float) -> _Items | str:
         loader.num_workers > 0,
         loader.worker_init_fn if loader.num_workers > 0 else None,
     )
+    if not items.is_pure and (what := _shared(dataset, loader.collate_fn)) is not None:
+        return f"{_name(dataset)} holds {_name(what)}, which processes share"
+    return items
 
 
 def _is_of_tensors(dataset: Any) -> bool:
@@ -627,7 +643,7 @@ _Reading = _Drawing | _Passing
 def _read_own(loader: DataLoader[Any], seed: int) -> list[Any]:
     """Reads a loader given by the user, whole: aside if that works, here behind a fence if not."""
     reading, context = _Passing(loader, seed), _context([loader])
-    if context is not None and not _shared(loader.dataset):
+    if context is not None and _shared(loader.dataset) is None:
         with suppress(_ReadingError):
             return [batch for _, batch in _aside(reading, context)]
     return [batch for _, batch in reading.read()]
