@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -561,28 +562,43 @@ def test_where_reading_aside_fails_the_first_batches_are_kept_instead(
 
 def test_reading_aside_leaves_signals_and_the_files_of_others_as_they_were(tmp_path):
     path = tmp_path / "text"
-    path.write_text("abcdef")
+    path.write_text("abcdefgh" * 10_000)
     handlers = [signal.getsignal(s) for s in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)]
 
     class Reading(Counting):
         def __getitem__(self, i):
-            self.file.read(2)  # Through a buffer, too.
+            self.file.read(3_000)  # Through a buffer, too.
             return super().__getitem__(i)
 
     dataset = Reading()
     with open(path) as dataset.file, open(path, "ab") as log:
         assert dataset.file.read(1) == "a"
         position = os.lseek(dataset.file.fileno(), 0, os.SEEK_CUR)
-        log.write(b"g")
+        log.write(b"i")
         begun(loader_of(dataset)).take()
         assert os.lseek(dataset.file.fileno(), 0, os.SEEK_CUR) == position
-        assert dataset.file.read(2) == "bc"
-    assert path.read_bytes() == b"abcdefg"
+        assert dataset.file.read(79_999) == ("abcdefgh" * 10_000)[1:]
+    assert path.read_text() == "abcdefgh" * 10_000 + "i"
     assert handlers == [
         signal.getsignal(s) for s in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
     ]
 
 
+@pytest.mark.parametrize("kind", [DeprecationWarning, RuntimeWarning])
+def test_warnings_of_forks_are_not_the_users_business(monkeypatch, kind):
+    fork = os.fork
+
+    def warning_fork():  # As Python 3.12 and JAX do.
+        warnings.warn("This process is multi-threaded, use of fork() may lead to", kind)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", warning_fork)
+    filters = list(warnings.filters)
+    assert begun(loader_of(Counting())).take()
+    assert warnings.filters == filters
+
+
+@pytest.mark.slow
 def test_a_loader_that_spawns_its_workers_is_read_in_a_spawned_process():
     start = {"num_workers": 1, "multiprocessing_context": "spawn"}
     data = toy_data(SAMPLES)  # To spawn is to put tensors into memory that is shared.
