@@ -228,7 +228,7 @@ class ProbeBatches:
                 read = {i: read[i] for i in self._ranks.mine(len(read))}
             trouble = "" if read else "it gives no batch"
         except Exception as error:
-            trouble = str(error) or type(error).__name__
+            trouble = (str(error) or type(error).__name__).strip().partition("\n")[0]
         if self._ranks.processes > 1 and self._ranks.largest(int(bool(trouble)), self._device):
             trouble = trouble or "another rank could not read its own"
         if not trouble:
@@ -675,7 +675,8 @@ def _aside(reading: _Reading, context: Any) -> list[tuple[int, Any]]:
         _ReadingError: The process could not start, failed, or took too long.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, reading), daemon=True)
+    # Not as a daemon, which could not start processes: a dataset or a loader may have its own.
+    process = context.Process(target=_serve, args=(sender, reading), daemon=False)
     read: list[tuple[int, Any]] = []
     with _offsets_kept(), receiver:
         try:
@@ -690,6 +691,7 @@ def _aside(reading: _Reading, context: Any) -> list[tuple[int, Any]]:
                 if kind == "error":
                     raise _ReadingError(content)
                 if kind == "end":
+                    process.join(1.0)
                     return read
                 read.append(content)
         except EOFError:
@@ -886,9 +888,10 @@ def _checksum(batches: dict[int, Any]) -> int:
     total = 0
     for leaf in tree_flatten(batches)[0]:
         for value in (leaf,) if isinstance(leaf, Tensor) else _held(leaf):
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                total = zlib.crc32(flat.numpy().data, total)
+            if isinstance(value, Tensor):
+                with suppress(RuntimeError):  # Sparse, nested or quantized.
+                    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    total = zlib.crc32(flat.numpy().data, total)
     return total
 
 

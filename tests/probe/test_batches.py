@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -589,7 +591,9 @@ def test_warnings_of_forks_are_not_the_users_business(monkeypatch, kind):
     fork = os.fork
 
     def warning_fork():  # As Python 3.12 and JAX do.
-        warnings.warn("This process is multi-threaded, use of fork() may lead to", kind)
+        warnings.warn(
+            "This process is multi-threaded, use of fork() may lead to", kind, stacklevel=2
+        )
         return fork()
 
     monkeypatch.setattr(os, "fork", warning_fork)
@@ -634,6 +638,19 @@ def test_a_sampler_of_part_of_the_dataset_is_drawn_from_that_part():
     sampler = BatchSampler(RandomSampler(range(12)), SIZE, drop_last=True)
     taken = begun(DataLoader(PLAIN, batch_sampler=sampler), count=9).take()
     assert sorted(int(i) for *_, items in taken.values() for i in items) == list(range(12))
+
+
+def test_ranks_that_do_not_shuffle_see_what_all_of_them_see():
+    split = DistributedSampler(PLAIN, num_replicas=2, rank=1, shuffle=False)
+    taken = begun(DataLoader(PLAIN, 4, sampler=split), count=9, epoch=2).take()
+    assert sorted(int(i) for *_, items in taken.values() for i in items) == list(range(16))
+    # Lightning's wrapper of a sampler that it does not know.
+    own = connectors().DistributedSamplerWrapper(Names(), num_replicas=2, rank=0)
+    assert "chooses the items" in begun(DataLoader(Keyed(), 4, sampler=own)).why
+
+
+def connectors():
+    return importlib.import_module(f"{pl.__name__}.trainer.connectors.data_connector")
 
 
 def test_what_a_sequential_loader_drops_is_never_drawn():
@@ -850,6 +867,20 @@ def test_validation_data_of_any_kind_are_read_aside(tmp_path, make):
     run(again)
     assert same(again.taken, watch.taken)
     assert not again.probe.is_another
+
+
+def test_a_loader_that_starts_workers_of_its_own_is_read_aside_too():
+    class Wrapping:
+        def __iter__(self):
+            return iter(DataLoader(PLAIN, SIZE, num_workers=1))
+
+    before = streams()
+    assert same(begun([], "val", val=Wrapping()).take(), dict(enumerate(batches_in_order()[:2])))
+    assert same(before, streams())
+
+
+def batches_in_order():
+    return [[x, y, i] for x, y, i in zip(X.split(SIZE), Y.split(SIZE), I.split(SIZE))]
 
 
 class ValidatedLearner(Learner):
