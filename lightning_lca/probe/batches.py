@@ -256,7 +256,7 @@ class ProbeBatches:
             self._read()
             self._take_up()
         if self._keeps and batch is not None and len(self._batches) < len(self._numbers):
-            self._batches[self._numbers[len(self._batches)]] = _copied(batch)
+            self._batches[self._numbers[len(self._batches)]] = copied(batch)
 
     @property
     def is_ready(self) -> bool:
@@ -387,20 +387,6 @@ class ProbeBatches:
             return leaf.to("cpu" if next(stays) else self._device, copy=True)
 
         return tree_map(place, kept["batches"][number])
-
-
-def read_batches(
-    source: ProbeSource, trainer: Trainer, count: int, seed: int, ranks: Ranks
-) -> dict[int, Any]:
-    """Reads this rank's batches of a probe at once, {number within the whole probe: batch}.
-
-    Raises:
-        MisconfigurationException: No such loader, a loader that cannot be read a second time, or no
-            batch.
-    """
-    probe = ProbeBatches(source, count, seed, ranks)
-    probe.begin(trainer)
-    return probe.take()
 
 
 def batch_sizes(batches: list[Any]) -> list[int]:
@@ -768,7 +754,7 @@ def _offsets() -> Iterator[tuple[int, int]]:
 # -- what objects hold, and copies of it ----------------------------------------------------------
 
 
-def _copied(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
     """Copies a batch so that nothing written to it, or read from it, reaches the other.
 
     Tensors are cloned rather than deep-copied, which would copy all of what they are a view of.

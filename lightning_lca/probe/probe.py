@@ -7,7 +7,6 @@ weights.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,7 @@ from lightning_lca.measure.parameters import (
     parts,
 )
 from lightning_lca.measure.tensors import HALF, bundles, wide
-from lightning_lca.probe.batches import batch_sizes
+from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
 from lightning_lca.probe.loss import (
@@ -148,7 +147,13 @@ class Probe:
         self._shares = dict(zip(batches, shares.tolist(), strict=True))
         try:
             self._batches = dict(batches) if moved else self._moved(batches)
-            self._check(segment)
+            lost: NoLossError | None = None
+            try:
+                self._check(segment)
+            except NoLossError as error:
+                lost = error
+            if not self._ranks.all([lost is None], self.device)[0]:
+                raise lost or NoLossError("Another process found no loss on its batches.")
         except BaseException:
             self._shares = {}
             raise
@@ -179,7 +184,7 @@ class Probe:
                             at.write(held)
                         set_mode(self._module, self._mode)
                         # The step may write into its batch.
-                        batch = copy.deepcopy(self._batches[j])
+                        batch = copied(self._batches[j])
                         with self._noting(j, list(live.values())) as done:
                             try:
                                 with self._trainer.precision_plugin.train_step_context():
@@ -517,7 +522,7 @@ class Probe:
     def _moved(self, batches: Mapping[int, Any]) -> dict[int, Any]:
         """Moves batches to the device, through the module's own transfer hooks, once."""
         with self._fenced(0):
-            return {j: self._to_device(copy.deepcopy(b)) for j, b in batches.items()}
+            return {j: self._to_device(copied(b)) for j, b in batches.items()}
 
     def _to_device(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)

@@ -220,9 +220,9 @@ class LCACallback(LightningCallback):
     def on_train_batch_start(
         self, trainer: AnyTrainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes which weights are trained."""
+        """Notes which weights are trained, and keeps batches where the probe needs them."""
         if self._training is not None:
-            self._training.start(pl_module)
+            self._training.start(pl_module, batch)
 
     def on_before_optimizer_step(
         self, trainer: AnyTrainer, pl_module: LightningModule, optimizer: Any

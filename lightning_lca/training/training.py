@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lca.measure.allocation import Segment
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import (
     any_cut,
@@ -19,12 +20,19 @@ from lightning_lca.measure.parameters import (
     named_parameters,
     parts,
 )
-from lightning_lca.probe.batches import read_batches
+from lightning_lca.probe.batches import ProbeBatches
+from lightning_lca.probe.loss import NoLossError
 from lightning_lca.probe.precision import Rounding
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.reporting.reporter import Reporter, x_axis
-from lightning_lca.runtime.lightnings import LightningModule, Trainer, tell, warn
+from lightning_lca.runtime.lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    tell,
+    warn,
+)
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.budget import Budget, StepTimer
@@ -77,6 +85,12 @@ class Training:
         self.meters: dict[str | None, Meter] = {
             name: self._meter(module, self._probe(trainer, module)) for name in settings.sources
         }
+        self._batches = {
+            name: ProbeBatches(source, settings.probe_batches, settings.seed, self._ranks)
+            for name, source in settings.sources.items()
+        }
+        for batches in self._batches.values():
+            batches.begin(trainer)
         self._catches_up = False  # Whether the next step ends a chord of before a resume.
         self.reporter = Reporter(
             trainer,
@@ -142,9 +156,12 @@ class Training:
         if not self.snapshots.is_open or self._catches_up:
             self._trained = live_weights(module)
 
-    def start(self, module: LightningModule) -> None:
+    def start(self, module: LightningModule, batch: Any) -> None:
         """Takes the start of a batch: a segment opens here if the backward pass moves weights."""
         self.look(module)
+        if not self._is_prepared:
+            for batches in self._batches.values():
+                batches.pass_by(batch)
         if self._moves_in_backward:
             self.open()
 
@@ -227,22 +244,39 @@ class Training:
         """
         if not self.snapshots.is_open or self._counter.done <= self._opened_at:
             return False
+        if not all(batches.is_ready for batches in self._batches.values()):
+            return False
         segment = self.snapshots.look(live)
-        settings = self._settings
-        for name, source in settings.sources.items():
-            meter = self.meters[name]
-            if not meter.probe.is_prepared:
-                batches = read_batches(
-                    source, trainer, settings.probe_batches, settings.seed, self._ranks
-                )
-                meter.probe.prepare(batches, segment)
-                meter.history.settings["evaluated"] = meter.probe.way
+        for name, meter in self.meters.items():
+            if not (meter.probe.is_prepared or self._look_at(meter.probe, name, segment)):
+                return False
+            meter.history.settings["evaluated"] = meter.probe.way
         ways = {name: meter.probe.way for name, meter in self.meters.items()}
         self.reporter.note(evaluated=next(iter(ways.values())))
         for name, way in ways.items():
             which = "the probe" if name is None else f"probe {name!r}"
             tell(trainer, f"LCA: the loss on {which} is evaluated {_WAYS.get(way, way)}.")
         return True
+
+    def _look_at(self, probe: Probe, name: str | None, segment: Segment) -> bool:
+        """Looks for batches that have a loss; False: the next ones that pass may."""
+        batches = self._batches[name]
+        while batches.is_ready:
+            try:
+                probe.prepare(batches.take(), segment, moved=batches.moved)
+            except NoLossError as error:
+                try:
+                    batches.another()
+                except MisconfigurationException as given_up:
+                    raise MisconfigurationException(f"{error} {given_up}") from None
+            else:
+                if batches.is_another:
+                    warn(
+                        "LCA: the probe's batches are not those of before the checkpoint, since "
+                        "they could not be kept in it; what that changes is booked as drift."
+                    )
+                return True
+        return False
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
@@ -281,7 +315,8 @@ class Training:
             opened = {"at": self._opened_at, "weights": weights}
         reported = self.reporter.state()
         for name, meter in self.meters.items():
-            reported["probes"][name or ""] |= meter.state()
+            data = {"data": self._batches[name].state()}
+            reported["probes"][name or ""] |= meter.state() | data
         chosen = self._chords.every if self._chords.is_final else None
         own = {"open": opened, "steps": self._counter.done, "every_n_steps": chosen}
         return reported | own
@@ -325,6 +360,7 @@ class Training:
             state, history = kept["probes"].get(name or ""), histories.get(name)
             if state is None:
                 continue
+            self._batches[name].resume(state.get("data", {}))
             taken = meter.resume(state, history)
             if (taken or not kept["record"]) and meter.history.last_step < state["last_step"]:
                 warn(
