@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_lca.measure.allocation import Segment
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import (
+    LiveWeights,
     any_cut,
-    live_weights,
     named_modules,
     named_parameters,
     parts,
@@ -104,6 +104,7 @@ class Training:
             custom_scalars=settings.custom_scalars,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
+        self._live = LiveWeights(module)
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
         # Each with an optimizer of its own, which steps as soon as the gradient is there.
@@ -132,7 +133,7 @@ class Training:
             self._resume(kept, histories)
         if opened:
             self._opened_at = opened["at"]
-            self.snapshots.resume(opened["weights"], live_weights(module))
+            self.snapshots.resume(opened["weights"], self._live())
             # The checkpoint may have been saved after a step was done and before it was measured.
             least = self._chords.every
             self._catches_up = least is not None and self._counter.done - self._opened_at >= least
@@ -154,7 +155,7 @@ class Training:
     def look(self, module: LightningModule) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
         if not self.snapshots.is_open or self._catches_up:
-            self._trained = live_weights(module)
+            self._trained = self._live()
 
     def start(self, module: LightningModule, batch: Any) -> None:
         """Takes the start of a batch: a segment opens here if the backward pass moves weights."""
@@ -185,7 +186,7 @@ class Training:
             last: Measures what is left of a chord, and leaves logging to the end of training.
         """
         done = self._counter.done
-        live = live_weights(module)
+        live = self._live()
         if not (self._is_prepared or self._prepare(trainer, live)):
             return
         if self._budget is not None and not last:
@@ -283,7 +284,7 @@ class Training:
         self._counter.leave()
         x, done = 0, self._counter.done
         if self._budget is not None:
-            every = self._budget.end(live_weights(module), done)
+            every = self._budget.end(self._live(), done)
             if self._choose(trainer, self._budget, every):
                 x = x_axis(trainer) - 1
             self._chords.is_final = False  # A training that goes on from here chooses for itself.
