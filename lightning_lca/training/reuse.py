@@ -9,6 +9,8 @@ is recorded anew, and the difference is booked as drift.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ class Reuse:
         self._ranks = ranks
         self._reused = 0
         self._kept: Sample | None = None
-        self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
+        self._surroundings: tuple[tuple[Any, ...], Tensor] | None = None
         self._audit: tuple[DeferredBool, Sample, Sample] | None = None
         self._starts = 0
         self._epoch = probe.epoch
@@ -108,7 +110,7 @@ class Reuse:
         Args:
             segment: The segment.
             kept: What the recording gave there, if that is known.
-            is_seen: Whether flags show that it is another function now: then nobody need be told.
+            is_seen: Whether flags or buffers show a change: then nobody need be told.
         """
         before = self._probe.gradients
         fresh = self._probe(segment.at(0.0), afresh=True)
@@ -121,6 +123,8 @@ class Reuse:
             if self._missed is not None:
                 self._tell(*self._missed)
             self._misses, self._missed = 0, None
+            if is_seen:  # It holds tensors that others have taken the place of.
+                self._probe.record(segment)
             return recorded
         self._starts, self._misses = 1, self._misses + 1
         if self._misses < _MISSES:
@@ -179,7 +183,7 @@ def _warn_of_change(kept: Sample, fresh: Sample, is_recorded: bool) -> None:
 
 
 def _match(
-    a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]
+    a: tuple[tuple[Any, ...], Tensor], b: tuple[tuple[Any, ...], Tensor]
 ) -> DeferredBool | bool:
     """Compares fingerprints; nothing travels from the device where there is nothing to compare."""
     if a[0] != b[0] or a[1].shape != b[1].shape:
