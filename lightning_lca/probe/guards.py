@@ -38,6 +38,12 @@ def is_copied(value: Any) -> bool:
     return type(value) in _COPIES
 
 
+@functools.lru_cache(maxsize=4096)
+def needs_none(kind: Any) -> bool:
+    """Whether objects of a class are never replaced."""
+    return kind not in _COPIES and kind not in _METHODS and _what_kind(kind) is None
+
+
 def stand_in(value: Any, path: Callable[[], str], own: Callable[[Any], bool]) -> Any:
     """Finds what holders get in place of a value while a loss is evaluated; mostly itself.
 
@@ -59,7 +65,8 @@ def _what(value: Any, own: Callable[[Any], bool]) -> str | None:
         owner = value.__self__
         what = None if type(owner) in _METHODS or is_copied(owner) else _what(owner, own)
         return None if what is None else f"a method of {what}"
-    if (what := _what_kind(kind)) is None:
+    found: Any = kind  # To mypy, a class is not hashable for sure.
+    if (what := _what_kind(found)) is None:
         return None
     if issubclass(kind, _FILES):
         streams = (sys.stdin, sys.stdout, sys.stderr, sys.__stdin__, sys.__stdout__, sys.__stderr__)
@@ -69,7 +76,7 @@ def _what(value: Any, own: Callable[[Any], bool]) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _what_kind(kind: type) -> str | None:
+def _what_kind(kind: Any) -> str | None:
     if kind in _BUFFERS or kind is Guard:
         return None
     for kinds, what in (
@@ -103,10 +110,9 @@ class Guard:
             "and keep the value on the module; or give a loss that does without it: "
             "LCACallback(loss_fn=lambda module, batch: ...)."
         )
-        for name, value in zip(
-            self.__slots__, (message, original, threading.get_ident()), strict=True
-        ):
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_message", message)
+        object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_thread", threading.get_ident())
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__class__":

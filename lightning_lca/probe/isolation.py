@@ -11,6 +11,7 @@ import array
 import builtins
 import dis
 import functools
+import gc
 import io
 import operator
 import random
@@ -20,7 +21,7 @@ import types
 import weakref
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_lca.probe.guards import is_copied, stand_in
+from lightning_lca.probe.guards import is_copied, needs_none, stand_in
 from lightning_lca.runtime.lightnings import MisconfigurationException
 
 # Values that cannot change in place and hold nothing: never worth a look.
@@ -238,16 +239,21 @@ class _Memory:
 
     def walk(self) -> None:
         """Looks at all that is reached."""
-        while self._todo or self._later:
-            self._lightly = not self._todo
-            value, path = (self._todo or self._later).popleft()
-            if id(value) not in self._seen:
-                self._seen[id(value)] = value
-                try:
-                    self._look_at(value, path)
-                except Exception:  # What cannot even be read, nobody can put back.
-                    continue
-        self._lightly = False
+        collects = gc.isenabled()
+        gc.disable()  # It would go over all that is remembered, again and again.
+        try:
+            while self._todo or self._later:
+                self._lightly = not self._todo
+                value, path = (self._todo or self._later).popleft()
+                if id(value) not in self._seen:
+                    self._seen[id(value)] = value
+                    # What cannot even be read, nobody can put back.
+                    with suppress(ZeroDivisionError):
+                        self._look_at(value, path)
+        finally:
+            self._lightly = False
+            if collects:
+                gc.enable()
 
     def seed_generators(self, seed: int) -> None:
         """Starts every generator that was found from one number."""
@@ -298,9 +304,12 @@ class _Memory:
         self._push(value, path)
 
     def _stand_in(self, value: Any, path: _Path, depth: int = 0) -> Any:
+        kind: Any = type(value)
+        if kind is not tuple and needs_none(kind):
+            return value
         if id(value) in self._stand_ins:
             return self._stand_ins[id(value)]
-        if type(value) is tuple and depth < _DEEPEST and not _plain(value):
+        if kind is tuple and depth < _DEEPEST and not _plain(value):
             parts = [self._stand_in(v, _item(path, i), depth + 1) for i, v in enumerate(value)]
             same = all(map(operator.is_, parts, value))
             return value if same else self._stand_ins.setdefault(id(value), tuple(parts))
@@ -416,7 +425,11 @@ class _Memory:
             kind = type(item)
             if kind in _ATOMS or (kind is tuple and _plain(item)):
                 continue
-            self._visit(item, part(path, key), functools.partial(put, key))
+            where = part(path, key)
+            other = self._stand_in(item, where)
+            if other is not item:
+                self._guards.append(functools.partial(put, key, other))
+            self._push(item, where)
 
     def _keep_state(self, value: Any, path: _Path) -> bool:
         """Remembers what has a state of its own: arrays, buffers, generators."""
@@ -756,7 +769,7 @@ class _Memory:
         self._undo.append((undo, path))
 
 
-# -- what kind of thing it is -------------------------------------------------------------------------
+# -- what kind of thing it is ----------------------------------------------------------------------
 
 
 def _is_ours(kind: Any) -> bool:
@@ -867,7 +880,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(word), b.view(word))
 
 
-# -- how it is undone ---------------------------------------------------------------------------------
+# -- how it is undone -----------------------------------------------------------------------------
 
 
 def _seed_device(device: torch.device, seed: int) -> None:
