@@ -37,7 +37,8 @@ def _silent(logger: Any) -> Any:
             names[name] = _answer_of(logger, name)
     nothing = Nothing()
     names["experiment"] = property(lambda _: nothing, _say_nothing)
-    quiet = type(kind)(kind.__name__, (kind,), names)
+    make: Any = type(kind)
+    quiet = make(kind.__name__, (kind,), names)
     quiet.__qualname__ = kind.__qualname__
     stand_in = object.__new__(quiet)
     for name, value in getattr(logger, "__dict__", {}).items():

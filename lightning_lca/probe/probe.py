@@ -28,6 +28,7 @@ from lightning_lca.measure.tensors import HALF, bundles, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
+from lightning_lca.probe.loggers import silent
 from lightning_lca.probe.loss import (
     LossFn,
     NoLossError,
@@ -38,7 +39,6 @@ from lightning_lca.probe.loss import (
 )
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.probe.recording import NotRecordableError, Recorder, Recording
-from lightning_lca.runtime import lightnings
 from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer
 from lightning_lca.runtime.processes import Ranks
 
@@ -106,9 +106,6 @@ class Probe:
         self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
         self._by_backward = self._is_cut  # autograd.grad gives their gradients to nobody.
         self._unreached = 0  # Weights that the last loss did not depend on.
-        self._dummies = [
-            lightnings.of(trainer, ".loggers.logger").DummyLogger() for _ in trainer.loggers
-        ]
         self._batches: dict[int, Any] = {}
         self._shares: dict[int, float] = {}
         self._recordings: dict[int, Recording] = {}
@@ -496,23 +493,20 @@ class Probe:
 
         Hooks on gradients rest: they are no part of the loss.
         """
-        trainer = self._trainer
-        loggers, should_stop = trainer.loggers, trainer.should_stop
-        rates = [optimizer.param_groups for optimizer in trainer.optimizers]
-        held = (self._module, rates)
-        spare, devices = self._spare(), list(self._devices)
+        trainer, loggers = self._trainer, self._trainer.loggers
+        held, spare, devices = (self._module, trainer), self._spare(), list(self._devices)
         with fence(*held, seed=self._seed + j, spare=spare, devices=devices):
             for module in self._module.modules():
                 if hasattr(module, "log_dict"):
                     vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
-            trainer.loggers = self._dummies
+            trainer.loggers = silent(loggers)
             try:
                 # A NaN is recorded, also where training looks for the origin of its own.
                 quiet = torch.autograd.set_detect_anomaly(False)
                 with _uncompiled(), no_gradient_hooks(self._module), torch.enable_grad(), quiet:
                     yield
             finally:
-                trainer.loggers, trainer.should_stop = loggers, should_stop
+                trainer.loggers = loggers
 
     def _spare(self) -> list[Tensor]:
         """Lists the parameters that the fence need not copy.
