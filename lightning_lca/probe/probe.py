@@ -503,7 +503,8 @@ class Probe:
             try:
                 # A NaN is recorded, also where training looks for the origin of its own.
                 quiet = torch.autograd.set_detect_anomaly(False)
-                with _uncompiled(), no_gradient_hooks(self._module), torch.enable_grad(), quiet:
+                hooks = no_gradient_hooks(self._module)
+                with _uncompiled(), hooks, torch.enable_grad(), quiet:
                     yield
             finally:
                 trainer.loggers = loggers

@@ -247,6 +247,12 @@ class LCACallback(LightningCallback):
             with defer_signals():
                 self._training.close(trainer, pl_module)
 
+    def on_train_epoch_end(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
+        """Measures the rest of the last chord before the module lets go of what the epoch made."""
+        if self._training is not None:
+            with defer_signals():
+                self._training.end_epoch(trainer, pl_module)
+
     def on_train_end(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         if self._training is not None:

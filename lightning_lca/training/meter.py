@@ -171,6 +171,10 @@ class Meter:
             )
         )
 
+    def rest(self) -> None:
+        """Audits nothing any more: training is over, and what its steps read may be gone."""
+        self._reuse.rests = True
+
     @property
     def audits(self) -> int:
         """Starts evaluated only to check a kept one."""

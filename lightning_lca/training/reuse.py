@@ -31,6 +31,7 @@ class Reuse:
     Attributes:
         on: False once an audit found that the loss depends on something that cannot be seen.
         audits: Starts evaluated only to check a kept one.
+        rests: Whether nothing is audited any more.
         is_audited: Whether the latest start was one of these.
         apart: Gradients of the probe that were not spent on measuring: its first check, audits.
     """
@@ -45,6 +46,7 @@ class Reuse:
         self.on = True
         self.audits = 0
         self.is_audited = False
+        self.rests = False
         self.apart = probe.gradients
         self._probe = probe
         self._ranks = ranks
@@ -84,7 +86,7 @@ class Reuse:
         kept = self._kept if agreed and all(trusted) else None
         if self._probe.is_recorded:
             is_seen = before is not None and before[0] != now[0]
-            if self._is_due() or is_seen:
+            if (self._is_due() or is_seen) and not self.rests:
                 return self._audit_recording(segment, kept, is_seen=is_seen)
             return kept
         if kept is None or self._kept is None:

@@ -279,9 +279,24 @@ class Training:
                 return True
         return False
 
+    def end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measures what is left of the last chord while what the epoch has made is still there.
+
+        That is for a loss that the user's code must give: a recording needs nothing of it.
+        """
+        at, most = trainer.global_step, trainer.max_steps
+        epochs = trainer.max_epochs
+        is_last = trainer.should_stop or 0 <= most <= at
+        is_last = is_last or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+        by_code = [m for m in self.meters.values() if not m.probe.is_recorded]
+        if is_last and by_code and self._budget is None and self._is_prepared:
+            self.close(trainer, module, last=True)
+
     def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         self._counter.leave()
+        for meter in self.meters.values():
+            meter.rest()
         x, done = 0, self._counter.done
         if self._budget is not None:
             every = self._budget.end(self._live(), done)

@@ -139,13 +139,9 @@ def test_a_setup_that_cannot_be_measured_is_refused_at_the_first_step(
         fit(tmp_path, model=model, **arguments)
 
 
-def test_data_that_cannot_be_read_twice_needs_an_own_probe(tmp_path):
-    loader = DataLoader(Stream(), batch_size=8)
-    with pytest.raises(
-        MisconfigurationException, match=r"a Stream a second time .* Pass the batches"
-    ):
-        fit(tmp_path, data=loader)
-    lca = fit(tmp_path, data=loader, probe=[next(iter(toy_loader()))]).lca
+@pytest.mark.parametrize("arguments", [{}, {"probe": list(toy_loader())[:1]}])
+def test_a_stream_is_measured_on_the_first_batch_that_passes_or_on_ones_own(tmp_path, arguments):
+    lca = fit(tmp_path, data=DataLoader(Stream(), batch_size=8), **arguments).lca
     assert len(lca.history) == 12
 
 
@@ -366,7 +362,8 @@ def test_fast_dev_run_writes_nothing(tmp_path):
 
 def test_the_cost_is_told_once_with_measured_numbers(tmp_path, caplog):
     lca = fit(tmp_path, steps=40).lca
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("LCA:")]
+    way, line = [r.getMessage() for r in caplog.records if r.getMessage().startswith("LCA:")]
+    assert "evaluated from a recording of its operations" in way
     pattern = (
         r"LCA: 3 probe gradients first, then 2 per measured step; "
         r"training steps take (\d+\.\d)x as long\."
