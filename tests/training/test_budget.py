@@ -37,7 +37,7 @@ class Clock:
         return self.now
 
 
-CLOCK = Clock()  # Global: what a module holds, the probe puts back as it was.
+CLOCK = pytest.lca_clock = Clock()  # Kept at another's module: what this one has is put back.
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ class Slow(Classifier):
 
     def training_step(self, batch, batch_idx):
         step = self.trainer.fit_loop.total_batch_idx + 1
-        CLOCK.now += self.plain(step) if callable(self.plain) else self.plain
+        pytest.lca_clock.now += self.plain(step) if callable(self.plain) else self.plain
         return unrecorded(super().training_step(batch, batch_idx))
 
 
@@ -106,7 +106,7 @@ def train(path, *others, model=Slow, plain=10, gradient=5, steps=60, trainer=Non
     """Trains with steps of 10 s, and probe gradients of 5 s, two of which make a measured step."""
 
     def loss(module, batch):
-        CLOCK.now += gradient(module) if callable(gradient) else gradient
+        pytest.lca_clock.now += gradient(module) if callable(gradient) else gradient
         return unrecorded(F.cross_entropy(module.net(batch[0]), batch[1]))
 
     logger = pl.loggers.TensorBoardLogger(path.parent, name="logs", version=path.name)
