@@ -25,7 +25,6 @@ from lightning_lca.measure.allocation import (
     refined_gradient,
 )
 from lightning_lca.measure.groups import Grouping, GroupSums
-from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
@@ -129,7 +128,7 @@ class Meter:
         """
         began = time.perf_counter()
         first = self._reuse.start(segment)
-        if not alike(self._buffer.sums, segment.start):
+        if self._buffer.sums.keys() != segment.start.keys():
             self._buffer = Buffer.of(segment)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
@@ -170,10 +169,6 @@ class Meter:
                 row,
             )
         )
-
-    def rest(self) -> None:
-        """Audits nothing any more: training is over, and what its steps read may be gone."""
-        self._reuse.rests = True
 
     @property
     def audits(self) -> int:
