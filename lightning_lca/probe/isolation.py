@@ -248,7 +248,7 @@ class _Memory:
                 if id(value) not in self._seen:
                     self._seen[id(value)] = value
                     # What cannot even be read, nobody can put back.
-                    with suppress(ZeroDivisionError):
+                    with suppress(Exception):
                         self._look_at(value, path)
         finally:
             self._lightly = False
