@@ -49,7 +49,7 @@ class _Reading:
     believed_until: float = -math.inf
 
     def forget(self) -> None:
-        """Returns the memory back; the description stays, and what it was made of."""
+        """Frees the memory; the description stays, and what it was made of."""
         self.reader, self.run, self.until, self.failed = Reader(), None, -math.inf, 0
 
 

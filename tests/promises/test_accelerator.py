@@ -47,8 +47,8 @@ def train(path, lca, net=convnet, steps=8):
     [
         {},
         {"quadrature": "midpoint"},
-        pytest.param({"tolerance": 1e-8}, marks=pytest.mark.slow),
-        pytest.param({"group_by": "neuron"}, marks=pytest.mark.slow),
+        {"tolerance": 1e-8},
+        {"group_by": "neuron"},
         {"neurons": True, "every_n_steps": 3},
     ],
     ids=str,

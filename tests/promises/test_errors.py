@@ -161,7 +161,7 @@ def raiser(hook, error):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_an_error_in_another_callback_comes_out_as_without_us(tmp_path, hook, place):
     def run(directory, *lca):

@@ -5,10 +5,9 @@ far rounding in the run's own arithmetic can take a credit from the true one.
 
 Rounding is measured, not guessed: the gradient of the run's arithmetic is compared with that of
 float64 at the nodes of the rule, where the run's weights are rounded themselves, and at a point
-beside the segment, tensor by tensor. Eight times the
-largest of these errors (never less than one unit in the last place of the largest gradient) bounds
-the error of a gradient; rounding errors are linear in the unit roundoff, so that of float64 is that
-of float32 times 2**-29.
+beside the segment, tensor by tensor. Eight times the largest of these errors (never less than one
+unit in the last place of the largest gradient) bounds the error of a gradient; rounding errors are
+linear in the unit roundoff, so that of float64 is that of float32 times 2**-29.
 """
 
 from __future__ import annotations
