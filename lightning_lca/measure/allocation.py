@@ -21,10 +21,11 @@ from torch import Tensor
 from lightning_lca.measure.quadrature import SIMPSON, Quadrature
 from lightning_lca.measure.tensors import (
     DeferredBool,
-    accumulator,
+    Flat,
     add,
     on_accelerator,
     times_motion,
+    together,
     total,
     wide,
 )
@@ -82,19 +83,20 @@ class Position:
     @torch.no_grad()
     def write(self, into: Weights) -> None:
         """Writes the weights at this position into existing tensors {name: [*shape]}."""
-        start, stop = self.segment.start, self.segment.stop
-        names = list(start)
+        starts, stops, places = together(self.segment.start, self.segment.stop, into)
         # Through .data: a graph that someone keeps alive must not find a changed version.
-        live = [into[n].data for n in names]
+        live = [w.data for w in places]
         if self.s in (0.0, 1.0):
-            end = start if self.s == 0.0 else stop
-            torch._foreach_copy_(live, [end[n] for n in names])
-        elif on_accelerator(live[0]):
-            torch._foreach_copy_(live, [start[n] for n in names])
-            torch._foreach_lerp_(live, [stop[n] for n in names], self.s)
+            torch._foreach_copy_(live, starts if self.s == 0.0 else stops)
+        elif on_accelerator(live[0]) and len(live) > 1:
+            if self.segment.stop is into:
+                torch._foreach_lerp_(live, starts, 1.0 - self.s)
+                return
+            torch._foreach_copy_(live, starts)
+            torch._foreach_lerp_(live, stops, self.s)
         else:
-            for name, weight in zip(names, live, strict=True):
-                torch.lerp(start[name], stop[name], self.s, out=weight)
+            for start, stop, weight in zip(starts, stops, live, strict=True):
+                torch.lerp(start, stop, self.s, out=weight)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the weights here as fresh leaves that require grad: {name: [*shape]}."""
@@ -157,7 +159,7 @@ class Buffer:
     @classmethod
     def of(cls, segment: Segment) -> Buffer:
         """Makes tensors for a segment: float32 at least."""
-        return cls({n: accumulator(w) for n, w in segment.start.items()})
+        return cls(Flat(segment.start, sums=True))
 
     def take_first(self) -> Sample | None:
         """Returns the sample at the start away, so that its memory can be freed."""
@@ -198,8 +200,6 @@ def mean_gradient(
         starts with the start, so that a chain pays `Quadrature.gradients_per_step` for each.
     """
     buffer = Buffer.of(segment) if buffer is None else buffer
-    names = list(segment.start)
-    sums = [buffer.sums[n] for n in names]
     first = buffer.take_first()
     if first is None or (rule.first_is_start and first.gradient is None):
         first = field(segment.at(0.0, needs_gradient=rule.first_is_start))
@@ -208,7 +208,7 @@ def mean_gradient(
     last: Sample | None = None
     for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
         sample = first if s == 0.0 and first is not None else field(segment.at(s))
-        add(sums, _gradients(sample, names), weight, fresh=i == 0)
+        add(buffer.sums, _gradient(sample), weight, fresh=i == 0)
         last = sample if s == 1.0 else None
         sample, first = None, None  # Only one gradient is alive beside the sums.
     if last is None:
@@ -235,22 +235,21 @@ def refined_gradient(
         buffer: As for `mean_gradient`.
     """
     buffer = Buffer.of(segment) if buffer is None else buffer
-    names = list(segment.start)
     first = buffer.take_first()
     if first is None or first.gradient is None:
         first = field(segment.at(0.0))
     # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
-    ends = [buffer.sums[n] for n in names]
-    add(ends, _gradients(first, names), 1.0, fresh=True)
+    ends = buffer.sums
+    add(ends, _gradient(first), 1.0, fresh=True)
     loss_before, first = first.loss, None
     last = field(segment.at(1.0))
-    add(ends, _gradients(last, names), 1.0)
-    middles = [accumulator(segment.start[n]) for n in names]
+    add(ends, _gradient(last), 1.0)
+    middles = Flat(segment.start, sums=True)
     panels = 1
     while True:
         for panel in range(panels):
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
-            add(middles, _gradients(sample, names), 1.0, fresh=panel == 0)
+            add(middles, _gradient(sample), 1.0, fresh=panel == 0)
             del sample
         explained = buffer.add_up(_explained(ends, middles, segment)) / (6 * panels)
         residual = abs(float(last.loss - loss_before - explained))
@@ -274,12 +273,7 @@ def first_order(gradient: Weights, segment: Segment) -> Tensor:
 
 def credit(gradient: Weights, segment: Segment) -> Weights:
     """Multiplies a mean gradient by the motion, in place: {name: [*shape]} in loss units."""
-    names = list(segment.start)
-    times_motion(
-        [gradient[n] for n in names],
-        [segment.start[n] for n in names],
-        [segment.stop[n] for n in names],
-    )
+    times_motion(gradient, segment.start, segment.stop)
     return gradient
 
 
@@ -377,20 +371,22 @@ def _allocation(values: Weights, ends: Ends) -> Allocation:
     return Allocation(values, ends.loss_before, last.loss, ends.splits, ends.converged, last)
 
 
-def _gradients(sample: Sample, names: list[str]) -> list[Tensor]:
+def _gradient(sample: Sample) -> Weights:
     if sample.gradient is None:
         raise ValueError(
             "The field returned no gradient where one is needed (at.needs_gradient is True). "
             "Return Sample(loss, {name: gradient})."
         )
-    return [sample.gradient[n] for n in names]
+    return sample.gradient
 
 
 @torch.no_grad()
-def _explained(ends: list[Tensor], middles: list[Tensor], segment: Segment) -> Tensor:
+def _explained(ends: Weights, middles: Weights, segment: Segment) -> Tensor:
     """Sums (ends + 4 middles) · motion of every tensor [weights], one at a time."""
     sums = [
-        torch.add(e, m, alpha=4.0).mul_(segment.stop[name].to(e.dtype) - start).sum(dtype=wide(e))
-        for e, m, (name, start) in zip(ends, middles, segment.start.items(), strict=True)
+        torch.add(ends[n], middles[n], alpha=4.0)
+        .mul_(segment.stop[n].to(ends[n].dtype) - start)
+        .sum(dtype=wide(start))
+        for n, start in segment.start.items()
     ]
     return torch.stack(sums)

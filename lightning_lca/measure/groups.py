@@ -24,10 +24,18 @@ from lightning_lca.measure.parameters import (
     rows_here,
     submodule,
 )
-from lightning_lca.measure.sums import in_few_kernels, in_the_cache, nothing, pieces_of
-from lightning_lca.measure.tensors import bundles, on_accelerator
+from lightning_lca.measure.sums import (
+    Run,
+    in_few_kernels,
+    in_the_cache,
+    nothing,
+    pieces_of,
+    runs_of,
+)
+from lightning_lca.measure.tensors import LARGE, Flat, bundles, on_accelerator
 
 GroupBy = Literal["parameter", "layer", "neuron"]
+_SMALL = 2**16  # Elements whose sums and counts stay in a processor's cache.
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,18 @@ class _Plan:
     groups: Tensor  # [rows]
     parameters: Tensor  # [rows]
     pieces: list[tuple[slice, Tensor, Tensor]]  # Per bundle of tensors: see `pieces_of`.
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The same for tensors that lie side by side: first those in runs, then large ones."""
+
+    spans: dict[str, tuple[int, int, int]]
+    runs: list[Run]
+    large: list[str]
+    pieces: list[tuple[slice, Tensor, Tensor]]
+    groups: Tensor  # [rows]
+    parameters: Tensor  # [rows]
 
 
 class Grouping:
@@ -145,6 +165,7 @@ class Grouping:
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
         self.layers: list[str] = [layers[group] for group in range(len(index))]
         self._warned = False
+        self._layout: _Layout | None = None
         self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
 
     @property
@@ -184,6 +205,8 @@ class Grouping:
         name in ``values`` are zero. Parameters that the module did not have at first are left out,
         with one warning.
         """
+        if isinstance(values, Flat) and len(values.wholes) == 1:
+            return self._sums_side_by_side(values)
         device = next(iter(values.values())).device
         if strangers := [n for n in values if n not in self._rows]:
             self._warn_of(strangers)
@@ -200,6 +223,56 @@ class Grouping:
         credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
         parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(credit, helping, hurting, parameters)
+
+    def _sums_side_by_side(self, values: Flat) -> GroupSums:
+        """Does the same where small tensors share a memory: in few operations for all of them."""
+        plan = self._layout
+        if plan is None or plan.spans is not values.spans:
+            plan = self._layout = self._lay_out(values)
+        parts = [run.sums(values.wholes) for run in plan.runs]
+        if plan.large:
+            rows = [self._rows[n].matrix(values[n]) for n in plan.large]
+            few = on_accelerator(rows[0])
+            sums = in_few_kernels(rows, plan.pieces) if few else in_the_cache(rows)
+            parts.append(torch.stack([s.to(sums[0].dtype) for s in sums]))
+        per_row = torch.cat(parts, 1) if parts else torch.stack(nothing(plan.groups.device))
+        total = per_row.new_zeros(3, len(self.names)).index_add_(1, plan.groups, per_row)
+        parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
+        return GroupSums(total[0], total[1].long(), total[2].long(), parameters)
+
+    def _lay_out(self, values: Flat) -> _Layout:
+        """Says where the sums of every row go, of tensors that lie side by side."""
+        if strangers := [n for n in values if n not in self._rows]:
+            self._warn_of(strangers)
+        device = values.wholes[0].device
+        names = [n for n in values if n in self._rows and self._rows[n].is_counted]
+        most = _SMALL if device.type == "cpu" else LARGE
+        small = [n for n in names if values[n].numel() <= most and self._is_in_order(n, values[n])]
+        large = [n for n in names if n not in set(small)]
+        counts = [len(self._rows[n].groups) for n in small]
+        place = {n: i for i, n in enumerate(self.parameters)}
+        none = torch.zeros(0, dtype=torch.long)
+        ordered = [*small, *large]
+        rows = [self._rows[n].matrix(values[n]) for n in large]
+        return _Layout(
+            values.spans,
+            runs_of([values.spans[n] for n in small], counts, most, device),
+            large,
+            [
+                (b, lengths.to(device), into.to(device))
+                for b in bundles(rows)
+                for lengths, into in [pieces_of(rows[b])]
+            ],
+            torch.cat([none, *(self._rows[n].groups for n in ordered)]).to(device),
+            torch.cat(
+                [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in ordered)]
+            ).to(device),
+        )
+
+    def _is_in_order(self, name: str, values: Tensor) -> bool:
+        """Whether a tensor's rows follow one another in memory."""
+        rows = self._rows[name]
+        return len(rows.groups) == 1 or (rows.dim == 0 and values.is_contiguous())
 
     def _warn_of(self, strangers: list[str]) -> None:
         if not self._warned:

@@ -10,6 +10,7 @@ few numbers, ever travel. A whole weight is its own only part.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -38,6 +39,36 @@ def live_weights(module: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in named_parameters(module).items() if p.requires_grad}
 
 
+class LiveWeights:
+    """The parameters that are being trained now, resolved anew only when the module has changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Looks at nothing yet."""
+        self._module = module
+        self._tables: list[dict[str, Any]] = []
+        self._parameters: list[nn.Parameter] = []
+        self._seen: object = None
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Names them {name: [*shape]}, tied ones once: the same dict until one changes."""
+        if self._seen is None or self._look() != self._seen:
+            modules = list(self._module.modules())
+            self._tables = [t for m in modules for t in (m._modules, m._parameters) if t]
+            self._parameters = list(self._module.parameters())
+            self._weights = live_weights(self._module)
+            self._seen = self._look()
+        return self._weights
+
+    def _look(self) -> object:
+        """Lists what a change of the module would change: objects that live on have their ids."""
+        ids = [[*map(id, table.values())] for table in self._tables]
+        return ids, [*map(_NEEDS_GRADIENT, self._parameters)]
+
+
+_NEEDS_GRADIENT = operator.attrgetter("requires_grad")
+
+
 def named_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Names all modules, those within wrappers in place of the wrappers."""
     return {_unwrapped(name): m for name, m in module.named_modules()}
@@ -61,6 +92,12 @@ def _plain(module: nn.Module, name: str) -> str:
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def alike(a: Weights, b: Weights) -> bool:
+    """Whether tensors have the same names and shapes."""
+    shapes = [t.shape for t in b.values()]
+    return list(a) == list(b) and [t.shape for t in a.values()] == shapes
 
 
 def is_cut(tensor: Tensor) -> bool:

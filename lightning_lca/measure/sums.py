@@ -5,6 +5,9 @@ Three numbers per row: the sum, how many elements are negative, and how many are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -66,6 +69,84 @@ def in_few_kernels(
         )
     credit, helping, hurting = (torch.cat(column) for column in zip(*parts, strict=True))
     return credit, helping, hurting
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of memory that small tensors share, and which row every piece of it belongs to.
+
+    Attributes:
+        memory: Which memory.
+        begin: Its first element there.
+        end: The element after its last.
+        lengths: Of the pieces that it falls into [pieces]: rows, parts of rows, and gaps.
+        into: The row of every piece [pieces]; ``rows`` for gaps.
+        rows: How many rows it holds.
+    """
+
+    memory: int
+    begin: int
+    end: int
+    lengths: Tensor
+    into: Tensor
+    rows: int
+
+    def sums(self, memories: list[Tensor]) -> Tensor:
+        """Returns sum, count below 0 and count above 0 of every row: [3, rows]."""
+        data = memories[self.memory][self.begin : self.end]
+        columns = torch.stack([data.to(wide(data)), (data < 0), (data > 0)])
+        pieces = torch.segment_reduce(
+            columns, "sum", lengths=self.lengths.expand(3, -1), axis=1, unsafe=True
+        )
+        total = torch.zeros(3, self.rows + 1, dtype=pieces.dtype, device=data.device)
+        return total.index_add_(1, self.into, pieces)[:, : self.rows]
+
+
+def runs_of(
+    spans: Sequence[tuple[int, int, int]], rows: Sequence[int], longest: int, device: torch.device
+) -> list[Run]:
+    """Cuts memories into runs.
+
+    Args:
+        spans: Of every tensor: its memory, first element and elements, in the order of memory.
+        rows: How many rows each has, one after the other.
+        longest: Elements that a run may have; a longer tensor is a run by itself.
+        device: Where the numbers are used.
+
+    Example:
+        >>> (run,) = runs_of([(0, 0, 4), (0, 6, 3)], [2, 1], 100, torch.device("cpu"))
+        >>> run.lengths.tolist(), run.into.tolist(), run.rows
+        ([2, 2, 2, 3], [0, 1, 3, 2], 3)
+        >>> run.sums([torch.tensor([1.0, 2, -3, 4, 0, 0, -1, -1, 0])]).tolist()
+        [[3.0, 1.0, -2.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
+    """
+    parts: list[list[tuple[int, int, int, int]]] = []
+    for (memory, begin, length), count in zip(spans, rows, strict=True):
+        last = parts[-1] if parts else None
+        if last and last[0][0] == memory and begin + length - last[0][1] <= longest:
+            last.append((memory, begin, length, count))
+        else:
+            parts.append([(memory, begin, length, count)])
+    runs = []
+    for part in parts:
+        lengths: list[int] = []
+        into: list[int] = []
+        total = sum(count for *_, count in part)
+        row, at = 0, part[0][1]
+        for _, begin, length, count in part:
+            if begin > at:
+                lengths.append(begin - at)
+                into.append(total)
+            for _ in range(count):
+                width = length // count
+                pieces = [_PIECE] * (width // _PIECE) + [width % _PIECE] * (width % _PIECE > 0)
+                lengths += pieces
+                into += [row] * len(pieces)
+                row += 1
+            at = begin + length
+        of_pieces, rows_of_pieces = (torch.tensor(n, device=device).long() for n in (lengths, into))
+        runs.append(Run(part[0][0], part[0][1], at, of_pieces, rows_of_pieces, total))
+    return runs
 
 
 def _reduce(data: Tensor, lengths: Tensor, into: Tensor, count: int) -> Tensor:

@@ -5,7 +5,7 @@ On a CPU it goes piece by piece, in the cache; on an accelerator in few kernels 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,68 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 CHUNK = 2**19  # Elements that stay in a processor's cache while several kernels go over them.
 LARGE = 2**20  # Elements that keep an accelerator busy.
+_ALIGNED = 16  # Elements; 64 bytes of float32, as torch's own tensors begin.
+
+
+class Flat(dict[str, Tensor]):
+    """Tensors of a network side by side in few memories, so that one operation goes over all.
+
+    Each is a view with the shape and the strides of the tensor that it is made like; between them
+    are zeros, so that each begins where a kernel likes it to.
+
+    Attributes:
+        wholes: The memories [elements], one per device and dtype.
+        spans: Of every tensor {name: (which memory, first element, elements)}.
+
+    Example:
+        >>> flat = Flat({"a": torch.ones(2, 3), "b": torch.ones(4)})
+        >>> flat["b"].fill_(2.0).sum().item(), flat.wholes[0].sum().item()
+        (8.0, 8.0)
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], *, sums: bool = False) -> None:
+        """Makes tensors of zeros.
+
+        Args:
+            like: {name: [*shape]}.
+            sums: Makes room for sums of many such numbers: float32 where they have half of that.
+        """
+        super().__init__()
+        kinds: dict[tuple[torch.device, torch.dtype], int] = {}
+        self.spans: dict[str, tuple[int, int, int]] = {}
+        lengths: list[int] = []
+        for name, tensor in like.items():
+            which = kinds.setdefault((tensor.device, tensor.dtype), len(kinds))
+            if which == len(lengths):
+                lengths.append(0)
+            self.spans[name] = which, lengths[which], tensor.numel()
+            lengths[which] += -(-tensor.numel() // _ALIGNED) * _ALIGNED
+        self.wholes = [
+            torch.zeros(n, device=device, dtype=torch.float32 if sums and d in HALF else d)
+            for n, (device, d) in zip(lengths, kinds, strict=True)
+        ]
+        for name, tensor in like.items():
+            which, begin, length = self.spans[name]
+            part = self.wholes[which][begin : begin + length]
+            # As torch would lay out one like it: gaps and overlaps are not repeated.
+            strides = torch.empty_like(tensor, device="meta").stride()
+            self[name] = part.as_strided(tensor.shape, strides)
+
+    def goes_with(self, *others: object) -> bool:
+        """Whether others lie alike, so that one operation goes over the memories of all."""
+        spans = self.spans
+        return all([isinstance(o, Flat) and o.spans == spans for o in others])
+
+
+def together(*tensors: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """Lists what one operation after the other goes over: memories, or tensors name by name.
+
+    All have the names of the first.
+    """
+    first = tensors[0]
+    if isinstance(first, Flat) and first.goes_with(*tensors[1:]):
+        return [f.wholes for f in tensors if isinstance(f, Flat)]
+    return [[t[name] for name in first] for t in tensors]
 
 
 def total(values: Iterable[Tensor]) -> Tensor:
@@ -56,10 +118,13 @@ def accumulator(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add(sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bool = False) -> None:
-    """Adds weight · gradient to the sums; ``fresh`` replaces them, and both may be one tensor."""
+def add(
+    into: Mapping[str, Tensor], more: Mapping[str, Tensor], weight: float, *, fresh: bool = False
+) -> None:
+    """Adds weight · gradient to sums {name: [*shape]}; ``fresh`` replaces them: both may be one."""
+    sums, gradients = together(into, more)
     if fresh and on_accelerator(sums[0]):
-        if sums is not gradients:
+        if sums[0] is not gradients[0]:
             torch._foreach_copy_(sums, gradients)
         torch._foreach_mul_(sums, weight)
     elif fresh:
@@ -70,8 +135,11 @@ def add(sums: list[Tensor], gradients: list[Tensor], weight: float, *, fresh: bo
 
 
 @torch.no_grad()
-def times_motion(sums: list[Tensor], starts: list[Tensor], stops: list[Tensor]) -> None:
+def times_motion(
+    values: Mapping[str, Tensor], begin: Mapping[str, Tensor], end: Mapping[str, Tensor]
+) -> None:
     """Multiplies by stop − start, in place; the motion is never a whole copy."""
+    starts, stops, sums = together(begin, end, values)
     if on_accelerator(sums[0]):
         for part in bundles(sums):
             # Exact in the wider type: half-precision weights would round their own motion.

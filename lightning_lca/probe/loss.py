@@ -15,6 +15,10 @@ from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationEx
 LossFn = Callable[[Any, Any], Any]  # (module, batch) -> scalar, or {term: scalar}
 
 
+class NoLossError(MisconfigurationException):
+    """There is no loss on a batch, or none that is finite: another batch may have one."""
+
+
 class TrainingLoss:
     """The loss of a LightningModule on a batch, evaluated as training does it."""
 
@@ -22,12 +26,13 @@ class TrainingLoss:
         """Takes loss_fn's result or the sum of its terms; None: that of training_step."""
         self._module = module
         self._loss_fn = loss_fn
-        self._arguments = _step_arguments(module) if loss_fn is None else 2
+        self._arguments = _step_arguments(module) if loss_fn is None else _both
 
     def __call__(self, batch: Any, j: int) -> Tensor:
         """Evaluates the loss [] on batch j.
 
         Raises:
+            NoLossError: Nothing came.
             MisconfigurationException: What came is not a scalar tensor with a gradient.
         """
         if self._loss_fn is not None:
@@ -35,12 +40,12 @@ class TrainingLoss:
             if isinstance(result, Mapping):
                 result = sum(result.values())
         else:
-            result = self._module.training_step(*(batch, j)[: self._arguments])
+            result = self._module.training_step(*self._arguments(batch, j))
             source = "training_step"
             if isinstance(result, Mapping):
                 result = result.get("loss")
         if result is None:
-            raise MisconfigurationException(
+            raise NoLossError(
                 f"{source} returned no loss on the probe (None). Return a scalar tensor, or pass "
                 "loss_fn=(module, batch) -> scalar."
             )
@@ -58,16 +63,17 @@ class TrainingLoss:
         return result.squeeze() if result.dim() else result
 
 
-def _step_arguments(module: LightningModule) -> int:
-    """Counts what this training_step takes: 1, the batch, or 2, its index too."""
+def _step_arguments(module: LightningModule) -> Callable[[Any, int], tuple[Any, ...]]:
+    """Finds what this training_step takes: the batch, its index too, or an iterator of them."""
     parameters = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in parameters:
-        raise MisconfigurationException(
-            "training_step takes dataloader_iter, so the probe cannot give it a batch. "
-            "Pass loss_fn=(module, batch) -> scalar."
-        )
+        return lambda batch, j: (iter([(batch, j, 0)]),)
     takes_more = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    return 2 if takes_more else 1
+    return _both if takes_more else lambda batch, j: (batch,)
+
+
+def _both(batch: Any, j: int) -> tuple[Any, int]:
+    return batch, j
 
 
 ProbeMode = Literal["no_dropout", "eval", "train"]

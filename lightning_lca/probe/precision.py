@@ -20,19 +20,25 @@ class LossScale:
 
     Attributes:
         value: The scale.
+        factor: The same as a tensor [], which a recorded loss reads anew each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         """Starts at torch's own default."""
         self.value = _FIRST
+        self.factor = torch.tensor(_FIRST, device=device)
         self._good = 0
         self._before: float | None = None  # It was lowered for a gradient that is still tried.
+
+    def _set(self, value: float) -> None:
+        self.value = value
+        self.factor.fill_(value)
 
     def unscaled(self, gradients: list[Tensor]) -> list[Tensor]:
         """Returns gradients [*shape] of the loss itself, in new tensors."""
         unscaled = list(torch._foreach_mul(gradients, 1 / self.value))
         if self._before is not None and self.value <= 1 and not _are_finite(unscaled):
-            self.value = self._before  # That it was lowered did not help.
+            self._set(self._before)  # That it was lowered did not help.
         self._before = None
         return unscaled
 
@@ -41,10 +47,12 @@ class LossScale:
         if self.value <= 1 or _are_finite(gradients):
             self._good += 1
             if self._good >= _GROW_AFTER:
-                self.value, self._good = min(2 * self.value, _FIRST), 0
+                self._set(min(2 * self.value, _FIRST))
+                self._good = 0
             return True
         self._before = self._before or self.value
-        self.value, self._good = max(1.0, self.value / 4), 0
+        self._set(max(1.0, self.value / 4))
+        self._good = 0
         return False
 
 

@@ -7,9 +7,8 @@ weights.
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,13 +16,29 @@ import torch
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Position, Sample, Segment, Weights
-from lightning_lca.measure.parameters import any_cut, live_weights, local, local_gradient, parts
-from lightning_lca.measure.tensors import HALF, wide
-from lightning_lca.probe.batches import batch_sizes
+from lightning_lca.measure.parameters import (
+    alike,
+    any_cut,
+    live_weights,
+    local,
+    local_gradient,
+    parts,
+)
+from lightning_lca.measure.tensors import HALF, bundles, wide
+from lightning_lca.probe.batches import batch_sizes, copied
+from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
-from lightning_lca.probe.loss import LossFn, ProbeMode, TrainingLoss, set_mode, surroundings
+from lightning_lca.probe.loggers import silent
+from lightning_lca.probe.loss import (
+    LossFn,
+    NoLossError,
+    ProbeMode,
+    TrainingLoss,
+    set_mode,
+    surroundings,
+)
 from lightning_lca.probe.precision import LossScale
-from lightning_lca.runtime import lightnings
+from lightning_lca.probe.recording import NotRecordableError, Recorder, Recording
 from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer
 from lightning_lca.runtime.processes import Ranks
 
@@ -35,17 +50,24 @@ class Probe:
     module, trainer and random streams as it found them. ``p.grad`` is not touched. A mean over
     several batches weighs them by their number of samples.
 
-    Between evaluations the live weights are those at ``segment.stop``: the probe puts those back.
+    `prepare` runs the user's code, and records what it computes where that can be done. From then
+    on a recording is evaluated: no code of the user runs, and nothing has to be put back. What
+    cannot be recorded runs within a fence, with the live weights displaced. Between evaluations the
+    live weights are those at ``segment.stop``: the probe puts those back.
 
     Weights that are cut over processes travel as the parts that this process holds; the gradient of
     such a part is that of the whole probe, which all ranks evaluate together.
+
+    Attributes:
+        gradients: Evaluations with a gradient so far.
+        why_not: Why the loss is not recorded, in a few words; None while it is.
+        is_lost: Whether the user's code gave no loss when it ran last.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         module: LightningModule,
-        batches: Mapping[int, Any],
         *,
         mode: ProbeMode = "no_dropout",
         loss_fn: LossFn | None = None,
@@ -53,12 +75,11 @@ class Probe:
         ranks: Ranks | None = None,
         whole: bool = False,
     ) -> None:
-        """Moves the batches to the device, through the module's own transfer hooks, once.
+        """Looks at nothing yet but the module.
 
         Args:
             trainer: The Trainer that runs.
             module: Its LightningModule, bare.
-            batches: Batches as the loader gives them, by their number in the whole probe.
             mode: "no_dropout": as training has it, but dropout off; "eval"; "train": dropout on.
             loss_fn: (module, batch) -> scalar or {term: scalar}, whose sum is taken; None:
                 training_step.
@@ -74,35 +95,83 @@ class Probe:
         self._objective = TrainingLoss(module, loss_fn)
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
-        sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
-        total = sizes.sum().float().to(self.device)
         self._ranks = ranks = ranks or Ranks()
         self._whole = whole and ranks.processes > 1
-        ranks.sum([total])
-        shares = sizes / (total.cpu().double() / ranks.copies)
-        self._shares = dict(zip(batches, shares.tolist(), strict=True))
         self._is_cut = any_cut(module)
         # Their gradients are means over the ranks' shares of the data, where sums are wanted.
         self._factor = ranks.world if self._is_cut else 1
         half = {p.dtype for p in module.parameters()} | {_autocast_type(trainer)}
-        self._scale = LossScale() if torch.float16 in half else None
+        self._scale = LossScale(self.device) if torch.float16 in half else None
         self._watching = True
         self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
         self._by_backward = self._is_cut  # autograd.grad gives their gradients to nobody.
         self._unreached = 0  # Weights that the last loss did not depend on.
-        self._dummies = [
-            lightnings.of(trainer, ".loggers.logger").DummyLogger() for _ in trainer.loggers
-        ]
-        self.gradients = 0  # Evaluations with a gradient so far.
-        with self._fenced(0):
-            self._batches = {j: self._to_device(copy.deepcopy(b)) for j, b in batches.items()}
+        self._batches: dict[int, Any] = {}
+        self._shares: dict[int, float] = {}
+        self._recordings: dict[int, Recording] = {}
+        self._taken: dict[int, Recording] | None = None  # While the user's code is recorded.
+        self._form: list[tuple[str, torch.Size, torch.dtype]] = []  # Of the recorded weights.
+        self._middle: dict[str, Tensor] = {}
+        self._modules: list[Any] = []
+        self._buffers: list[Any] = []
+        self._held: list[Tensor] = []
+        self._has_begun = False
+        self.is_lost = False
+        self.gradients = 0
+        self.why_not: str | None = "it was not tried yet"
 
-    def __call__(self, at: Position, /) -> Sample:
-        """Evaluates loss and, where needed, gradient on a segment whose stop is live now."""
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the batches are there and their loss was looked at."""
+        return bool(self._shares)
+
+    def prepare(self, batches: Mapping[int, Any], segment: Segment, *, moved: bool = False) -> None:
+        """Takes the batches, looks at their loss for the first time, and records it if it can.
+
+        Args:
+            batches: By their number in the whole probe.
+            segment: Its stop is live now; a recording is compared with the user's code at its
+                start.
+            moved: Whether the batches are on the device already, through the module's own transfer
+                hooks; else they go there now.
+
+        Raises:
+            NoLossError: There is no loss on them, or none that is finite.
+            MisconfigurationException: The loss is not a scalar with a gradient.
+        """
+        sizes = torch.tensor(batch_sizes(list(batches.values())), dtype=torch.float64)
+        total = sizes.sum().float().to(self.device)
+        self._ranks.sum([total])
+        shares = sizes / (total.cpu().double() / self._ranks.copies)
+        self._shares = dict(zip(batches, shares.tolist(), strict=True))
+        try:
+            self._batches = dict(batches) if moved else self._moved(batches)
+            lost: NoLossError | None = None
+            try:
+                self._check(segment)
+            except NoLossError as error:
+                lost = error
+            if not self._ranks.all([lost is None], self.device)[0]:
+                raise lost or NoLossError("Another process found no loss on its batches.")
+        except BaseException:
+            self._shares = {}
+            raise
+        self.record(segment)
+
+    def __call__(self, at: Position, /, *, afresh: bool = False) -> Sample:
+        """Evaluates loss and, where needed, gradient on a segment whose stop is live now.
+
+        Args:
+            at: Where.
+            afresh: Runs the user's code also where its loss is recorded.
+        """
+        if self._recordings and not afresh and self._knows(at.segment):
+            return self._replay(at)
         live = live_weights(self._module)
         held = parts(live)
         total: Tensor | None = None
         sums: list[Tensor] | None = None
+        self.is_lost = False
         with self._put_back(at, held):
             for j, share in self._shares.items():
                 # A forward may write to trained weights, too.
@@ -113,26 +182,85 @@ class Probe:
                         if moves:
                             at.write(held)
                         set_mode(self._module, self._mode)
-                        with self._trainer.precision_plugin.train_step_context():
-                            # The step may write into its batch.
-                            loss = self._objective(copy.deepcopy(self._batches[j]), j)
-                        # Layers gathered on the way forward are let go of on the way back.
-                        if at.needs_gradient or self._is_cut:
-                            gradients = self._differentiate(loss, share, list(live.values()))
-                    loss = loss.detach().to(wide(loss)) * share
-                    if self._scale is None or not gradients or not loss.isfinite():
-                        break
-                    if self._scale.fits(gradients):
+                        # The step may write into its batch.
+                        batch = copied(self._batches[j])
+                        with self._noting(j, list(live.values())) as done:
+                            try:
+                                with self._trainer.precision_plugin.train_step_context():
+                                    loss = self._objective(batch, j)
+                            except NoLossError:
+                                if not self._has_begun:
+                                    raise
+                                self.is_lost = True
+                                loss = torch.full((), torch.nan, device=self.device)
+                                gradients = [torch.full_like(w, torch.nan) for w in held.values()]
+                            # Layers gathered on the way forward are let go of on the way back.
+                            if (at.needs_gradient or self._is_cut) and not self.is_lost:
+                                gradients = self._differentiate(loss, share, list(live.values()))
+                            done(loss, gradients)
+                    loss = loss.detach()
+                    if self._fits(gradients, loss):
                         break
                     moves = True
-                total = loss if total is None else total + loss
-                if not at.needs_gradient:
-                    continue
-                if self._scale is not None:
-                    gradients = self._scale.unscaled(gradients)
-                # Autograd may hand out one tensor twice, or expanded: never add in place.
-                sums = gradients if sums is None else list(torch._foreach_add(sums, gradients))
+                total, sums = self._added(total, sums, loss, gradients, share)
         assert total is not None
+        return self._sample(at, total, sums, list(live))
+
+    def _replay(self, at: Position) -> Sample:
+        """Evaluates what was recorded: no live weight moves, and no code of the user runs."""
+        weights = self._weights_at(at)
+        total: Tensor | None = None
+        sums: list[Tensor] | None = None
+        for j, share in self._shares.items():
+            recording = self._recordings[j]
+            while True:
+                with self._seeded(j) if recording.is_random else nullcontext():
+                    loss, gradients = recording(weights)
+                if self._fits(gradients, loss):
+                    break
+            total, sums = self._added(total, sums, loss, gradients, share)
+        assert total is not None
+        return self._sample(at, total, sums if at.needs_gradient else None, list(at.segment.start))
+
+    def _weights_at(self, at: Position) -> list[Tensor]:
+        """Returns the weights at a position; only those between the ends need memory."""
+        segment = at.segment
+        if at.s in (0.0, 1.0):
+            return list((segment.start if at.s == 0.0 else segment.stop).values())
+        if not alike(self._middle, segment.start):
+            self._middle = {n: torch.empty_like(w) for n, w in segment.start.items()}
+        at.write(self._middle)
+        return list(self._middle.values())
+
+    def _fits(self, gradients: list[Tensor], loss: Tensor) -> bool:
+        """Whether a half-precision gradient did not overflow; if it did, the scale is lower now."""
+        if self._scale is None or not gradients or not loss.isfinite():
+            return True
+        return self._scale.fits(gradients)
+
+    def _added(
+        self,
+        total: Tensor | None,
+        sums: list[Tensor] | None,
+        loss: Tensor,
+        gradients: list[Tensor],
+        share: float,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Adds one batch's share of loss and gradient to those before."""
+        loss = loss.to(wide(loss)) * share
+        total = loss if total is None else total + loss
+        if not gradients:
+            return total, sums
+        if self._scale is not None:
+            gradients = self._scale.unscaled(gradients)
+        # Autograd may hand out one tensor twice, or expanded: never add in place.
+        return total, gradients if sums is None else list(torch._foreach_add(sums, gradients))
+
+    def _sample(
+        self, at: Position, total: Tensor, sums: list[Tensor] | None, names: list[str]
+    ) -> Sample:
+        if not at.needs_gradient:
+            sums = None
         if self._whole:
             total = total / self._ranks.copies
             self._ranks.sum([total])
@@ -140,39 +268,159 @@ class Probe:
                 sums = [g.contiguous() for g in sums]
                 self._ranks.sum(sums)
         self.gradients += at.needs_gradient or self._is_cut
-        return Sample(total, None if sums is None else dict(zip(live, sums, strict=True)))
+        return Sample(total, None if sums is None else dict(zip(names, sums, strict=True)))
 
-    def check(self) -> Sample:
-        """Evaluates once at the live weights, and settles how gradients are taken.
+    # -- recording --------------------------------------------------------------------------------
+
+    def record(self, segment: Segment) -> Sample | None:
+        """Records the loss anew, and compares it with the user's code at other weights.
+
+        Every rank must call this: either all have a recording afterwards, or none. ``why_not`` says
+        why there is none.
+
+        Args:
+            segment: Its stop is live now. It is recorded at the start, and compared at both ends.
+
+        Returns:
+            The sample at the start, as the user's code gives it.
+        """
+        self._recordings, self.why_not = {}, None
+        fresh: Sample | None = None
+        if self._is_cut:
+            self.why_not = "its weights are cut over processes"
+        else:
+            fresh = self._try_to_record(segment)
+        if not self._ranks.all([self.why_not is None], self.device)[0]:
+            self.why_not = self.why_not or "another process cannot record it"
+            self._recordings = {}
+        return fresh
+
+    def _try_to_record(self, segment: Segment) -> Sample | None:
+        recordings: dict[int, Recording] = {}
+        self._taken, self._has_begun = recordings, True
+        before = self.gradients
+        try:
+            fresh = self(segment.at(0.0), afresh=True)
+        finally:
+            self._taken = None
+        self.why_not = self.why_not or ("it gave none" if self.is_lost else None)
+        there = self(segment.at(1.0), afresh=True)
+        if self.why_not is None:
+            self._recordings, self._form = recordings, _form_of(segment.start)
+            self._modules = list(self._module.modules())
+            self._buffers = [m._buffers for m in self._modules if m._buffers]
+            self._held = list(self._module.buffers())  # So that no other gets the id of one.
+            pairs = [(self(segment.at(0.0)), fresh), (self(segment.at(1.0)), there)]
+            if wrong := [pair for pair in pairs if not agree(*pair)]:
+                recorded, true = wrong[0]
+                self.why_not = (
+                    "the recorded operations give another loss or gradient than its code "
+                    f"({recorded.loss.item():.9g} and {true.loss.item():.9g})"
+                )
+                self._recordings = {}
+        self.gradients = before
+        return fresh
+
+    @contextmanager
+    def _noting(self, j: int, weights: list[Tensor]) -> Iterator[Callable[..., None]]:
+        """Notes what runs within, if it is to be recorded; what it gives takes the results."""
+        if self._taken is None or self.why_not is not None:
+            yield lambda loss, gradients: None
+            return
+        module = self._module
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        try:
+            recorder = Recorder(weights, [*frozen, *module.buffers()])
+        except NotRecordableError as error:
+            self.why_not = str(error)
+            yield lambda loss, gradients: None
+            return
+        results: list[Any] = []
+        with recorder:
+            yield lambda loss, gradients: results.extend([loss, gradients])
+        try:
+            self._taken[j] = recorder.finish(*results)
+        except NotRecordableError as error:
+            self.why_not = str(error)
+
+    def _knows(self, segment: Segment) -> bool:
+        """Whether the recordings are of such weights; a head that grew makes them void."""
+        if _form_of(segment.start) == self._form:
+            return True
+        self._recordings = {}
+        self.record(segment)
+        return bool(self._recordings)
+
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether the recorded loss holds numbers that were read from tensors once."""
+        return any(r.reads_numbers for r in self._recordings.values())
+
+    def _structure(self) -> tuple[Any, ...]:
+        """Shows what makes a recording void: training flags, buffers in the place of others."""
+        flags = [m.training for m in self._modules]
+        return (*flags, *[id(b) for table in self._buffers for b in table.values()])
+
+    def give_up(self, why: str) -> None:
+        """Evaluates the user's code from now on."""
+        self._recordings, self.why_not = {}, why
+
+    @property
+    def epoch(self) -> int:
+        """Of training, which a loss may depend on."""
+        return int(self._trainer.current_epoch)
+
+    @property
+    def way(self) -> str:
+        """How it is evaluated, in words."""
+        if self._recordings:
+            return "recorded"
+        return f"by the user's code, since it cannot be recorded: {self.why_not}"
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a recording is evaluated, and not the user's code."""
+        return bool(self._recordings)
+
+    @contextmanager
+    def _seeded(self, j: int) -> Iterator[None]:
+        """Runs the body on torch's random streams as the user's code finds them on batch j."""
+        cuda = [d for d in self._devices if d.type == "cuda"]
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(self._seed + j)
+            yield
+
+    # -- the first look ---------------------------------------------------------------------------
+
+    def _check(self, segment: Segment) -> None:
+        """Evaluates once at the segment's start, and settles how gradients are taken.
 
         Raises:
-            MisconfigurationException: The loss is not a finite scalar with a gradient, or there is
-                none.
+            NoLossError: There is no loss, or it is not finite.
+            MisconfigurationException: It is not a scalar with a gradient, or nothing is trained.
         """
-        live = live_weights(self._module)
-        if not live:
+        if not segment.start:
             raise MisconfigurationException(
                 "The model has no trainable weight: every parameter has requires_grad=False. "
                 "LCA needs weights that move; unfreeze some before training starts."
             )
         frozen = [p for p in self._module.parameters() if not p.requires_grad]
         before = [local(p).detach().clone() for p in frozen]
-        here = {name: part.detach().clone() for name, part in parts(live).items()}
         self._watching = False
         try:
-            sample = self._try_both_ways(Segment(here, here).at(1.0))
+            sample = self._try_both_ways(segment.at(0.0))
         finally:
             self._watching = True
             for parameter, saved in zip(frozen, before, strict=True):
                 if not torch.equal(local(parameter), saved):
                     self._written.add(id(parameter))
                     local(parameter).data.copy_(saved)
+        self.gradients = 0
         if not bool(torch.isfinite(sample.loss)):
-            raise MisconfigurationException(
-                f"The probe loss is {sample.loss.item()} before the first step. LCA needs a finite "
+            raise NoLossError(
+                f"The probe loss is {sample.loss.item()} at the first step. LCA needs a finite "
                 "loss: look at the probe's batches and at loss_fn."
             )
-        return sample
 
     def _try_both_ways(self, here: Position) -> Sample:
         """Prefers autograd.grad, where reentrant checkpointing raises or hides weights."""
@@ -194,8 +442,11 @@ class Probe:
         """Where the weights are."""
         return next(iter(self._devices))
 
-    def surroundings(self) -> tuple[tuple[bool, ...], Tensor]:
+    def surroundings(self) -> tuple[tuple[Any, ...], Tensor]:
         """Fingerprints what the loss reads beside the trained weights."""
+        if self._recordings:
+            read = [t for r in self._recordings.values() for t in r.live]
+            return self._structure(), fingerprint(read, self.device)
         return surroundings(self._module, self._mode, self.device)
 
     # -- one evaluation ---------------------------------------------------------------------------
@@ -203,8 +454,9 @@ class Probe:
     def _differentiate(self, loss: Tensor, share: float, weights: list[Tensor]) -> list[Tensor]:
         """Takes the scaled gradient [*shape] of every weight; zeros where the loss has none."""
         gradients: list[Tensor | None]
-        scale = 1.0 if self._scale is None else self._scale.value
-        loss = (loss.float() if loss.dtype in HALF else loss) * (share * self._factor * scale)
+        loss = (loss.float() if loss.dtype in HALF else loss) * (share * self._factor)
+        if self._scale is not None:
+            loss = loss * self._scale.factor
         drop_gradient_hooks(weights)  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
@@ -241,23 +493,21 @@ class Probe:
 
         Hooks on gradients rest: they are no part of the loss.
         """
-        trainer = self._trainer
-        loggers, should_stop = trainer.loggers, trainer.should_stop
-        rates = [optimizer.param_groups for optimizer in trainer.optimizers]
-        held = (self._module, rates)
-        spare, devices = self._spare(), list(self._devices)
+        trainer, loggers = self._trainer, self._trainer.loggers
+        held, spare, devices = (self._module, trainer), self._spare(), list(self._devices)
         with fence(*held, seed=self._seed + j, spare=spare, devices=devices):
             for module in self._module.modules():
                 if hasattr(module, "log_dict"):
                     vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
-            trainer.loggers = self._dummies
+            trainer.loggers = silent(loggers)
             try:
                 # A NaN is recorded, also where training looks for the origin of its own.
                 quiet = torch.autograd.set_detect_anomaly(False)
-                with _uncompiled(), no_gradient_hooks(self._module), torch.enable_grad(), quiet:
+                hooks = no_gradient_hooks(self._module)
+                with _uncompiled(), hooks, torch.enable_grad(), quiet:
                     yield
             finally:
-                trainer.loggers, trainer.should_stop = loggers, should_stop
+                trainer.loggers = loggers
 
     def _spare(self) -> list[Tensor]:
         """Lists the parameters that the fence need not copy.
@@ -273,6 +523,11 @@ class Probe:
         ):
             return [p for p in parameters if p.requires_grad]
         return [p for p in parameters if id(p) not in self._written]
+
+    def _moved(self, batches: Mapping[int, Any]) -> dict[int, Any]:
+        """Moves batches to the device, through the module's own transfer hooks, once."""
+        with self._fenced(0):
+            return {j: self._to_device(copied(b)) for j, b in batches.items()}
 
     def _to_device(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)
@@ -293,6 +548,10 @@ def _plain(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return gradient.float() if gradient.dtype in HALF else gradient
 
 
+def _form_of(weights: Weights) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, w.shape, w.dtype) for name, w in weights.items()]
+
+
 def _autocast_type(trainer: Trainer) -> torch.dtype | None:
     """What mixed precision computes in, if that is float16."""
     return torch.float16 if str(trainer.precision) == "16-mixed" else None
@@ -307,3 +566,45 @@ def _uncompiled() -> Any:
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``log``, ``log_dict`` and ``print`` while the probe runs."""
+
+
+@torch.no_grad()
+def agree(kept: Sample, fresh: Sample) -> Tensor:
+    """Compares two samples up to the noise of kernels that add in no fixed order: [] bool.
+
+    Those of a CPU have next to none: what differs there is another function.
+    """
+    noise = 1e-9 if _precise(fresh) else 1e-5
+    gradient_noise = 1e3 * noise
+    if fresh.loss.device.type == "cpu":
+        noise, gradient_noise = 0.1 * noise, 10 * noise
+    size = fresh.loss.abs().clamp(min=1e-3)
+    same: Tensor = (kept.loss - fresh.loss).abs() <= noise * size
+    same = same | (kept.loss == fresh.loss) | (kept.loss.isnan() & fresh.loss.isnan())
+    if kept.gradient and fresh.gradient:
+        names = list(fresh.gradient)
+        old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
+        differences: list[Tensor] = []
+        sizes: list[Tensor] = []
+        for part in bundles(new):
+            a, b = [_finite(n) for n in new[part]], [_finite(o) for o in old[part]]
+            differences += torch._foreach_norm(torch._foreach_sub(a, b))
+            sizes += torch._foreach_norm(a)
+        difference, length = _length(differences), _length(sizes)
+        same = same & (difference <= gradient_noise * length).to(same.device)
+    return same
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """Puts 0 where a number is not finite: what does not compare."""
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _length(norms: list[Tensor]) -> Tensor:
+    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt()
+
+
+def _precise(sample: Sample) -> bool:
+    return sample.gradient is not None and all(
+        g.dtype == torch.float64 for g in sample.gradient.values()
+    )

@@ -82,8 +82,8 @@ class Trust:
             )
         if self.unmoved:
             remarks.append(
-                f"{self.unmoved} of {self.measured} steps moved no weight (a gradient scaler skips "
-                "steps whose gradient overflows)."
+                f"{self.unmoved} of {self.measured} steps moved no weight, as where a gradient "
+                "scaler skips a step or the learning rate is 0."
             )
         return remarks
 

@@ -111,6 +111,10 @@ class Trainer(Protocol):
         """Epochs after which it ends."""
 
     @property
+    def current_epoch(self) -> int:
+        """Which epoch this is, from 0."""
+
+    @property
     def num_training_batches(self) -> Any:
         """Batches of an epoch, or infinity."""
 

@@ -7,6 +7,7 @@ Ctrl-C does; some save a checkpoint, as Lightning's does on SLURM.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # What signal wraps, without costly enums.
 import signal
 import threading
 import time
@@ -32,18 +33,18 @@ class _Deferred:
 
     def take_over(self) -> None:
         for number in _HOLDABLE:
-            handler = signal.getsignal(number)
+            handler = _signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
-                signal.signal(number, self._note)
+                _signal.signal(number, self._note)
 
     def give_back(self) -> None:
         """Puts the handlers back, and calls those whose signal came, each once."""
         self._over = True  # From here on a handler that raises may leave some of the rest undone.
         try:
             for number, handler in self._handlers.items():
-                if signal.getsignal(number) == self._note:  # The body may have set its own.
-                    signal.signal(number, handler)
+                if _signal.getsignal(number) == self._note:  # The body may have set its own.
+                    _signal.signal(number, handler)
         finally:
             self._deliver(list(self._came))
 

@@ -220,9 +220,9 @@ class LCACallback(LightningCallback):
     def on_train_batch_start(
         self, trainer: AnyTrainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes which weights are trained."""
+        """Notes which weights are trained, and keeps batches where the probe needs them."""
         if self._training is not None:
-            self._training.look(pl_module)
+            self._training.start(pl_module, batch)
 
     def on_before_optimizer_step(
         self, trainer: AnyTrainer, pl_module: LightningModule, optimizer: Any
@@ -246,6 +246,12 @@ class LCACallback(LightningCallback):
         if self._training is not None:
             with defer_signals():
                 self._training.close(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
+        """Measures the rest of the last chord before the module lets go of what the epoch made."""
+        if self._training is not None:
+            with defer_signals():
+                self._training.end_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: AnyTrainer, pl_module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""

@@ -25,6 +25,7 @@ from lightning_lca.measure.allocation import (
     refined_gradient,
 )
 from lightning_lca.measure.groups import Grouping, GroupSums
+from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
@@ -128,7 +129,7 @@ class Meter:
         """
         began = time.perf_counter()
         first = self._reuse.start(segment)
-        if self._buffer.sums.keys() != segment.start.keys():
+        if not alike(self._buffer.sums, segment.start):
             self._buffer = Buffer.of(segment)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
@@ -169,6 +170,10 @@ class Meter:
                 row,
             )
         )
+
+    def rest(self) -> None:
+        """Audits nothing any more: training is over, and what its steps read may be gone."""
+        self._reuse.rests = True
 
     @property
     def audits(self) -> int:

@@ -1,23 +1,28 @@
 """The end gradient of one segment as the start of the next: kept, and used only where it is true.
 
 It is reused only if the next segment begins at the same weights and nothing else that the loss
-reads has changed. What no look at the module can show (a loss that depends on the step number), an
-audit does: the first reuse and every fiftieth is compared with a fresh start, and a mismatch ends
-reuse with one warning.
+reads has changed. What no look at the module can show (a loss that depends on the epoch, or on the
+step number), an audit does: now and then the user's code runs at the start of a segment, and what
+it gives is compared with what was kept or recorded. Where the loss is another function by then, it
+is recorded anew, and the difference is booked as drift.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Sample, Segment, Weights
-from lightning_lca.measure.tensors import DeferredBool, bundles
-from lightning_lca.probe.probe import Probe
+from lightning_lca.measure.tensors import DeferredBool
+from lightning_lca.probe.probe import Probe, agree
 from lightning_lca.runtime.lightnings import warn
 from lightning_lca.runtime.processes import Ranks
 
 AUDIT_EVERY = 50
+_OFTEN = 10  # For recordings that hold numbers which may steer the loss.
+_MISSES = 3  # So often in a row, and the loss changes faster than it can be recorded.
 
 
 class Reuse:
@@ -26,6 +31,7 @@ class Reuse:
     Attributes:
         on: False once an audit found that the loss depends on something that cannot be seen.
         audits: Starts evaluated only to check a kept one.
+        rests: Whether nothing is audited any more.
         is_audited: Whether the latest start was one of these.
         apart: Gradients of the probe that were not spent on measuring: its first check, audits.
     """
@@ -40,13 +46,19 @@ class Reuse:
         self.on = True
         self.audits = 0
         self.is_audited = False
+        self.rests = False
         self.apart = probe.gradients
         self._probe = probe
         self._ranks = ranks
         self._reused = 0
         self._kept: Sample | None = None
-        self._surroundings: tuple[tuple[bool, ...], Tensor] | None = None
+        self._surroundings: tuple[tuple[Any, ...], Tensor] | None = None
         self._audit: tuple[DeferredBool, Sample, Sample] | None = None
+        self._starts = 0
+        self._epoch = probe.epoch
+        self._misses = 0
+        self._missed: tuple[Sample, Sample] | None = None
+        self._has_told = False
 
     def keep(self, last: Sample, into: Weights) -> None:
         """Keeps the sample at the end of a segment, its gradient in existing tensors."""
@@ -71,12 +83,67 @@ class Reuse:
         if not agreed:
             self._give_up()
         self._audit, self.is_audited = None, False
-        if not (agreed and all(trusted)) or self._kept is None:
+        kept = self._kept if agreed and all(trusted) else None
+        if self._probe.is_recorded:
+            is_seen = before is not None and before[0] != now[0]
+            if (self._is_due() or is_seen) and not self.rests:
+                return self._audit_recording(segment, kept, is_seen=is_seen)
+            return kept
+        if kept is None or self._kept is None:
             return None
         if self._reused % AUDIT_EVERY == 0:
             self._check(segment, self._kept)
         self._reused += 1
         return self._kept
+
+    def _is_due(self) -> bool:
+        """Whether it is time to run the user's code: in a new epoch, or after so many starts."""
+        self._starts += 1
+        every = _OFTEN if self._probe.reads_numbers else AUDIT_EVERY
+        epoch, self._epoch = self._epoch, self._probe.epoch
+        # The recording was compared at the first start; at the second the weights have moved.
+        return self._starts == 2 or self._starts % every == 0 or epoch != self._epoch
+
+    def _audit_recording(
+        self, segment: Segment, kept: Sample | None, *, is_seen: bool
+    ) -> Sample | None:
+        """Compares the recorded loss at the start with the user's code; gives what holds.
+
+        Args:
+            segment: The segment.
+            kept: What the recording gave there, if that is known.
+            is_seen: Whether flags or buffers show a change: then nobody need be told.
+        """
+        before = self._probe.gradients
+        fresh = self._probe(segment.at(0.0), afresh=True)
+        if self._probe.is_lost:
+            return kept
+        recorded = self._probe(segment.at(0.0)) if kept is None else kept
+        self.audits, self.is_audited = self.audits + 1, True
+        self.apart += self._probe.gradients - before - (kept is None)
+        if self._ranks.all([DeferredBool(agree(recorded, fresh))], self._probe.device)[0]:
+            if self._missed is not None:
+                self._tell(*self._missed)
+            self._misses, self._missed = 0, None
+            if is_seen:  # It holds tensors that others have taken the place of.
+                self._probe.record(segment)
+            return recorded
+        self._starts, self._misses = 1, self._misses + 1
+        if self._misses < _MISSES:
+            self._missed = self._missed or (
+                None if is_seen else (_loss_of(recorded), _loss_of(fresh))
+            )
+            self._probe.record(segment)
+        else:
+            self._probe.give_up("it is another function every time")
+            self.on = False
+            _warn_of_change(recorded, fresh, False)
+        return fresh
+
+    def _tell(self, recorded: Sample, fresh: Sample) -> None:
+        if not self._has_told:
+            self._has_told = True
+            _warn_of_change(recorded, fresh, True)
 
     def _check(self, segment: Segment, kept: Sample) -> None:
         """Evaluates the start afresh, uses that, and compares; the next start reads the verdict."""
@@ -84,8 +151,8 @@ class Reuse:
         fresh = self._probe(segment.at(0.0, needs_gradient=kept.gradient is not None))
         self.audits, self.is_audited = self.audits + 1, True
         self.apart += self._probe.gradients - before
-        losses = Sample(kept.loss, None), Sample(fresh.loss, None)
-        self._audit = (DeferredBool(_agree(kept, fresh)), *losses)
+        losses = _loss_of(kept), _loss_of(fresh)
+        self._audit = (DeferredBool(agree(kept, fresh)), *losses)
         self.keep(fresh, kept.gradient or {})
 
     def _give_up(self) -> None:
@@ -93,55 +160,34 @@ class Reuse:
         if self._audit is None:  # Another rank's finding.
             return
         _, kept, fresh = self._audit
+        _warn_of_change(kept, fresh, False)
+
+
+def _loss_of(sample: Sample) -> Sample:
+    return Sample(sample.loss, None)
+
+
+def _warn_of_change(kept: Sample, fresh: Sample, is_recorded: bool) -> None:
+    text = (
+        f"LCA: the probe loss changed from {kept.loss.item():.9g} to {fresh.loss.item():.9g} (or "
+        "its gradient did) although neither weights nor buffers changed: it depends on something "
+        "else, such as the {}. {} the difference is booked as drift."
+    )
+    if is_recorded:
+        warn(text.format("epoch", "It is recorded anew, whenever a look at it shows that, and"))
+    else:
         warn(
-            f"LCA: the probe loss changed from {kept.loss.item():.9g} to "
-            f"{fresh.loss.item():.9g} (or its gradient did) although neither weights nor "
-            "buffers changed: it depends on something else, such as the step number, or is "
-            "not deterministic. From now on every step's start is evaluated afresh, one "
-            "gradient more, and the difference is booked as drift."
+            text.format(
+                "step number, or is not deterministic",
+                "From now on every step's start is evaluated afresh, one gradient more, and",
+            )
         )
 
 
 def _match(
-    a: tuple[tuple[bool, ...], Tensor], b: tuple[tuple[bool, ...], Tensor]
+    a: tuple[tuple[Any, ...], Tensor], b: tuple[tuple[Any, ...], Tensor]
 ) -> DeferredBool | bool:
     """Compares fingerprints; nothing travels from the device where there is nothing to compare."""
     if a[0] != b[0] or a[1].shape != b[1].shape:
         return False
     return DeferredBool((a[1] == b[1]).all()) if len(a[1]) else True
-
-
-@torch.no_grad()
-def _agree(kept: Sample, fresh: Sample) -> Tensor:
-    """Compares two samples up to the noise of kernels that add in no fixed order: [] bool."""
-    noise = 1e-9 if _precise(fresh) else 1e-5
-    size = fresh.loss.abs().clamp(min=1e-3)
-    same: Tensor = (kept.loss - fresh.loss).abs() <= noise * size
-    same = same | (kept.loss == fresh.loss) | (kept.loss.isnan() & fresh.loss.isnan())
-    if kept.gradient and fresh.gradient:
-        names = list(fresh.gradient)
-        old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
-        differences: list[Tensor] = []
-        sizes: list[Tensor] = []
-        for part in bundles(new):
-            a, b = [_finite(n) for n in new[part]], [_finite(o) for o in old[part]]
-            differences += torch._foreach_norm(torch._foreach_sub(a, b))
-            sizes += torch._foreach_norm(a)
-        difference, length = _length(differences), _length(sizes)
-        same = same & (difference <= 1e3 * noise * length).to(same.device)
-    return same
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    """Puts 0 where a number is not finite: what does not compare."""
-    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _length(norms: list[Tensor]) -> Tensor:
-    return torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt()
-
-
-def _precise(sample: Sample) -> bool:
-    return sample.gradient is not None and all(
-        g.dtype == torch.float64 for g in sample.gradient.values()
-    )

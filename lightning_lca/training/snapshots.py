@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.parameters import parts
-from lightning_lca.measure.tensors import DeferredBool, bundles, on_accelerator
+from lightning_lca.measure.tensors import DeferredBool, Flat, on_accelerator, together
 
 
 class Snapshots:
@@ -24,6 +24,7 @@ class Snapshots:
         """Starts without a segment."""
         self._start: dict[str, Tensor] = {}
         self._stop: dict[str, Tensor] = {}
+        self._forms: list[tuple[object, ...]] = []
         self._closed_before = False
         self._same: DeferredBool | bool = False
         self._marks: list[dict[str, Tensor]] = []
@@ -35,14 +36,12 @@ class Snapshots:
         if self.is_open:
             return
         weights = parts(weights)
-        if not _alike(weights, self._stop):
-            self._stop = {n: torch.empty_like(w).detach() for n, w in weights.items()}
-            self._start = {n: torch.empty_like(w).detach() for n, w in weights.items()}
+        forms = _forms(weights)
+        if forms != self._forms:
+            self._stop, self._start, self._forms = Flat(weights), Flat(weights), forms
             self._closed_before = False
-        self._same = self._closed_before and _equal(weights, self._stop)
-        if self._same is not True:
-            _copy(weights, self._stop)
-        self._start, self._stop = self._stop, self._start
+        _copy(weights, self._start)
+        self._same = self._closed_before and _equal(self._start, self._stop)
         self._marked_at = []
         self.is_open = True
 
@@ -51,8 +50,8 @@ class Snapshots:
         if self._marked_at and step <= self._marked_at[-1]:
             return
         count = len(self._marked_at)
-        if count == len(self._marks) or not _alike(self._marks[count], self._start):
-            self._marks[count:] = [{n: torch.empty_like(w) for n, w in self._start.items()}]
+        if count == len(self._marks) or _forms(self._marks[count]) != self._forms:
+            self._marks[count:] = [Flat(self._start)]
         # Weights frozen since the start rest.
         _copy({n: parts(weights).get(n, w) for n, w in self._start.items()}, self._marks[count])
         self._marked_at.append(step)
@@ -65,7 +64,7 @@ class Snapshots:
             step: Steps done at its end.
         """
         marks = self._marks[: len(self._marked_at)]
-        points = [segment.start, *({n: m[n] for n in segment.start} for m in marks), segment.stop]
+        points = [segment.start, *(_some(m, list(segment.start)) for m in marks), segment.stop]
         steps = [*self._marked_at, step]
         joined = [segment.continues] + [True] * len(marks)
         return [
@@ -96,6 +95,13 @@ class Snapshots:
         _copy({n: start[n] for n in names}, self._start)
         self._same = False
 
+    def look(self, weights: Weights) -> Segment:
+        """Shows the segment as it would be if it ended here; it stays open."""
+        weights = parts(weights)
+        names = [n for n in self._start if n in weights]
+        _copy({n: weights[n] for n in names}, self._stop)
+        return Segment(_some(self._start, names), _some(self._stop, names))
+
     def close(self, weights: Weights) -> Segment:
         """Ends the segment at the live weights."""
         if not self.is_open:
@@ -106,33 +112,29 @@ class Snapshots:
         _copy({n: weights[n] for n in names}, self._stop)
         self.is_open = False
         self._closed_before = len(names) == len(self._start)
-        return Segment(
-            {n: self._start[n] for n in names}, {n: self._stop[n] for n in names}, self._same
-        )
+        return Segment(_some(self._start, names), _some(self._stop, names), self._same)
 
 
-def _alike(a: Weights, b: Weights) -> bool:
-    return a.keys() == b.keys() and all(
-        (a[n].shape, a[n].dtype, a[n].device) == (b[n].shape, b[n].dtype, b[n].device) for n in a
+def _forms(weights: Weights) -> list[tuple[object, ...]]:
+    return [(n, w.shape, w.dtype, w.device) for n, w in weights.items()]
+
+
+def _some(weights: dict[str, Tensor], names: list[str]) -> Weights:
+    """Returns those of these names; all of them as they are, side by side."""
+    return weights if len(names) == len(weights) else {n: weights[n] for n in names}
+
+
+@torch.no_grad()
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> DeferredBool | bool:
+    """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
+    x, y = together(a, b)
+    if not on_accelerator(x[0]):
+        return all(map(torch.equal, x, y))
+    return DeferredBool(
+        torch.stack([(p == q).all().to(x[0].device) for p, q in zip(x, y, strict=True)]).all()
     )
 
 
 @torch.no_grad()
-def _equal(a: Weights, b: Weights) -> DeferredBool | bool:
-    """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
-    if not on_accelerator(next(iter(a.values()))):
-        return all(torch.equal(a[n], b[n]) for n in a)
-    names = [n for n in a if a[n].numel()]
-    x, y = [a[n] for n in names], [b[n] for n in names]
-    distances = [
-        distance.to(x[0].device)
-        for part in bundles(x)
-        for distance in torch._foreach_norm(torch._foreach_sub(x[part], y[part]), float("inf"))
-    ]
-    return DeferredBool((torch.stack(distances) == 0).all())
-
-
-@torch.no_grad()
 def _copy(source: Weights, into: Weights) -> None:
-    names = list(source)
-    torch._foreach_copy_([into[n] for n in names], [source[n] for n in names])
+    torch._foreach_copy_([into[n] for n in source], list(source.values()))

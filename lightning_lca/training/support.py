@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_lca.measure.parameters import any_cut, is_cut, is_even
+from lightning_lca.measure.parameters import any_cut, is_cut, is_even, live_weights
 from lightning_lca.runtime.lightnings import (
     LightningModule,
     MisconfigurationException,
@@ -50,6 +50,13 @@ def check_trainer(trainer: Trainer, module: LightningModule, settings: Settings)
             f"{len(lazy)} parameters have no shape yet, {lazy[0]} the first: they belong to lazy "
             "modules that have seen no batch. Pass one through them before training, e.g. in "
             "setup or configure_model: with torch.no_grad(): self.net(example)."
+        )
+    odd = [f"{n} ({p.dtype})" for n, p in live_weights(module).items() if p.is_complex()]
+    if odd:
+        raise MisconfigurationException(
+            f"{len(odd)} parameters are complex, {odd[0]} the first, and credits are real numbers "
+            "of real weights. Keep real and imaginary parts as one real parameter of shape "
+            "[..., 2], and call torch.view_as_complex on it in forward."
         )
     compiled = [module, *module.modules()]
     if not hasattr(torch.compiler, "set_stance") and any(

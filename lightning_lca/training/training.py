@@ -11,26 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lca.measure.allocation import Segment
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.parameters import (
+    LiveWeights,
     any_cut,
-    live_weights,
     named_modules,
     named_parameters,
     parts,
 )
-from lightning_lca.probe.batches import read_batches
+from lightning_lca.probe.batches import ProbeBatches
+from lightning_lca.probe.loss import NoLossError
 from lightning_lca.probe.precision import Rounding
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.reporting.reporter import Reporter, x_axis
-from lightning_lca.runtime.lightnings import LightningModule, Trainer, tell, warn
+from lightning_lca.runtime.lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    tell,
+    warn,
+)
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.budget import Budget, StepTimer
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.settings import Chords, Settings
 from lightning_lca.training.snapshots import Snapshots
+
+_WAYS = {"recorded": "from a recording of its operations; the user's code runs to audit it"}
 
 
 class Training:
@@ -53,7 +63,7 @@ class Training:
         place: int = 0,
         kept: dict[str, Any] | None = None,
     ) -> None:
-        """Reads the probes, and evaluates each once; every rank must call this.
+        """Prepares what needs no look at the loss; every rank must call this.
 
         Args:
             trainer: The Trainer that starts.
@@ -73,9 +83,15 @@ class Training:
         self._grouping = Grouping(module, settings.group_by, trainer.global_rank)
         self.snapshots = Snapshots()
         self.meters: dict[str | None, Meter] = {
-            name: self._meter(module, self._probe(trainer, module, source))
+            name: self._meter(module, self._probe(trainer, module)) for name in settings.sources
+        }
+        self._batches = {
+            name: ProbeBatches(source, settings.probe_batches, settings.seed, self._ranks)
             for name, source in settings.sources.items()
         }
+        for batches in self._batches.values():
+            batches.begin(trainer)
+        self._catches_up = False  # Whether the next step ends a chord of before a resume.
         self.reporter = Reporter(
             trainer,
             self.meters,
@@ -88,8 +104,13 @@ class Training:
             custom_scalars=settings.custom_scalars,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
+        self._live = LiveWeights(module)
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
+        # Each with an optimizer of its own, which steps as soon as the gradient is there.
+        self._moves_in_backward = any(
+            getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters()
+        )
         self._counter = StepCounter(trainer, module, self._before_step)
         self._timer: StepTimer | None = StepTimer(module.device)
         self._budget: Budget | None = None
@@ -112,10 +133,10 @@ class Training:
             self._resume(kept, histories)
         if opened:
             self._opened_at = opened["at"]
-            self.snapshots.resume(opened["weights"], live_weights(module))
-            # The checkpoint was saved after a step was done and before it was measured.
-            self._timer = None
-            self.close(trainer, module)
+            self.snapshots.resume(opened["weights"], self._live())
+            # The checkpoint may have been saved after a step was done and before it was measured.
+            least = self._chords.every
+            self._catches_up = least is not None and self._counter.done - self._opened_at >= least
         self._timer = StepTimer(module.device)
         if self._chords.every is None:
             self._budget = Budget(
@@ -133,12 +154,23 @@ class Training:
 
     def look(self, module: LightningModule) -> None:
         """Notes which weights are trained: later, a toggled optimizer may hide some."""
-        if not self.snapshots.is_open:
-            self._trained = live_weights(module)
+        if not self.snapshots.is_open or self._catches_up:
+            self._trained = self._live()
+
+    def start(self, module: LightningModule, batch: Any) -> None:
+        """Takes the start of a batch: a segment opens here if the backward pass moves weights."""
+        self.look(module)
+        if not self._is_prepared:
+            for batches in self._batches.values():
+                batches.pass_by(batch)
+        if self._moves_in_backward:
+            self.open()
 
     @defer_signals()
     def open(self) -> None:
         """Starts a segment where the weights are, unless one is open: only copies."""
+        if self._catches_up:
+            self.snapshots.mark(self._trained, self._counter.done)
         if not self.snapshots.is_open:
             self._opened_at = self._counter.done
             self.snapshots.open(self._trained)
@@ -154,12 +186,14 @@ class Training:
             last: Measures what is left of a chord, and leaves logging to the end of training.
         """
         done = self._counter.done
-        live = live_weights(module)
+        live = self._live()
+        if not (self._is_prepared or self._prepare(trainer, live)):
+            return
         if self._budget is not None and not last:
             every = self._budget.take(module, live, done)
             if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
                 self.reporter.log(x_axis(trainer), done)
-        least = 1 if last else self._chords.every
+        least = 1 if last or self._catches_up else self._chords.every
         if not self.snapshots.is_open or least is None or done - self._opened_at < least:
             if not last:
                 self.reporter.record()
@@ -168,15 +202,16 @@ class Training:
             self._timer.enter(done - self._opened_at)
         whole = self.snapshots.close(live)
         pieces = self.snapshots.pieces(whole, done)
+        begun = pieces[1:] if self._catches_up else []  # What goes on after the chord of before.
         self._rounding.look(pieces[0][0])
-        shown = self.reporter.due(done)
         before = self._gradients
-        for piece, step in pieces:
+        for piece, step in pieces[: len(pieces) - len(begun)]:
+            spread = step == done and self.reporter.due(done)
             try:
                 if len(pieces) > 1:
                     piece.at(1.0).write(parts(live))
                 for meter in self.meters.values():
-                    meter.measure(piece, step, spread=shown and step == done)
+                    meter.measure(piece, step, spread=spread)
                     self._measured_to = step
             except BaseException:
                 whole.at(1.0).write(parts(live))
@@ -185,20 +220,86 @@ class Training:
                     self.snapshots.reopen(piece)
                 raise
             self._opened_at = step
-        if last:
-            return
-        self.reporter.log(x_axis(trainer), done)
-        self.reporter.record()
-        if self._timer is not None:
-            self._timer.leave(round((self._gradients - before) / len(pieces)))
-            self._tell(trainer, self._timer)
+        if begun:
+            whole.at(1.0).write(parts(live))
+            self.snapshots.reopen(begun[0][0])
+        self._catches_up = False
+        if begun and done - self._opened_at >= (1 if last else self._chords.every or 1):
+            self.close(trainer, module, last=last)
+        elif not last:
+            self.reporter.log(x_axis(trainer), done)
+            self.reporter.record()
+            if self._timer is not None:
+                self._timer.leave(round((self._gradients - before) / len(pieces)))
+                self._tell(trainer, self._timer)
+
+    @property
+    def _is_prepared(self) -> bool:
+        return all(meter.probe.is_prepared for meter in self.meters.values())
+
+    def _prepare(self, trainer: Trainer, live: dict[str, Tensor]) -> bool:
+        """Looks at the loss for the first time, once a step was taken; False: not yet.
+
+        By then all that training prepares is prepared: start hooks of the module and of callbacks
+        have run, and batches have passed.
+        """
+        if not self.snapshots.is_open or self._counter.done <= self._opened_at:
+            return False
+        if not all(batches.is_ready for batches in self._batches.values()):
+            return False
+        segment = self.snapshots.look(live)
+        for name, meter in self.meters.items():
+            if not (meter.probe.is_prepared or self._look_at(meter.probe, name, segment)):
+                return False
+            meter.history.settings["evaluated"] = meter.probe.way
+        ways = {name: meter.probe.way for name, meter in self.meters.items()}
+        self.reporter.note(evaluated=next(iter(ways.values())))
+        for name, way in ways.items():
+            which = "the probe" if name is None else f"probe {name!r}"
+            tell(trainer, f"LCA: the loss on {which} is evaluated {_WAYS.get(way, way)}.")
+        return True
+
+    def _look_at(self, probe: Probe, name: str | None, segment: Segment) -> bool:
+        """Looks for batches that have a loss; False: the next ones that pass may."""
+        batches = self._batches[name]
+        while batches.is_ready:
+            try:
+                probe.prepare(batches.take(), segment, moved=batches.moved)
+            except NoLossError as error:
+                try:
+                    batches.another()
+                except MisconfigurationException as given_up:
+                    raise MisconfigurationException(f"{error} {given_up}") from None
+            else:
+                if batches.is_another:
+                    warn(
+                        "LCA: the probe's batches are not those of before the checkpoint, since "
+                        "they could not be kept in it; what that changes is booked as drift."
+                    )
+                return True
+        return False
+
+    def end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measures what is left of the last chord while what the epoch has made is still there.
+
+        That is for a loss that the user's code must give: a recording needs nothing of it.
+        """
+        at, most = trainer.global_step, trainer.max_steps
+        epochs = trainer.max_epochs
+        is_last = trainer.should_stop or 0 <= most <= at
+        is_last = is_last or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+        by_code = [m for m in self.meters.values() if not m.probe.is_recorded]
+        if is_last and by_code and self._budget is None and self._is_prepared:
+            self.close(trainer, module, last=True)
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         self._counter.leave()
+        for meter in self.meters.values():
+            meter.rest()
         x, done = 0, self._counter.done
         if self._budget is not None:
-            every = self._budget.end(live_weights(module), done)
+            every = self._budget.end(self._live(), done)
             if self._choose(trainer, self._budget, every):
                 x = x_axis(trainer) - 1
             self._chords.is_final = False  # A training that goes on from here chooses for itself.
@@ -230,32 +331,25 @@ class Training:
             opened = {"at": self._opened_at, "weights": weights}
         reported = self.reporter.state()
         for name, meter in self.meters.items():
-            reported["probes"][name or ""] |= meter.state()
+            data = {"data": self._batches[name].state()}
+            reported["probes"][name or ""] |= meter.state() | data
         chosen = self._chords.every if self._chords.is_final else None
         own = {"open": opened, "steps": self._counter.done, "every_n_steps": chosen}
         return reported | own
 
     # -- how it is set up -------------------------------------------------------------------------
 
-    def _probe(self, trainer: Trainer, module: LightningModule, source: Any) -> Probe:
-        """Reads a probe's batches and evaluates it once; every rank must call this.
-
-        Raises:
-            MisconfigurationException: There is no batch, or no loss that can be measured.
-        """
-        settings, ranks = self._settings, self._ranks
-        probe = Probe(
+    def _probe(self, trainer: Trainer, module: LightningModule) -> Probe:
+        settings = self._settings
+        return Probe(
             trainer,
             module,
-            read_batches(source, trainer, settings.probe_batches, settings.seed, ranks),
             mode=settings.probe_mode,
             loss_fn=settings.loss_fn,
             seed=settings.seed,
-            ranks=ranks,
+            ranks=self._ranks,
             whole=settings.tolerance is not None,  # All ranks must refine alike.
         )
-        probe.check()
-        return probe
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
         return Meter(probe, module, self._settings, self._grouping, self._ranks)
@@ -282,6 +376,7 @@ class Training:
             state, history = kept["probes"].get(name or ""), histories.get(name)
             if state is None:
                 continue
+            self._batches[name].resume(state.get("data", {}))
             taken = meter.resume(state, history)
             if (taken or not kept["record"]) and meter.history.last_step < state["last_step"]:
                 warn(

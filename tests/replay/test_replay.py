@@ -16,7 +16,7 @@ import pytest
 import torch
 from scripts import replayed
 from scripts.replayed import ByHand, Data, Net, Watched
-from support.models import pl
+from support.models import pl, unrecorded
 from support.processes import environment, wait_for
 from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -281,7 +281,7 @@ def test_a_replay_that_was_asked_to_stop_goes_on_as_if_unbroken(runs, capsys, mo
         calls.append(1)
         if len(calls) == 70:
             os.kill(os.getpid(), number)
-        return module.loss(batch)
+        return unrecorded(module.loss(batch))
 
     monkeypatch.setattr(replayed, "loss_fn", interrupted)
     options = (*NAMES, "--loss_fn", "scripts.replayed.loss_fn", "--log_every_n_steps", 3)

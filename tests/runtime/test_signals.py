@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from support.models import Classifier, pl, toy_loader
+from support.models import Classifier, pl, toy_loader, unrecorded
 from support.training import make_trainer
 
 from lightning_lca import LCACallback
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_a_signal_saves_while_the_probe_runs_has_the_weights_o
 
     def loss_fn(module, batch):
         send(signal.SIGUSR1)  # While weights are displaced, say.
-        return module.training_step(batch, 0)
+        return unrecorded(module.training_step(batch, 0))
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, module, *args):

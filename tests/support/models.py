@@ -150,3 +150,8 @@ def mlp(features: int = 12, hidden: int = 16, classes: int = 4) -> nn.Sequential
         nn.Tanh(),
         nn.Linear(hidden, classes),
     )
+
+
+def unrecorded(loss):
+    """Gives a loss back through a shape that follows from it, which no recording holds."""
+    return loss.reshape(1)[loss.reshape(1) == loss].sum()

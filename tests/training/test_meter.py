@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers import TensorBoardLogger
 from support.assertions import assert_ledger_closes
 from support.marks import matrix
-from support.models import Classifier, mlp, pl, toy_loader
+from support.models import Classifier, mlp, pl, toy_loader, unrecorded
 from support.training import fit
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from lightning_lca import History, LCACallback
 from lightning_lca.measure.allocation import Buffer, Sample
 from lightning_lca.measure.quadrature import as_quadrature
+from lightning_lca.probe.probe import Probe
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.reuse import AUDIT_EVERY
 from lightning_lca.training.snapshots import Snapshots
@@ -43,15 +44,36 @@ COSTS = {
 )
 def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, monkeypatch, rule, first, then):
     calls = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    take = Probe._differentiate
+    monkeypatch.setattr(Probe, "_differentiate", lambda *a: calls.append(1) or take(*a))
     lca = fit(tmp_path, quadrature=rule, steps=120).lca
+    assert gradients_of(lca) == first + 119 * then
+    (meter,) = lca._training.meters.values()
+    epochs = 120 // 6 - 1
+    assert epochs + 2 <= meter.audits <= epochs + 2 + 120 // AUDIT_EVERY
+    assert len(calls) == 3 + meter.audits, "a look, a recording, a comparison; then audits alone"
+    assert (lca.history.drift == 0).all()
+
+
+@pytest.mark.parametrize("rule", ["simpson", "midpoint"])
+def test_a_loss_that_cannot_be_recorded_costs_the_same_gradients(tmp_path, monkeypatch, rule):
+    calls = []
+    take = Probe._differentiate
+    monkeypatch.setattr(Probe, "_differentiate", lambda *a: calls.append(1) or take(*a))
+    lca = fit(tmp_path, model=Unrecorded, quadrature=rule, steps=120).lca
+    first, then = COSTS[rule]
     assert gradients_of(lca) == first + 119 * then
     (meter,) = lca._training.meters.values()
     assert meter.audits == 1 + 118 // AUDIT_EVERY
     audited = meter.audits if as_quadrature(rule).first_is_start else 0
-    assert len(calls) == 1 + first + 119 * then + audited, "the first is the check before training"
+    looks = 3  # To look, to try to record, and to compare.
+    assert len(calls) == looks + first + 119 * then + audited
     assert (lca.history.drift == 0).all()
+
+
+class Unrecorded(Classifier):
+    def training_step(self, batch, batch_idx):
+        return unrecorded(super().training_step(batch, batch_idx))
 
 
 def test_batchnorm_costs_no_more_on_batch_statistics_and_one_more_on_running_ones(tmp_path):
