@@ -248,7 +248,7 @@ class _Memory:
                 if id(value) not in self._seen:
                     self._seen[id(value)] = value
                     # What cannot even be read, nobody can put back.
-                    with suppress(ZeroDivisionError):
+                    with suppress(Exception):
                         self._look_at(value, path)
         finally:
             self._lightly = False
@@ -631,10 +631,9 @@ class _Memory:
     def _keep_names_of_module(
         self, module: types.ModuleType | None, attributes: frozenset[str], path: _Path
     ) -> None:
-        """Remembers what is read as ``module.name``, of the user's modules."""
+        """Remembers what is used as ``module.name``, of the user's modules."""
         if module is not None and self._is_own_code(module.__name__):
-            names = attributes & vars(module).keys()
-            self._keep_names(vars(module), names, attributes, path)
+            self._keep_names(vars(module), attributes, attributes, path)
 
     def _keep_partial(self, value: functools.partial[Any], path: _Path) -> None:
         state = (value.func, value.args, value.keywords, vars(value) or None)
@@ -674,8 +673,10 @@ class _Memory:
         self._push(kind, _root(kind.__name__))
 
     def _keep_attributes(self, value: Any, path: _Path) -> None:
+        # A user's own way to look up attributes stays out of it.
+        look_up: Any = threading.local if isinstance(value, threading.local) else object
         try:
-            attributes = object.__getattribute__(value, "__dict__")
+            attributes = look_up.__getattribute__(value, "__dict__")
         except AttributeError:
             attributes = None
         if type(attributes) is dict:
@@ -859,6 +860,7 @@ def _is_placed(tensor: Tensor) -> bool:
 def _same_place(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same view of the same memory."""
     if a.is_nested and b.is_nested:
+        a, b = (t if t.layout == torch.strided else t.values() for t in (a, b))
         return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     return (
         a.layout == b.layout == torch.strided
