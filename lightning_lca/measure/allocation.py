@@ -24,6 +24,7 @@ from lightning_lca.measure.tensors import (
     Flat,
     add,
     on_accelerator,
+    pieces,
     times_motion,
     together,
     total,
@@ -266,8 +267,11 @@ def refined_gradient(
 @torch.no_grad()
 def first_order(gradient: Weights, segment: Segment) -> Tensor:
     """Sums gradient · motion: the loss change [] that a gradient at one place foretells."""
+    stop = segment.stop
     return total(
-        gradient[name] * (segment.stop[name] - start) for name, start in segment.start.items()
+        slope * (stop_ - start_)
+        for name, start in segment.start.items()
+        for start_, stop_, slope in pieces(start, stop[name], gradient[name])
     )
 
 
