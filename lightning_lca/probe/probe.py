@@ -112,7 +112,8 @@ class Probe:
         self._form: list[tuple[str, torch.Size, torch.dtype]] = []  # Of the recorded weights.
         self._live = LiveWeights(module)
         self._modules: list[Any] = []
-        self._buffers: list[Any] = []
+        self._tables: list[Any] = []
+        self._hooks: list[Any] = []
         self._held: list[Tensor] = []
         self._has_begun = False
         self.is_lost = False
@@ -317,7 +318,8 @@ class Probe:
             return
         self._recordings, self._form = recordings, _form_of(segment.start)
         self._modules = list(self._module.modules())
-        self._buffers = [m._buffers for m in self._modules if m._buffers]
+        self._tables = [t for m in self._modules for t in (m._buffers, m._modules)]
+        self._hooks = [t for m in self._modules for t in (m._forward_pre_hooks, m._forward_hooks)]
         self._held = list(self._module.buffers())  # So that no other gets the id of one.
         for s in (0.0, 1.0):
             fresh = fresh if s == 0.0 else self(segment.at(s), afresh=True)
@@ -365,9 +367,13 @@ class Probe:
         return any(r.reads_numbers for r in self._recordings.values())
 
     def _structure(self) -> tuple[Any, ...]:
-        """Shows what makes a recording void: training flags, buffers in the place of others."""
+        """Shows what makes a recording void: training flags; others in the place of buffers, too.
+
+        A table that is empty when the loss is recorded may not stay so, as when a layer is pruned.
+        """
         flags = [m.training for m in self._modules]
-        return (*flags, *[id(b) for table in self._buffers for b in table.values()])
+        hooks = [*map(len, self._hooks)]
+        return (*flags, *hooks, *[id(b) for table in self._tables for b in table.values()])
 
     def give_up(self, why: str) -> None:
         """Evaluates the user's code from now on."""

@@ -33,11 +33,11 @@ def convnet():
     )
 
 
-def train(path, lca, net=convnet, steps=8):
+def train(path, lca, net=convnet, steps=8, samples=96):
     def model():
         return Classifier(net(), lambda p: torch.optim.Adam(p, lr=1e-3))
 
-    data, double = toy_loader(dtype=torch.float64), {"precision": "64-true"}
+    data, double = toy_loader(samples=samples, dtype=torch.float64), {"precision": "64-true"}
     return fit(path, lca, model=model, data=data, steps=steps, run_seed=2, trainer=double).lca
 
 
@@ -98,8 +98,10 @@ def test_the_host_reads_nothing_between_logs(tmp_path, accelerated, monkeypatch,
     monkeypatch.setattr(DeferredBool, "__bool__", without_notes)
     reads = Reads()  # Flags that were sent ahead do not count.
     watched = Guarded(lambda: reads, log_every_n_steps=30, figures=False, **arguments)
-    lca = train(tmp_path, watched, net=mlp, steps=30)
+    # In one epoch: at the start of each the user's code runs to audit the recording.
+    lca = train(tmp_path, watched, net=mlp, steps=30, samples=16 * 30)
     assert len(lca.history) == 30
+    assert lca.history.settings["evaluated"] == "recorded"
     assert reads.seen == []
     with reads:
         bool(torch.ones(1) > 0)

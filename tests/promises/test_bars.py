@@ -83,7 +83,10 @@ def shown(line):
     line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip("\r")
     line = line.rpartition("\r")[2]
     line = re.sub(r"\d+:\d\d(:\d\d)?|[\d.?]+ ?(it/s|s/it)|--", "~", line)
-    return re.sub(r"█+", "█", line).rstrip()  # A speed with one digit more makes the bar shorter.
+    line = re.sub(r"█+", "█", line)  # A speed with one digit more makes the bar shorter.
+    # A bar is drawn so many times a second: how far the last drawing went is chance.
+    line = re.sub(r"[━╺╸]+ +\d/6.*?~ • \S+ +~", "━ n/6 ~", line)
+    return re.sub(r" +", " ", line).rstrip()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +105,9 @@ def test_the_terminal_shows_the_bars_as_without_us_and_our_own_lines_whole(scree
     if bar not in screens:
         pytest.skip("rich is not installed")
     without, found = screens[bar]
-    assert any("Epoch 2" in line and "6/6" in line for line in without), "there is a bar"
+    assert any("Epoch 2" in line and re.search("[6n]/6", line) for line in without), (
+        "there is a bar"
+    )
     ours = [line for line in found if "LCA" in line]
     rest = [line for line in found if line not in ours]
     assert rest == without

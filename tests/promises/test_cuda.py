@@ -48,8 +48,9 @@ def _deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def train(path, *callbacks, net=convnet, steps=12, dtype=torch.float32, **trainer):
-    data, on_gpu = toy_loader(dtype=dtype), {"accelerator": "gpu", "devices": 1} | trainer
+def train(path, *callbacks, net=convnet, steps=12, samples=96, dtype=torch.float32, **trainer):
+    data = toy_loader(samples=samples, dtype=dtype)
+    on_gpu = {"accelerator": "gpu", "devices": 1} | trainer
     run = {"data": data, "steps": steps, "run_seed": 11, "measured": False, "trainer": on_gpu}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,7 +117,8 @@ def no_waiting():
 @pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
 def test_nothing_waits_for_the_device_between_logs(tmp_path, arguments):
     lca = Guarded(no_waiting, log_every_n_steps=30, figures=False, **arguments)
-    train(tmp_path, lca, steps=30)
+    # In one epoch: at the start of each the user's code runs to audit the recording.
+    train(tmp_path, lca, steps=30, samples=16 * 30)
     assert len(lca.history) == 30
     with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
         torch.ones(1, device="cuda").item()  # The mode is able to see it.

@@ -38,8 +38,9 @@ def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
         assert not (beyond & history.converged).any()
     assert re.search(r"^true loss change   -2\.\d+", result.stdout, re.M)
     assert f"tensorboard --logdir {tmp_path}" in result.stdout
-    (line,) = result.stderr.strip().splitlines()
-    assert re.match(r"LCA: \d probe gradients first", line), "nothing else scrolls by"
+    way, cost = result.stderr.strip().splitlines()  # Nothing else scrolls by.
+    assert re.match(r"LCA: the loss on the probe is evaluated from a recording", way)
+    assert re.match(r"LCA: \d probe gradients first", cost)
 
 
 @pytest.mark.slow

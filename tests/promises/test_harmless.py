@@ -554,6 +554,7 @@ EVERY_DASHBOARD = pytest.param(
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # fork, Python >= 3.12
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:LCA. the probe loss changed")  # Some count their own calls.
 @pytest.mark.parametrize(
     "case",
     [*matrix(MODELS | SETTINGS | OPTIONS, QUICK), EVERY_DASHBOARD],

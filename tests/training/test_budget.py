@@ -220,10 +220,10 @@ def test_the_line_tells_number_times_and_limits_once(tmp_path, caplog):
     assert "A chord of 20 steps cuts across the bends of the path" in lines[0.05]
 
 
-def test_a_budget_overdrawn_by_far_is_warned_of_once_and_nothing_is_timed_any_more(tmp_path, clock):
+def test_a_budget_overdrawn_by_far_is_warned_of_once_and_nothing_is_timed_any_more(tmp_path):
     class Reads(pl.Callback):
         def on_train_batch_end(self, *args):
-            seen.append(clock.reads)
+            seen.append(pytest.lca_clock.reads)
 
     def gradient(module):
         return 5 if module.trainer.global_step <= 20 else 50
