@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import array
 import builtins
+import ctypes
 import dis
 import functools
 import gc
 import io
 import operator
+import os
 import random
 import sys
 import threading
@@ -74,6 +76,7 @@ _FOREIGN = frozenset(sys.stdlib_module_names) | {
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _SCALER: Any = getattr(torch.amp, "GradScaler", None) or torch.cuda.amp.GradScaler
 _DATA = (DataLoader, Dataset, Sampler)
+_OF_C: Any = (ctypes._SimpleCData, ctypes.Structure, ctypes.Union, ctypes.Array)
 # Objects of foreign packages that are walked into all the same.
 _PLAIN = (
     *(types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap, threading.local),
@@ -96,7 +99,8 @@ def fence(
 ) -> Iterator[None]:
     """Runs the body on seeded random streams and undoes what it does to all that is reached.
 
-    Put back are: the random state of torch (CPU and the given devices), numpy and python; and of
+    Put back are: the random state of torch (CPU and the given devices), numpy and python; the
+    environment's variables; and of
     the held values their tensors, arrays, generators, attributes, slots and containers; what their
     functions and methods hold (closures, defaults, owners) and the globals that they name; the
     attributes of the user's classes; optimizers' settings and schedulers.
@@ -125,6 +129,7 @@ def fence(
     memory = _Memory(spare, apart)
     try:
         streams = memory.keep_streams(devices)
+        memory.keep_environment()
         for value in held:
             memory.keep(value)
         memory.walk()
@@ -221,6 +226,17 @@ class _Memory:
                 self._undo.append((undo, path))
                 seeds.append(functools.partial(_seed_device, device))
         return seeds
+
+    def keep_environment(self) -> None:
+        """Remembers the variables of the environment."""
+        saved = dict(os.environ)
+
+        def undo() -> None:
+            if dict(os.environ) != saved:
+                os.environ.clear()
+                os.environ.update(saved)
+
+        self._undo.append((undo, _root("the environment")))
 
     def keep(self, value: Any) -> None:
         """Remembers one value and, once all are known, what they reach."""
@@ -441,6 +457,13 @@ class _Memory:
             saved = value[:]
             undo = functools.partial(operator.setitem, value, slice(None), saved)
             self._undo.append((lambda: None if value == saved else undo(), path))
+            return True
+        if type(value).__module__ == "multiprocessing.sharedctypes":
+            value = value.get_obj()
+        if isinstance(value, _OF_C):
+            held = ctypes.string_at(ctypes.addressof(value), ctypes.sizeof(value))
+            undo = functools.partial(ctypes.memmove, ctypes.addressof(value), held, len(held))
+            self._undo.append((lambda: None if bytes(value) == held else undo(), path))
             return True
         if type(value) in (io.StringIO, io.BytesIO):
             if not value.closed:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ALIASES = ("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
-_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.item")
+_Number = bool | int | float | complex
 # They change what a tensor is, and not what is in it.
 _TURNS = ("t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swapdims_", "swapaxes_")
 _REPLACES = ("resize_", "set_", "resize_as_", "_resize_output_")
@@ -157,6 +157,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         self._live = {id(t) for t in live}
         self._kept_live = list(live)  # An id is unique while its owner lives.
         self._depends: set[int] = set()  # Memories that descend from the weights.
+        self._varies: set[int] = set()  # And from live tensors.
         self._running: set[int] = set()  # Slots of running statistics.
         self._turned: set[int] = set()  # Memories of tensors whose shape was changed in place.
         self._operations: list[_Operation] = []
@@ -254,6 +255,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             raise NotRecordableError("it reaches its own numbers by a way that is out of sight")
         slot = self._add(tensor)
         self._constants[slot] = tensor
+        if id(tensor) in self._live:
+            self._varies.add(self._memory_of[slot])
         return slot
 
     def _look(self, func: Any, args: Any, kwargs: Any) -> set[int]:
@@ -287,19 +290,19 @@ class Recorder(_Dispatched):  # type: ignore[misc]
                             raise NotRecordableError(f"it calls {name} on what it was given")
                         self._turned.add(memory)
                     written.add(slot)
-        for slot in written:
-            if slot in self._constants and slot not in self._originals:
-                self._originals[slot] = self._constants[slot].detach().clone()
+        memories = {self._memory_of[slot] for slot in written}
+        for slot, tensor in self._constants.items() if memories else ():
+            if self._memory_of[slot] in memories and slot not in self._originals:
+                self._originals[slot] = _copy(tensor)
         return written
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, written: set[int]) -> None:
         name = str(func)
         slots = [self._slot(t) for t in _tensors([args, kwargs])]
         reads = {self._memory_of[s] for s in slots}
-        depends = bool(reads & self._depends)
-        if name.startswith(_READS):
-            live = any(id(self._constants.get(s)) in self._live for s in slots)
-            self._reads_numbers |= depends or live
+        depends, varies = bool(reads & self._depends), bool(reads & self._varies)
+        if isinstance(result, _Number):
+            self._reads_numbers |= depends or varies
             return
         tags = func.tags
         if any(self._depends_on(t) for t in _shaping(name, tags, args)):
@@ -321,6 +324,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         writes = {self._memory_of[s] for s in written}
         if depends:
             self._depends |= gives | writes
+        if varies:
+            self._varies |= gives | writes
         is_random = torch.Tag.nondeterministic_seeded in tags
         self._operations.append(
             _Operation(func, template, named, outputs, reads, gives, writes, is_random)
@@ -373,13 +378,16 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             if slot in self._running and memory not in read | written:
                 constants[slot] = tensor.detach().clone()
                 continue
+            original, is_live = self._originals.get(slot), id(tensor) in self._live
             if memory not in written and slot not in self._running:
-                constants[slot] = tensor.detach()
+                if is_live:
+                    constants[slot] = tensor.detach()
+                else:
+                    constants[slot] = _copy(tensor) if original is None else original
                 continue
             if sum(self._memory_of[other] == memory for other in constants) > 1:
                 raise NotRecordableError("it writes to memory that it reads in several ways")
-            original = self._originals.get(slot)
-            value = tensor.detach() if id(tensor) in self._live or original is None else original
+            value = tensor.detach() if is_live or original is None else original
             constants[slot] = scratch = torch.empty_like(tensor).detach()
             refresh.append((scratch, value))
         return refresh, constants
@@ -396,8 +404,8 @@ class _Reader(_Functions):  # type: ignore[misc]
         if getattr(func, "__name__", "") in _GOES_PAST and args and isinstance(args[0], Tensor):
             slot = self._recorder._slots.get(args[0])
             if slot is not None:
-                memory = self._recorder._memory_of[slot]
-                self._recorder._reads_numbers |= memory in self._recorder._depends
+                memory, recorder = self._recorder._memory_of[slot], self._recorder
+                recorder._reads_numbers |= memory in recorder._depends | recorder._varies
         return func(*args, **(kwargs or {}))
 
 
@@ -523,6 +531,17 @@ def _is_plain(tensor: Tensor) -> bool:
         and not tensor.is_nested
         and not tensor.is_quantized
     )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copies a tensor, its strides included: another kernel may run on others."""
+    copy = tensor.detach().clone()
+    is_plain = tensor.layout == torch.strided and tensor.numel()
+    if not is_plain or copy.stride() == tensor.stride():
+        return copy
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = tensor.detach().as_strided((span,), (1,)).clone()
+    return memory.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def _storage(tensor: Tensor) -> Any:

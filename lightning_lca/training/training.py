@@ -253,10 +253,7 @@ class Training:
         for name, meter in self.meters.items():
             if not (meter.probe.is_prepared or self._look_at(meter.probe, name, segment)):
                 return False
-            meter.history.settings["evaluated"] = meter.probe.way
-        ways = {name: meter.probe.way for name, meter in self.meters.items()}
-        self.reporter.note(evaluated=next(iter(ways.values())))
-        for name, way in ways.items():
+        for name, way in self._note_ways().items():
             which = "the probe" if name is None else f"probe {name!r}"
             tell(trainer, f"LCA: the loss on {which} is evaluated {_WAYS.get(way, way)}.")
         return True
@@ -309,6 +306,8 @@ class Training:
             self.close(trainer, module, last=True)
             x = x_axis(trainer) - 1  # The last batch is counted by now.
         self._note_halving()
+        if self._is_prepared:
+            self._note_ways()
         self.reporter.end(x, done)
 
     def abort(self) -> None:
@@ -423,6 +422,14 @@ class Training:
         seen = [meter.history.settings.get("halving") for meter in self.meters.values()]
         if any(value is not None for value in seen):
             self.reporter.note(halving=max(value for value in seen if value is not None))
+
+    def _note_ways(self) -> dict[str | None, str]:
+        """Records how the probes are evaluated, which a loss that changes may change."""
+        ways = {name: meter.probe.way for name, meter in self.meters.items()}
+        for name, meter in self.meters.items():
+            meter.history.settings["evaluated"] = ways[name]
+        self.reporter.note(evaluated=next(iter(ways.values())))
+        return ways
 
     def _settle(self, every: int) -> None:
         """Goes on with an every_n_steps, and records it."""

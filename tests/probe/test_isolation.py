@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import array
 import csv
+import ctypes
 import functools
 import gc
 import io
 import itertools
+import multiprocessing
+import os
 import queue
 import random
 import socket
@@ -180,6 +183,18 @@ KINDS = {
         lambda v: (v[0].append(2), v.__setitem__(1, 3)),
     ),
     "bytearray": (lambda: bytearray(b"ab"), str, lambda v: v.append(1)),
+    "number of C": (lambda: ctypes.c_long(3), str, lambda v: setattr(v, "value", 4)),
+    "array of C": (lambda: (ctypes.c_int * 3)(1, 2), list, lambda v: v.__setitem__(2, 9)),
+    "number in shared memory": (
+        lambda: multiprocessing.Value("d", 3),
+        lambda v: v.value,
+        lambda v: setattr(v, "value", 4),
+    ),
+    "array in shared memory": (
+        lambda: multiprocessing.Array("i", 3),
+        list,
+        lambda v: v.__setitem__(1, 4),
+    ),
     "array.array": (lambda: array.array("d", [1]), str, lambda v: v.append(1)),
     "StringIO": (
         lambda: io.StringIO("ab"),
@@ -627,6 +642,19 @@ def test_all_is_tried_where_something_cannot_be_put_back(fails):
     with pytest.raises(error, match=match), fence(module, seed=0):
         change()
     assert (module.first, module.last, random.random()) == ([1], [1], expected)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])
+def test_the_environment_is_put_back(monkeypatch, fails):
+    monkeypatch.setenv("LCA_A", "1")
+    monkeypatch.setenv("LCA_B", "2")
+    before = dict(os.environ)
+    with fenced(fails=fails):
+        os.environ["LCA_A"] = "3"
+        os.environ["LCA_C"] = "4"
+        del os.environ["LCA_B"]
+    assert dict(os.environ) == before
+    assert os.getenv("LCA_C") is None
 
 
 # -- what cannot be put back ----------------------------------------------------------------------
