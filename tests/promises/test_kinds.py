@@ -28,8 +28,9 @@ from support.assertions import assert_ledger_closes, assert_same
 from support.harmless import Case, twins
 from support.marks import matrix
 from support.models import Classifier, pl, toy_data, toy_loader
+from support.training import Trail, fit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_lca.runtime.lightnings import MisconfigurationException
 
@@ -362,7 +363,10 @@ STATE = {
         banked, begin=held(bank=lambda: {k: torch.zeros(4) for k in range(1100)}), **changes
     ),
     "a queue of features": of(
-        queued, begin=held(past=lambda: collections.deque([torch.ones(16, 4)], maxlen=3)), **changes
+        queued,
+        begin=held(past=lambda: collections.deque([torch.ones(16, 4)], maxlen=3)),
+        lca={"tolerance": 1e-4},  # A step is too sharp for a single panel.
+        **changes,
     ),
     "a list that is shuffled": of(shuffles, begin=held(order=lambda: list(range(12))), **changes),
     "thread-local numbers": of(scaled(local), begin=held(local=Local), **changes),
@@ -754,8 +758,7 @@ CHANGING = {
     "a head that grows": of(
         on_train_epoch_start=grows,
         configure_optimizers=sgd,
-        unexplained=np.inf,
-        warned="joined after",
+        warned="net.4.weight has another size than at the start",
     ),
     "a head that is made anew": of(on_train_epoch_start=swaps, configure_optimizers=sgd),
     "prototypes normalised in the step": of(swav, unexplained=np.inf),
@@ -790,7 +793,7 @@ def test_training_is_bitwise_the_same_and_the_ledger_is_honest(
 ):
     if refused is not None:
         with pytest.raises(MisconfigurationException, match=refused):
-            train(tmp_path, model=case.model, data=case.data)
+            fit(tmp_path, model=case.model, data=case.data)
         return
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -836,7 +839,7 @@ def test_batches_of_the_users_own_kinds_are_measured(tmp_path, step, collate):
     def run(measured):
         data = DataLoader(toy_data(48), 16, shuffle=True, collate_fn=collate)
         trail, model = Trail(), of(step).case.model
-        return train(tmp_path, trail, model=model, data=data, steps=6, measured=measured).lca, trail
+        return fit(tmp_path, trail, model=model, data=data, steps=6, measured=measured).lca, trail
 
     (_, plain), (lca, trail) = run(False), run(True)
     assert_same(plain.points, trail.points)
