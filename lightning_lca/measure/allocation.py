@@ -24,6 +24,7 @@ from lightning_lca.measure.tensors import (
     Flat,
     add,
     on_accelerator,
+    pieces,
     times_motion,
     together,
     total,
@@ -31,6 +32,7 @@ from lightning_lca.measure.tensors import (
 )
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+_SETTLED = 0.1  # A change of the integral this small beside what is left shows that it converges.
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,15 @@ class Ends:
         last: The sample at the stop; with a gradient where the next segment can use it.
         splits: Number of equal panels that the rule was applied on.
         converged: Whether a tolerance was reached; None where none was asked for.
+        settled: Whether the integral came to rest short of the loss change, so that no finer panels
+            would explain more.
     """
 
     loss_before: Tensor
     last: Sample
     splits: int = 1
     converged: bool | None = None
+    settled: bool = False
 
 
 def mean_gradient(
@@ -225,7 +230,10 @@ def refined_gradient(
 ) -> tuple[Weights, Ends]:
     """Integrates the gradient by composite Simpson, doubling the panels until it explains enough.
 
-    No node is evaluated twice: the nodes of n panels are every second node of 2n.
+    No node is evaluated twice: the nodes of n panels are every second node of 2n. Where two
+    doublings in a row change what is explained by less than a tenth of what is left, the integral
+    has settled on something else than the loss change, as where the gradient is not the derivative
+    of the loss, or the loss has jumps: more panels would explain no more.
 
     Args:
         field: As for `mean_gradient`.
@@ -245,30 +253,68 @@ def refined_gradient(
     last = field(segment.at(1.0))
     add(ends, _gradient(last), 1.0)
     middles = Flat(segment.start, sums=True)
-    panels = 1
+    panels, still, before = 1, 0, math.inf
     while True:
         for panel in range(panels):
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
             add(middles, _gradient(sample), 1.0, fresh=panel == 0)
             del sample
         explained = buffer.add_up(_explained(ends, middles, segment)) / (6 * panels)
-        residual = abs(float(last.loss - loss_before - explained))
+        left = float(last.loss - loss_before - explained)
+        residual = abs(left)
+        still = still + 1 if abs(left - before) < _SETTLED * residual else 0
+        before = left
         # More panels do not bring a finite number back.
         if residual <= tolerance or 2 * panels > max_splits or not math.isfinite(residual):
+            break
+        if still == 2:
             break
         add(ends, middles, 2.0)
         panels *= 2
     add(ends, middles, 4.0)
     add(ends, ends, 1 / (6 * panels), fresh=True)
-    return buffer.sums, Ends(loss_before, last, panels, residual <= tolerance)
+    converged = residual <= tolerance
+    return buffer.sums, Ends(loss_before, last, panels, converged, still > 0 and not converged)
 
 
 @torch.no_grad()
 def first_order(gradient: Weights, segment: Segment) -> Tensor:
     """Sums gradient · motion: the loss change [] that a gradient at one place foretells."""
+    stop = segment.stop
     return total(
-        gradient[name] * (segment.stop[name] - start) for name, start in segment.start.items()
+        slope * (stop_ - start_)
+        for name, start in segment.start.items()
+        for start_, stop_, slope in pieces(start, stop[name], gradient[name])
     )
+
+
+@torch.no_grad()
+def halve(
+    field: Field, segment: Segment, values: Weights, add_up: Callable[[Tensor], None]
+) -> None:
+    """Turns credits by Simpson's rule into those by the same rule on both halves, in place.
+
+    With g at s: (g₀ + 4 g½ + g₁)/6 becomes (g₀ + 4 g¼ + 2 g½ + 4 g¾ + g₁)/12. Credit is linear in
+    the gradient, so that no other gradient needs to be kept.
+
+    Args:
+        field: As for `mean_gradient`.
+        segment: As for `mean_gradient`.
+        values: Credits {name: [*shape]} by `SIMPSON`.
+        add_up: Sums products [*shape] over processes that share the field, in place.
+    """
+    for value in values.values():
+        value.mul_(0.5)
+    for s, weight in ((0.25, 4 / 12), (0.5, -2 / 12), (0.75, 4 / 12)):
+        gradient = _gradient(field(segment.at(s)))
+        for name, start in segment.start.items():
+            stop, slope, value = segment.stop[name], gradient[name], values[name]
+            for start_, stop_, slope_, value_ in pieces(start, stop, slope, value):
+                # Exact in the wider type: half-precision weights would round their own motion.
+                product = (stop_.to(value_.dtype) - start_).mul_(slope_)
+                add_up(product)
+                value_.add_(product, alpha=weight)
+        del gradient
 
 
 def credit(gradient: Weights, segment: Segment) -> Weights:
@@ -330,7 +376,8 @@ def refine(
 
     No node is evaluated twice: the nodes of n panels are every second node of 2n. The result says
     in ``splits`` how many panels it took and in ``converged`` whether |residual| ≤ tolerance was
-    reached. A residual that is not finite ends it at once.
+    reached. A residual that is not finite ends it at once, and so does an integral that settles on
+    something else than the loss change (see `refined_gradient`).
 
     Args:
         field: As for `allocate`.

@@ -149,7 +149,7 @@ def times_motion(
     # One buffer for all pieces: fresh ones would cost more in page faults than the work itself.
     buffer = starts[0].new_empty(CHUNK)
     for tensors in zip(sums, starts, stops, strict=True):
-        for piece, a, b in _pieces(*tensors):
+        for piece, a, b in pieces(*tensors):
             if piece.dtype != b.dtype:  # Half-precision weights would round their own motion.
                 a, b = a.to(piece.dtype), b.to(piece.dtype)
             fits = b.numel() <= CHUNK and (b.dtype, b.device) == (buffer.dtype, buffer.device)
@@ -157,12 +157,12 @@ def times_motion(
             piece.mul_(torch.sub(b, a, out=moved))
 
 
-def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Cuts large tensors of one shape alike, so that on a CPU each piece stays in its cache."""
-    large = tensors[0].numel() > CHUNK and tensors[0].device.type == "cpu"
-    if not (large and all(t.is_contiguous() for t in tensors)):
+    size = LARGE if on_accelerator(tensors[0]) else CHUNK
+    if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         return [tensors]
-    return zip(*(torch.split(t.view(-1), CHUNK) for t in tensors), strict=True)
+    return zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
 
 
 class DeferredBool:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Position, Sample, Segment, Weights
 from lightning_lca.measure.parameters import (
-    alike,
+    LiveWeights,
     any_cut,
-    live_weights,
     local,
     local_gradient,
     parts,
 )
-from lightning_lca.measure.tensors import HALF, bundles, wide
+from lightning_lca.measure.tensors import HALF, bundles, pieces, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
@@ -111,7 +110,7 @@ class Probe:
         self._recordings: dict[int, Recording] = {}
         self._taken: dict[int, Recording] | None = None  # While the user's code is recorded.
         self._form: list[tuple[str, torch.Size, torch.dtype]] = []  # Of the recorded weights.
-        self._middle: dict[str, Tensor] = {}
+        self._live = LiveWeights(module)
         self._modules: list[Any] = []
         self._buffers: list[Any] = []
         self._held: list[Tensor] = []
@@ -167,7 +166,7 @@ class Probe:
         """
         if self._recordings and not afresh and self._knows(at.segment):
             return self._replay(at)
-        live = live_weights(self._module)
+        live = self._live()
         held = parts(live)
         total: Tensor | None = None
         sums: list[Tensor] | None = None
@@ -208,29 +207,37 @@ class Probe:
 
     def _replay(self, at: Position) -> Sample:
         """Evaluates what was recorded: no live weight moves, and no code of the user runs."""
-        weights = self._weights_at(at)
         total: Tensor | None = None
         sums: list[Tensor] | None = None
-        for j, share in self._shares.items():
-            recording = self._recordings[j]
-            while True:
-                with self._seeded(j) if recording.is_random else nullcontext():
-                    loss, gradients = recording(weights)
-                if self._fits(gradients, loss):
-                    break
-            total, sums = self._added(total, sums, loss, gradients, share)
+        with self._weights_at(at) as weights:
+            for j, share in self._shares.items():
+                recording = self._recordings[j]
+                while True:
+                    with self._seeded(j) if recording.is_random else nullcontext():
+                        loss, gradients = recording(weights)
+                    if self._fits(gradients, loss):
+                        break
+                total, sums = self._added(total, sums, loss, gradients, share)
         assert total is not None
         return self._sample(at, total, sums if at.needs_gradient else None, list(at.segment.start))
 
-    def _weights_at(self, at: Position) -> list[Tensor]:
-        """Returns the weights at a position; only those between the ends need memory."""
+    @contextmanager
+    def _weights_at(self, at: Position) -> Iterator[list[Tensor]]:
+        """Lends the weights at a position; those between the ends lie where the stop was kept.
+
+        The live weights are at the stop, so that it is copied back from them: no memory is needed.
+        """
         segment = at.segment
         if at.s in (0.0, 1.0):
-            return list((segment.start if at.s == 0.0 else segment.stop).values())
-        if not alike(self._middle, segment.start):
-            self._middle = {n: torch.empty_like(w) for n, w in segment.start.items()}
-        at.write(self._middle)
-        return list(self._middle.values())
+            yield list((segment.start if at.s == 0.0 else segment.stop).values())
+            return
+        try:
+            at.write(segment.stop)
+            yield list(segment.stop.values())
+        finally:
+            live = parts(self._live())
+            with torch.no_grad():
+                torch._foreach_copy_(list(segment.stop.values()), [live[n] for n in segment.stop])
 
     def _fits(self, gradients: list[Tensor], loss: Tensor) -> bool:
         """Whether a half-precision gradient did not overflow; if it did, the scale is lower now."""
@@ -272,7 +279,7 @@ class Probe:
 
     # -- recording --------------------------------------------------------------------------------
 
-    def record(self, segment: Segment) -> Sample | None:
+    def record(self, segment: Segment) -> None:
         """Records the loss anew, and compares it with the user's code at other weights.
 
         Every rank must call this: either all have a recording afterwards, or none. ``why_not`` says
@@ -280,46 +287,47 @@ class Probe:
 
         Args:
             segment: Its stop is live now. It is recorded at the start, and compared at both ends.
-
-        Returns:
-            The sample at the start, as the user's code gives it.
         """
         self._recordings, self.why_not = {}, None
-        fresh: Sample | None = None
         if self._is_cut:
             self.why_not = "its weights are cut over processes"
         else:
-            fresh = self._try_to_record(segment)
-        if not self._ranks.all([self.why_not is None], self.device)[0]:
-            self.why_not = self.why_not or "another process cannot record it"
-            self._recordings = {}
-        return fresh
+            before = self.gradients
+            self._try_to_record(segment)
+            self.gradients = before
+        self._all_recorded()
 
-    def _try_to_record(self, segment: Segment) -> Sample | None:
+    def _all_recorded(self) -> bool:
+        """Whether all ranks have a recording that holds; if one has none, none keeps its own."""
+        if self._ranks.all([self.why_not is None], self.device)[0]:
+            return True
+        self.why_not = self.why_not or "another process cannot record it"
+        self._recordings = {}
+        return False
+
+    def _try_to_record(self, segment: Segment) -> None:
         recordings: dict[int, Recording] = {}
         self._taken, self._has_begun = recordings, True
-        before = self.gradients
         try:
             fresh = self(segment.at(0.0), afresh=True)
         finally:
             self._taken = None
         self.why_not = self.why_not or ("it gave none" if self.is_lost else None)
-        there = self(segment.at(1.0), afresh=True)
-        if self.why_not is None:
-            self._recordings, self._form = recordings, _form_of(segment.start)
-            self._modules = list(self._module.modules())
-            self._buffers = [m._buffers for m in self._modules if m._buffers]
-            self._held = list(self._module.buffers())  # So that no other gets the id of one.
-            pairs = [(self(segment.at(0.0)), fresh), (self(segment.at(1.0)), there)]
-            if wrong := [pair for pair in pairs if not agree(*pair)]:
-                recorded, true = wrong[0]
+        if not self._all_recorded():
+            return
+        self._recordings, self._form = recordings, _form_of(segment.start)
+        self._modules = list(self._module.modules())
+        self._buffers = [m._buffers for m in self._modules if m._buffers]
+        self._held = list(self._module.buffers())  # So that no other gets the id of one.
+        for s in (0.0, 1.0):
+            fresh = fresh if s == 0.0 else self(segment.at(s), afresh=True)
+            recorded = self(segment.at(s))
+            if not agree(recorded, fresh):
                 self.why_not = (
                     "the recorded operations give another loss or gradient than its code "
-                    f"({recorded.loss.item():.9g} and {true.loss.item():.9g})"
+                    f"({recorded.loss.item():.9g} and {fresh.loss.item():.9g})"
                 )
-                self._recordings = {}
-        self.gradients = before
-        return fresh
+            del fresh, recorded
 
     @contextmanager
     def _noting(self, j: int, weights: list[Tensor]) -> Iterator[Callable[..., None]]:
@@ -586,13 +594,24 @@ def agree(kept: Sample, fresh: Sample) -> Tensor:
         old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
         differences: list[Tensor] = []
         sizes: list[Tensor] = []
-        for part in bundles(new):
-            a, b = [_finite(n) for n in new[part]], [_finite(o) for o in old[part]]
-            differences += torch._foreach_norm(torch._foreach_sub(a, b))
+        for some, others in _side_by_side(new, old):
+            a, b = [_finite(n) for n in some], [_finite(o) for o in others]
             sizes += torch._foreach_norm(a)
+            torch._foreach_sub_(a, b)
+            differences += torch._foreach_norm(a)
         difference, length = _length(differences), _length(sizes)
         same = same & (difference <= gradient_noise * length).to(same.device)
     return same
+
+
+def _side_by_side(new: list[Tensor], old: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Cuts two lists of gradients alike: small ones in bundles, large ones in pieces."""
+    for part in bundles(new):
+        if len(new[part]) > 1:
+            yield new[part], old[part]
+        else:
+            for a, b in pieces(*new[part], *old[part]):
+                yield [a], [b]
 
 
 def _finite(gradient: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Trust:
         not_finite: Number of steps whose loss or credit is not finite; no sum counts these.
         unconverged: Number of steps beyond the tolerance, or not finite.
         unmoved: Number of steps that moved no weight.
+        halved: Number of steps measured in two halves without a tolerance: the rule alone missed.
         unexplained: Σ|residual| / Σ_t Σ_layers |A|; None where there is neither.
         settings: What the callback was asked for, as far as the record says it.
     """
@@ -44,6 +45,7 @@ class Trust:
     not_finite: int
     unconverged: int
     unmoved: int
+    halved: int
     unexplained: float | None
     settings: Mapping[str, Any]
 
@@ -55,11 +57,13 @@ class Trust:
         layers = Layers.of(history.layers)
         moved = float(np.abs(layers.sums(finite.allocated.astype(np.float64))).sum())
         missed = float(np.abs(finite.residual).sum())
+        refines = history.settings.get("tolerance") is not None
         return cls(
             measured=len(table),
             not_finite=len(table) - len(finite),
             unconverged=int((~table.converged).sum()),
             unmoved=int(table.unmoved.sum()),
+            halved=0 if refines else int((table.splits > 1).sum()),
             unexplained=missed / moved if moved else math.inf if missed else None,
             settings=history.settings,
         )
@@ -84,6 +88,11 @@ class Trust:
             remarks.append(
                 f"{self.unmoved} of {self.measured} steps moved no weight, as where a gradient "
                 "scaler skips a step or the learning rate is 0."
+            )
+        if self.halved:
+            remarks.append(
+                f"{self.halved} of {self.measured} steps were measured in two halves, since the "
+                "rule left more unexplained than all layers explained."
             )
         return remarks
 

@@ -21,12 +21,14 @@ from lightning_lca.measure.allocation import (
     Weights,
     credit,
     first_order,
+    halve,
     mean_gradient,
     refined_gradient,
 )
 from lightning_lca.measure.groups import Grouping, GroupSums
 from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
+from lightning_lca.measure.tensors import DeferredBool
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.record.tables import StepTable, WindowTable
@@ -36,6 +38,11 @@ from lightning_lca.runtime.processes import Ranks
 from lightning_lca.training.reuse import Reuse
 from lightning_lca.training.settings import Settings
 from lightning_lca.training.windows import FineSums
+
+_WATCHED = 10  # Steps at first, and after each that was halved, that are looked at.
+_FUTILE = 3  # So often in a row, and finer panels are not tried any more, or seldom.
+_SELDOM = 20
+_NOISE = 1e-6  # Of the loss; what lies below is rounding.
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Meter:
             steps that are not finite are left out.
         last: The latest allocation, where parameters are tracked.
         windows: What a reader of the record must know of the finer sums, as JSON.
+        halved: First steps so far that were measured in two halves, since the rule left more
+            unexplained than all groups explained.
     """
 
     def __init__(
@@ -118,6 +127,10 @@ class Meter:
         self._pending: list[_Pending] = []
         self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
         self._missed = np.zeros(2)
+        self._watched = _WATCHED if self._rule == SIMPSON and self._tolerance is None else 0
+        self._futile = 0
+        self._measured = 0
+        self.halved = 0
 
     def measure(self, segment: Segment, step: int, *, spread: bool = False) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
@@ -137,13 +150,24 @@ class Meter:
         if self._tolerance is None:
             gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
         else:
+            tries = not self.is_futile or self._measured % _SELDOM == 0
+            most = self._max_splits if tries else 1
             gradient, ends = refined_gradient(
-                self.probe, segment, self._tolerance, self._max_splits, self._buffer
+                self.probe, segment, self._tolerance, most, self._buffer
             )
+            if tries:
+                self._note_futile(ends.settled)
         values = credit(gradient, segment)
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
+        if self._watched:
+            self._watched -= 1
+            if self._misses_all(sums, losses):
+                # The gradient at the stop is let go of, so that no further memory is needed.
+                ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
+                sums = self._halved(values, segment, sums, losses)
+        self._measured += 1
         finite = torch.isfinite(torch.cat([losses, sums.credit])).all()
         self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
@@ -170,6 +194,11 @@ class Meter:
                 row,
             )
         )
+
+    @property
+    def is_futile(self) -> bool:
+        """Whether finer panels gained nothing, several times in a row."""
+        return self._futile >= _FUTILE
 
     def rest(self) -> None:
         """Audits nothing any more: training is over, and what its steps read may be gone."""
@@ -245,6 +274,7 @@ class Meter:
             "loss": None if self._loss is None else self._loss.cpu(),
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
+            "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
 
@@ -256,6 +286,8 @@ class Meter:
             history: What was measured up to then; None if that is not known.
         """
         self._reuse.on = state["reuse"]
+        if "panels" in state:  # A checkpoint of an older version lacks it.
+            self._watched, self._futile, self._measured = state["panels"]
         if state["loss"] is not None:
             self._loss = state["loss"].to(self.probe.device)
         if self.totals is not None and state["totals"]:
@@ -273,10 +305,16 @@ class Meter:
         )
         return None
 
-    def _sum(self, values: Weights, losses: Tensor) -> _Sums:
-        """Sums credits over groups and ranks; completes the losses at both ends [2], in place."""
+    def _sum(self, values: Weights, losses: Tensor, *, is_summed: bool = False) -> _Sums:
+        """Sums credits over groups and ranks; completes the losses at both ends [2], in place.
+
+        Args:
+            values: Credits {name: [*shape]}.
+            losses: Before and after [2].
+            is_summed: Whether credits of whole weights are sums over ranks already.
+        """
         whole = self._grouping.is_whole
-        if whole and self._tolerance is None:
+        if whole and self._tolerance is None and not is_summed:
             # Credit is linear in the gradient, and adds up over ranks; counts do not.
             self._ranks.sum(list(values.values()))
             self._ranks.sum([losses])
@@ -288,6 +326,34 @@ class Meter:
             self._ranks.sum([losses, sums.credit, helping, hurting, sums.parameters, neurons])
             return _Sums(sums.credit, helping, hurting, sums.parameters, neurons)
         return _Sums(sums.credit, sums.helping, sums.hurting, sums.parameters, neurons)
+
+    def _misses_all(self, sums: _Sums, losses: Tensor) -> bool:
+        """Whether a step leaves more unexplained than all groups explain: its path bends."""
+        left = (losses[1] - losses[0] - sums.credit.sum()).abs()
+        noise = _NOISE * losses.abs().max()
+        misses = DeferredBool(left > torch.maximum(sums.credit.abs().sum(), noise))
+        return self._ranks.all([misses], self.probe.device)[0]
+
+    def _halved(self, values: Weights, segment: Segment, sums: _Sums, losses: Tensor) -> _Sums:
+        """Measures a segment in two halves, its credits in place, and goes on watching."""
+        change = losses[1] - losses[0]
+        before = (change - sums.credit.sum()).abs()
+        halve(self.probe, segment, values, self._add_shares)
+        sums = self._sum(values, losses.clone(), is_summed=True)
+        helps = DeferredBool((change - sums.credit.sum()).abs() < before / 2)
+        self._note_futile(not self._ranks.all([helps], self.probe.device)[0])
+        self._watched = 0 if self.is_futile else _WATCHED
+        self.halved += 1
+        return sums
+
+    def _add_shares(self, product: Tensor) -> None:
+        """Adds up what ranks find for whole weights; of cut ones each has its own part."""
+        if self._grouping.is_whole:
+            self._ranks.sum([product])
+
+    def _note_futile(self, futile: bool) -> None:
+        """Counts steps in a row where finer panels gained nothing."""
+        self._futile = self._futile + 1 if futile else 0
 
     def _foretold(self, sample: Sample | None, segment: Segment) -> Tensor | None:
         """Returns the loss change [] that a gradient at one end foretells.

@@ -91,6 +91,7 @@ class Training:
         }
         for batches in self._batches.values():
             batches.begin(trainer)
+        self._told_of_halves = self._told_of_futility = False
         self._catches_up = False  # Whether the next step ends a chord of before a resume.
         self.reporter = Reporter(
             trainer,
@@ -220,6 +221,7 @@ class Training:
                     self.snapshots.reopen(piece)
                 raise
             self._opened_at = step
+            self._tell_of_panels(trainer, step)
         if begun:
             whole.at(1.0).write(parts(live))
             self.snapshots.reopen(begun[0][0])
@@ -454,6 +456,27 @@ class Training:
     def _largest(self, number: int) -> int:
         """Finds the largest of the ranks' numbers; every rank must call this."""
         return self._ranks.largest(number, next(iter(self.meters.values())).probe.device)
+
+    def _tell_of_panels(self, trainer: Trainer, step: int) -> None:
+        """Says once that a step was measured in two halves, and that finer panels gain nothing."""
+        if not self._told_of_halves and any(m.halved for m in self.meters.values()):
+            self._told_of_halves = True
+            tell(
+                trainer,
+                f"LCA: step {step} left more of the loss change unexplained than all layers "
+                "explained, as first steps of networks with normalisation may: it is measured in "
+                "two halves, at more gradients. history.splits tells which steps are.",
+            )
+        if not self._told_of_futility and any(m.is_futile for m in self.meters.values()):
+            self._told_of_futility = True
+            after = "no step is halved any more"
+            if self._settings.tolerance is not None:
+                after = "one step in 20 is refined, the others are measured on one panel"
+            warn(
+                "LCA: in several steps in a row finer panels explained no more of the loss change: "
+                "the gradient is not the derivative of the loss here (detach(), custom backward "
+                f"passes), or the loss has jumps. From now on {after}; the residual shows the rest."
+            )
 
     def _tell(self, trainer: Trainer, timer: StepTimer) -> None:
         """Says once what measuring costs, or that it costs far more than it should."""

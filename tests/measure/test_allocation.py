@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_lca.measure.allocation import Sample, Segment, allocate, refine
+from lightning_lca.measure.allocation import Sample, Segment, allocate, halve, refine
 from lightning_lca.measure.quadrature import BOOLE, RULES, SIMPSON, Quadrature
 from lightning_lca.measure.tensors import total
 
@@ -144,6 +144,39 @@ def test_refine_flags_what_it_could_not_reach():
         refine(field, segment, 0.0)
     with pytest.raises(ValueError, match="max_splits must be at least 1"):
         refine(field, segment, 1e-3, max_splits=0)
+
+
+def test_refine_ends_where_the_integral_settles_on_something_else_than_the_loss_change():
+    field, segment = SmoothField(), segment_of(2.0)
+
+    def jumping(at):  # A loss with a jump that no gradient shows.
+        sample = field(at)
+        return Sample(sample.loss + 3.0 * (at.s > 0.6), sample.gradient)
+
+    allocation = refine(jumping, segment, 1e-6, max_splits=1024)
+    assert (allocation.converged, allocation.splits < 64) == (False, True)
+    assert allocation.residual.item() == pytest.approx(3.0, rel=0.1)
+    assert refine(field, segment, 1e-6, max_splits=1024).converged, "without the jump it goes on"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_credits_that_are_halved_are_those_of_the_rule_on_both_halves(dtype):
+    field, segment = SmoothField(), segment_of(2.0)
+    segment = Segment(*({"w": w["w"].to(dtype)} for w in (segment.start, segment.stop)))
+
+    def wide(at):
+        w = at.weights()["w"].detach().double()
+        return Sample(
+            field.loss(w), {"w": field.a * (field.a * w).exp() + 2 * (field.b @ w) * field.b}
+        )
+
+    out = {"w": torch.empty(6, dtype=torch.float64)}
+    values = allocate(wide, segment, SIMPSON, out=out).values
+    summed = []
+    halve(wide, segment, values, summed.append)
+    expected = allocate(wide, segment, SIMPSON.composite(2), out={"w": torch.empty(6).double()})
+    assert torch.allclose(values["w"], expected.values["w"], rtol=1e-12, atol=1e-13)
+    assert len(summed) == 3
 
 
 def test_a_nan_loss_is_flagged_and_does_not_raise():

@@ -1,5 +1,7 @@
 """What a measured step asks of the host, in counts that are exact: times are for benchmarks."""
 
+import gc
+import json
 import sys
 from contextlib import contextmanager
 
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lca import LCACallback
+from lightning_lca.measure.tensors import CHUNK
 
 FROM, TO = 24, 44  # Steps that are counted: none of them is audited, logged or told of.
 
@@ -113,3 +116,48 @@ def test_beyond_two_bare_gradients_a_measured_step_asks_little_of_the_host(
     print(kind.__name__, extra, slope)
     assert slope <= per_layer
     assert extra[few] - few * slope <= least
+
+
+class Held(pl.Callback):
+    """Notes the bytes of all tensors that are alive at the end of a batch, each memory once."""
+
+    def on_train_batch_end(self, *args):
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        tensors += [p.grad for p in tensors if p.is_leaf and p.grad is not None]
+        memories = {s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, tensors)}
+        self.bytes = sum(memories.values())
+
+
+def memory(path, *callbacks):
+    """Gives what is held between steps, the peak and four pieces, in copies of the weights."""
+    torch.manual_seed(3)
+    held = Held()
+    net = nn.Sequential(nn.Linear(12, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.Linear(1500, 4))
+    size = sum(p.nbytes for p in net.parameters())
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        trainer = make_trainer(path, *callbacks, held, max_steps=4, enable_checkpointing=False)
+        trainer.fit(Classifier(net), toy_loader(4))
+    path.mkdir(exist_ok=True)
+    profiler.export_chrome_trace(str(path / "trace.json"))
+    events = json.loads((path / "trace.json").read_text())["traceEvents"]
+    notes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    peak = total = 0
+    for note in notes:
+        total += note["args"]["Bytes"]
+        peak = max(peak, total)
+    return held.bytes / size, peak / size, 4 * 4 * CHUNK / size
+
+
+@pytest.mark.slow
+def test_three_copies_of_the_weights_are_held_between_steps_and_four_at_the_peak(tmp_path):
+    held, peak, _ = memory(tmp_path / "plain")
+    lca = LCACallback(figures=False)
+    held_with, peak_with, pieces = memory(tmp_path / "lca", lca)
+    assert lca.history.settings["evaluated"] == "recorded"
+    small = 0.1  # The batch, activations, sums.
+    assert 2.9 < held_with - held < 3 + small
+    assert peak_with - peak < 4 + pieces + small

@@ -1,5 +1,8 @@
 """When an end gradient may serve as the next start, and what is booked when it may not."""
 
+import itertools
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +29,8 @@ def gradients_of(lca):
     (meter,) = lca._training.meters.values()
     return meter.gradients
 
+
+NO_MORE = "finer panels explained no more of the loss change"
 
 # Gradients of the first segment, and of every later one.
 COSTS = {
@@ -66,7 +71,7 @@ def test_a_loss_that_cannot_be_recorded_costs_the_same_gradients(tmp_path, monke
     (meter,) = lca._training.meters.values()
     assert meter.audits == 1 + 118 // AUDIT_EVERY
     audited = meter.audits if as_quadrature(rule).first_is_start else 0
-    looks = 3  # To look, to try to record, and to compare.
+    looks = 2  # To look, and to try to record.
     assert len(calls) == looks + first + 119 * then + audited
     assert (lca.history.drift == 0).all()
 
@@ -326,9 +331,12 @@ class HalfDetached(Classifier):
 def test_a_tolerance_is_advised_only_where_finer_panels_leave_less_over(tmp_path):
     told = {}
     for model in (Classifier, HalfDetached):
-        lca = fit(
-            tmp_path, model=model, steps=20, trainer={"logger": TensorBoardLogger(tmp_path)}
-        ).lca
+        settled = model is HalfDetached
+        with pytest.warns(UserWarning, match=NO_MORE) if settled else nullcontext():
+            lca = fit(
+                tmp_path, model=model, steps=20, trainer={"logger": TensorBoardLogger(tmp_path)}
+            ).lca
+        assert (lca.history.splits == 2).sum() == 3 * settled, "three in vain, and none after"
         loaded = History.load(lca.log_dir)
         assert loaded.settings["halving"] == lca.history.settings["halving"]
         assert len(loaded) == 20, "what is found out later belongs to the same session"
@@ -339,3 +347,60 @@ def test_a_tolerance_is_advised_only_where_finer_panels_leave_less_over(tmp_path
     for text in half[1:]:
         assert "Finer panels would not make it smaller: the gradient is not the derivative" in text
     assert "tolerance" not in half[1].rpartition("residual is large")[2]
+
+
+def normalised(width=64, depth=12):
+    """A network whose first steps under AdamW bend the path more than Simpson's rule can follow."""
+    sizes = [12] + [width] * depth
+    layers = [
+        layer
+        for a, b in itertools.pairwise(sizes)
+        for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())
+    ]
+    net = nn.Sequential(*layers, nn.Linear(width, 4))
+    return Classifier(net, lambda p: torch.optim.AdamW(p, 1e-2))
+
+
+def test_a_first_step_that_leaves_more_than_it_explains_is_measured_in_two_halves(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run = fit(tmp_path / "a", model=normalised, run_seed=1, steps=6)
+    history = run.lca.history
+    assert history.splits.tolist() == [2, 1, 1, 1, 1, 1]
+    twice = fit(
+        tmp_path / "b",
+        model=normalised,
+        run_seed=1,
+        steps=1,
+        quadrature=as_quadrature("simpson").composite(2),
+    ).lca.history
+    one = fit(tmp_path / "c", model=normalised, run_seed=1, steps=1, tolerance=1e9).lca.history
+    np.testing.assert_allclose(history.allocated[0], twice.allocated[0], rtol=2e-4, atol=1e-6)
+    assert abs(one.residual[0]) > np.abs(one.allocated[0]).sum(), "else it would not be halved"
+    assert abs(history.residual[0]) < abs(one.residual[0]) / 4
+    assert_ledger_closes(history, relative=1e-5)
+    assert caplog.text.count("it is measured in two halves") == 1
+    assert "1 of 6 steps were measured in two halves" in run.lca.summary()
+    plain = fit(tmp_path / "d", model=normalised, run_seed=1, steps=6, measured=False)
+    for a, b in zip(run.module.parameters(), plain.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class StraightThrough(Classifier):
+    """Its gradient is not the derivative of its loss."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[1](self.net[0](batch[0]))
+        loss = F.cross_entropy(self.net[2](hidden + (hidden.sign() - hidden).detach()), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+
+def test_panels_that_gain_nothing_are_given_up_and_the_reason_is_said(tmp_path):
+    with pytest.warns(UserWarning, match=NO_MORE) as told:
+        lca = fit(tmp_path, model=StraightThrough, steps=60, tolerance=1e-4).lca
+    assert sum("explained no more" in str(w.message) for w in told) == 1
+    splits = lca.history.splits
+    assert (splits[:3] > 1).all()
+    assert splits[20:].mean() < 2
+    assert not lca.history.converged.all()
+    assert "the gradient is not the derivative of the loss" in lca.summary()
