@@ -44,6 +44,8 @@ from torch.utils.data import DataLoader
 from lightning_lca import LCACallback
 
 WARM = 3  # Steps that are not timed: the first two record the loss, and look at it again.
+# Every step is measured; loggers get sums as often as by default, while the models log every step.
+OPTIONS: dict[str, Any] = {"figures": False, "log_every_n_steps": 50}
 
 
 # -- how they are trained -------------------------------------------------------------------------
@@ -524,7 +526,7 @@ def row(name: str, steps: int) -> list[str]:
     if missing:
         return [name, f"not run: {' and '.join(missing)} missing"]
     plain = train(make, steps)
-    lca = LCACallback(figures=False)
+    lca = LCACallback(**OPTIONS)
     try:
         measured = train(make, steps, lca)
     except Exception as error:
@@ -552,7 +554,7 @@ def row(name: str, steps: int) -> list[str]:
 
 def times(make: Callable[[int], Case], steps: int) -> tuple[float, float, float]:
     """Gives the medians of a plain step, of two bare gradients, and of what the callback adds."""
-    clock, lca, floor = Clock(), Timed(figures=False), Floor()
+    clock, lca, floor = Clock(), Timed(**OPTIONS), Floor()
     train(make, steps, clock, lca, floor)
     parts = zip(clock.seconds, lca.seconds, floor.seconds, strict=False)  # The last one is open.
     plain = [whole - added - bare for whole, added, bare in parts]
