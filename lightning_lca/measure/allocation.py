@@ -32,6 +32,7 @@ from lightning_lca.measure.tensors import (
 )
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+_ROUNDING = 1e-6  # Of a loss; single precision leaves less.
 _SETTLED = 0.1  # A change of the integral this small beside what is left shows that it converges.
 
 
@@ -274,7 +275,9 @@ def refined_gradient(
     add(ends, middles, 4.0)
     add(ends, ends, 1 / (6 * panels), fresh=True)
     converged = residual <= tolerance
-    return buffer.sums, Ends(loss_before, last, panels, converged, still > 0 and not converged)
+    # Where rounding is all that is left, nothing can be said of the gradient.
+    settled = still > 0 and not converged and residual > _ROUNDING * abs(float(last.loss))
+    return buffer.sums, Ends(loss_before, last, panels, converged, settled)
 
 
 @torch.no_grad()
