@@ -7,6 +7,7 @@ with little left over, or one error says what cannot be measured, and what to do
 from __future__ import annotations
 
 import collections
+import contextvars
 import ctypes
 import functools
 import itertools
@@ -18,6 +19,7 @@ import random
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +30,9 @@ from support.assertions import assert_ledger_closes, assert_same
 from support.harmless import Case, twins
 from support.marks import matrix
 from support.models import Classifier, pl, toy_data, toy_loader
+from support.training import Trail, fit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_lca.runtime.lightnings import MisconfigurationException
 
@@ -238,7 +241,8 @@ def queued(m, batch, batch_idx):
     """Contrasts with what past batches left in a deque, as MoCo does."""
     h = F.normalize(m.net(batch[0]), dim=1)
     past = torch.cat(list(m.past))
-    value = F.cross_entropy(h @ past.T, torch.arange(len(h)) % len(past)) + entropy(m, batch)
+    spread = F.cross_entropy(h @ past.T, torch.arange(len(h)) % len(past))
+    value = 0.2 * spread + entropy(m, batch)
     m.past.append(h.detach().clone())
     return value
 
@@ -255,6 +259,14 @@ class Local(threading.local):
 def local(m):
     m.local.count += 1
     return m.local.count
+
+
+CONTEXT = contextvars.ContextVar("CONTEXT", default=0)
+
+
+def in_context(m):
+    CONTEXT.set(CONTEXT.get() + 1)
+    return CONTEXT.get()
 
 
 def environment(m):
@@ -366,6 +378,7 @@ STATE = {
     ),
     "a list that is shuffled": of(shuffles, begin=held(order=lambda: list(range(12))), **changes),
     "thread-local numbers": of(scaled(local), begin=held(local=Local), **changes),
+    "a variable of the context": of(scaled(in_context), begin=lambda m: CONTEXT.set(0), **changes),
     "the environment": of(
         scaled(environment), begin=lambda m: os.environ.pop("LCA_TEST_COUNT", None), **changes
     ),
@@ -755,7 +768,6 @@ CHANGING = {
         on_train_epoch_start=grows,
         configure_optimizers=sgd,
         unexplained=np.inf,
-        warned="joined after",
     ),
     "a head that is made anew": of(on_train_epoch_start=swaps, configure_optimizers=sgd),
     "prototypes normalised in the step": of(swav, unexplained=np.inf),
@@ -777,9 +789,83 @@ CHANGING = {
 }
 
 
+# -- what is unusual in the step itself -----------------------------------------------------------
+
+
+def in_a_thread(m, batch, batch_idx):
+    with ThreadPoolExecutor(1) as pool:
+        logits = pool.submit(lambda: m.net(batch[0])).result()
+    return F.cross_entropy(logits, batch[1])
+
+
+def learns_to_learn(m, batch, batch_idx):
+    """Takes the loss after a step on half of the batch."""
+    weights = dict(m.net.named_parameters())
+    (x, y), half = batch, len(batch[0]) // 2
+    first = F.cross_entropy(torch.func.functional_call(m.net, weights, (x[:half],)), y[:half])
+    slopes = torch.autograd.grad(first, list(weights.values()), create_graph=True)
+    moved = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), slopes)}
+    return F.cross_entropy(torch.func.functional_call(m.net, moved, (x[half:],)), y[half:])
+
+
+def distils(m, batch, batch_idx):
+    """Swaps an average of its weights in, and out again."""
+    live = [p.detach().clone() for p in m.net.parameters()]
+    with torch.no_grad():
+        for p, average in zip(m.net.parameters(), m.average):
+            p.copy_(average.lerp_(p, 0.1))
+        wanted = m.net(batch[0]).softmax(-1)
+        for p, held in zip(m.net.parameters(), live):
+            p.copy_(held)
+    return entropy(m, batch) + 0.5 * F.cross_entropy(m.net(batch[0]), wanted)
+
+
+def copies_of(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def hooks_more(m, batch, batch_idx):
+    m.net[1].register_forward_hook(lambda module, inputs, output: output * 1.01)
+    return entropy(m, batch)
+
+
+def makes_a_buffer(m, batch, batch_idx):
+    if not hasattr(m, "late"):
+        m.register_buffer("late", torch.ones(1))
+    m.late.mul_(1.05)
+    return entropy(m, batch) * m.late.mean()
+
+
+def unregistered(m):
+    m.__dict__["hidden"] = [nn.Parameter(torch.ones(()))]
+
+
+STEP = {
+    "a forward in another thread": of(in_a_thread),
+    "a step within the step": of(learns_to_learn),
+    "an average swapped in": of(
+        distils, begin=lambda m: setattr(m, "average", copies_of(m.net)), **changes
+    ),
+    "a hook more every time": of(hooks_more, **changes),
+    "a buffer that is made there": of(makes_a_buffer),
+    "a buffer read as a number": of(
+        lambda m, b, i: entropy(m, b) * m.scale.item(),
+        begin=lambda m: m.register_buffer("scale", torch.ones(())),
+        on_train_batch_end=lambda m, *args: m.scale.add_(0.05),
+        **changes,
+    ),
+    "a weight that is not registered": of(
+        lambda m, b, i: entropy(m, b) * m.hidden[0],
+        begin=unregistered,
+        configure_optimizers=lambda m: torch.optim.SGD([*m.parameters(), *m.hidden], 0.05),
+        **changes,
+    ),
+}
+
+
 # -- trained twice --------------------------------------------------------------------------------
 
-KINDS = START_HOOKS | NO_LOSS | STATE | AROUND | HELD | TENSORS | OPTIMIZERS | CHANGING
+KINDS = START_HOOKS | NO_LOSS | STATE | AROUND | HELD | TENSORS | OPTIMIZERS | CHANGING | STEP
 QUICK = ["what on_train_batch_start makes", "a closure"]
 
 
@@ -790,7 +876,7 @@ def test_training_is_bitwise_the_same_and_the_ledger_is_honest(
 ):
     if refused is not None:
         with pytest.raises(MisconfigurationException, match=refused):
-            train(tmp_path, model=case.model, data=case.data)
+            fit(tmp_path, model=case.model, data=case.data)
         return
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -836,7 +922,7 @@ def test_batches_of_the_users_own_kinds_are_measured(tmp_path, step, collate):
     def run(measured):
         data = DataLoader(toy_data(48), 16, shuffle=True, collate_fn=collate)
         trail, model = Trail(), of(step).case.model
-        return train(tmp_path, trail, model=model, data=data, steps=6, measured=measured).lca, trail
+        return fit(tmp_path, trail, model=model, data=data, steps=6, measured=measured).lca, trail
 
     (_, plain), (lca, trail) = run(False), run(True)
     assert_same(plain.points, trail.points)
