@@ -8,9 +8,9 @@ of a bias joins the row of its unit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ class _Plan:
     groups: Tensor  # [rows]
     parameters: Tensor  # [rows]
     pieces: list[tuple[slice, Tensor, Tensor]]  # Per bundle of tensors: see `pieces_of`.
+    counts: Tensor | None  # [rows] of 1 and 0; None: those of all rows count.
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class _Layout:
     pieces: list[tuple[slice, Tensor, Tensor]]
     groups: Tensor  # [rows]
     parameters: Tensor  # [rows]
+    counts: Tensor | None  # [rows] of 1 and 0; None: those of all rows count.
 
 
 class Grouping:
@@ -107,6 +109,7 @@ class Grouping:
         by: "parameter", "layer" or "neuron".
         parameters: Name of every parameter.
         kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
+        leaves_out: Whether the last sums lack parameters that the table of groups has no place for.
         is_whole: Whether no parameter is cut over processes; else `sums` are of the parts here,
             and add up over processes to those of the whole.
 
@@ -164,9 +167,10 @@ class Grouping:
         self.names: list[str] = list(index)
         self.sizes: list[int] = [sizes[group] for group in range(len(index))]
         self.layers: list[str] = [layers[group] for group in range(len(index))]
-        self._warned = False
+        self.leaves_out = False
+        self._warned_of: set[str] = set()
         self._layout: _Layout | None = None
-        self._plans: dict[tuple[torch.device, tuple[str, ...]], _Plan] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     @property
     def owners(self) -> dict[str, str]:
@@ -203,23 +207,23 @@ class Grouping:
 
         Nothing is read back to the host. Names may be any subset of the module's; groups without a
         name in ``values`` are zero. Parameters that the module did not have at first are left out,
-        with one warning.
+        with one warning. Of those that have another size by now the credit is summed and no weight
+        counted, with one warning; rows of which there were others are left out.
         """
         if isinstance(values, Flat) and len(values.wholes) == 1:
             return self._sums_side_by_side(values)
         device = next(iter(values.values())).device
-        if strangers := [n for n in values if n not in self._rows]:
-            self._warn_of(strangers)
-        known = [n for n in values if n in self._rows]
-        names = tuple(n for n in known if self._rows[n].is_counted)
+        names = tuple(self._known(values))
         rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
-        plan = self._plan(names, rows, device)
+        plan = self._plan(names, rows, device, self._counts(values, names, device))
         if not rows:
             per_row = nothing(device)
         elif on_accelerator(rows[0]):
             per_row = in_few_kernels(rows, plan.pieces)
         else:
             per_row = in_the_cache(rows)
+        if plan.counts is not None:
+            per_row = (per_row[0], per_row[1] * plan.counts, per_row[2] * plan.counts)
         credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
         parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(credit, helping, hurting, parameters)
@@ -236,16 +240,16 @@ class Grouping:
             sums = in_few_kernels(rows, plan.pieces) if few else in_the_cache(rows)
             parts.append(torch.stack([s.to(sums[0].dtype) for s in sums]))
         per_row = torch.cat(parts, 1) if parts else torch.stack(nothing(plan.groups.device))
+        if plan.counts is not None:
+            per_row[1:] *= plan.counts
         total = per_row.new_zeros(3, len(self.names)).index_add_(1, plan.groups, per_row)
         parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
         return GroupSums(total[0], total[1].long(), total[2].long(), parameters)
 
     def _lay_out(self, values: Flat) -> _Layout:
         """Says where the sums of every row go, of tensors that lie side by side."""
-        if strangers := [n for n in values if n not in self._rows]:
-            self._warn_of(strangers)
         device = values.wholes[0].device
-        names = [n for n in values if n in self._rows and self._rows[n].is_counted]
+        names = self._known(values)
         most = _SMALL if device.type == "cpu" else LARGE
         small = [n for n in names if values[n].numel() <= most and self._is_in_order(n, values[n])]
         large = [n for n in names if n not in set(small)]
@@ -267,27 +271,64 @@ class Grouping:
             torch.cat(
                 [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in ordered)]
             ).to(device),
+            self._counts(values, ordered, device),
         )
+
+    def _known(self, values: Weights) -> list[str]:
+        """Lists those whose rows can be summed here; warns of the others."""
+        strangers = [n for n in values if n not in self._rows]
+        resized = [n for n in values if self._is_resized(n, values[n])]
+        lost = [n for n in resized if len(self._rows[n].groups) != 1]
+        self.leaves_out = bool(strangers or lost)
+        if strangers:
+            self._warn(
+                f"{len(strangers)} parameters, {strangers[0]} the first, joined after the start of "
+                "training. The table of groups is fixed by then: their credit is left out of it "
+                "and shows as residual. Make them in __init__ or configure_model, frozen if they "
+                "are to train later."
+            )
+        if resized:
+            what = "credit is left out of the table of groups and shows as residual"
+            if not lost:
+                what = "credit still counts; its weights count neither as helping nor as hurting"
+            self._warn(
+                f"{resized[0]} has another size than at the start of training. The table of "
+                f"groups is fixed by then: from now on its {what}."
+            )
+        known = [n for n in values if n in self._rows and n not in lost]
+        return [n for n in known if self._rows[n].is_counted]
+
+    def _is_resized(self, name: str, values: Tensor) -> bool:
+        """Whether a parameter has another size by now, as a head that grows."""
+        rows = self._rows.get(name)
+        return self.is_whole and rows is not None and rows.size != values.numel()
+
+    def _counts(self, values: Weights, names: Sequence[str], device: Any) -> Tensor | None:
+        """Says which rows count as helping or hurting; None where all do."""
+        if not any(self._is_resized(n, values[n]) for n in names):
+            return None
+        rows = [[not self._is_resized(n, values[n])] * len(self._rows[n].groups) for n in names]
+        return torch.tensor([c for row in rows for c in row], device=device)
 
     def _is_in_order(self, name: str, values: Tensor) -> bool:
         """Whether a tensor's rows follow one another in memory."""
         rows = self._rows[name]
         return len(rows.groups) == 1 or (rows.dim == 0 and values.is_contiguous())
 
-    def _warn_of(self, strangers: list[str]) -> None:
-        if not self._warned:
-            warnings.warn(
-                f"LCA: {len(strangers)} parameters, {strangers[0]} the first, joined after the "
-                "start of training. The table of groups is fixed by then: their credit is left "
-                "out of it and shows as residual. Make them in __init__ or configure_model, "
-                "frozen if they are to train later.",
-                stacklevel=2,
-            )
-        self._warned = True
+    def _warn(self, text: str) -> None:
+        if text not in self._warned_of:
+            warnings.warn(f"LCA: {text}", stacklevel=2)
+        self._warned_of.add(text)
 
-    def _plan(self, names: tuple[str, ...], rows: list[Tensor], device: torch.device) -> _Plan:
+    def _plan(
+        self,
+        names: tuple[str, ...],
+        rows: list[Tensor],
+        device: torch.device,
+        counts: Tensor | None,
+    ) -> _Plan:
         """Says where the sums of every row go; made and copied to the device once."""
-        key = (device, names)
+        key = (device, names, counts is None)
         if key not in self._plans:
             none = torch.zeros(0, dtype=torch.long)
             groups = torch.cat([none, *(self._rows[n].groups for n in names)])
@@ -302,6 +343,7 @@ class Grouping:
                     groups.to(device),
                     parameters.to(device),
                     [(b, lengths.to(device), row.to(device)) for b, lengths, row in pieces],
+                    counts,
                 )
             }
         return self._plans[key]

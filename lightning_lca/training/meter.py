@@ -161,7 +161,7 @@ class Meter:
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
-        if self._watched:
+        if self._watched and not self._grouping.leaves_out:
             self._watched -= 1
             if self._misses_all(sums, losses):
                 # The gradient at the stop is let go of, so that no further memory is needed.
@@ -174,7 +174,7 @@ class Meter:
             self._spread = self._distributions.of(values)
         drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
         self._loss = losses[1]
-        if at_start is not None and at_stop is not None:
+        if at_start is not None and at_stop is not None and not self._grouping.leaves_out:
             by_ends = (at_start + at_stop) / 2
             self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
@@ -382,8 +382,9 @@ class Meter:
         copies = {n: v.clone() for n, v in values.items()}
         for name, value in copies.items():
             counted = torch.where(finite.to(value.device), value, 0.0)
-            if name in self.totals:
-                self.totals[name] += counted
+            before = self.totals.get(name)
+            if before is not None and before.shape == counted.shape:  # A head may have grown.
+                before += counted
             else:
                 self.totals[name] = counted
         last = Sample(ends.last.loss, None)
