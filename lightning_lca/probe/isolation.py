@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import array
 import builtins
+import contextvars
 import ctypes
 import dis
 import functools
 import gc
 import io
+import mmap
 import operator
 import os
 import random
@@ -100,7 +102,7 @@ def fence(
     """Runs the body on seeded random streams and undoes what it does to all that is reached.
 
     Put back are: the random state of torch (CPU and the given devices), numpy and python; the
-    environment's variables; and of
+    variables of the environment and of the context; and of
     the held values their tensors, arrays, generators, attributes, slots and containers; what their
     functions and methods hold (closures, defaults, owners) and the globals that they name; the
     attributes of the user's classes; optimizers' settings and schedulers.
@@ -228,15 +230,21 @@ class _Memory:
         return seeds
 
     def keep_environment(self) -> None:
-        """Remembers the variables of the environment."""
-        saved = dict(os.environ)
+        """Remembers the variables of the environment, and those of the context that are set."""
+        saved, context = dict(os.environ), contextvars.copy_context()
 
         def undo() -> None:
             if dict(os.environ) != saved:
                 os.environ.clear()
                 os.environ.update(saved)
 
+        def undo_context() -> None:
+            for variable, value in context.items():
+                if variable.get() is not value:
+                    variable.set(value)
+
         self._undo.append((undo, _root("the environment")))
+        self._undo.append((undo_context, _root("a context variable")))
 
     def keep(self, value: Any) -> None:
         """Remembers one value and, once all are known, what they reach."""
@@ -457,6 +465,12 @@ class _Memory:
             saved = value[:]
             undo = functools.partial(operator.setitem, value, slice(None), saved)
             self._undo.append((lambda: None if value == saved else undo(), path))
+            return True
+        if isinstance(value, mmap.mmap):
+            if len(value) <= _LARGE:
+                written = value[:]
+                undo = functools.partial(operator.setitem, value, slice(None), written)
+                self._undo.append((lambda: None if value[:] == written else undo(), path))
             return True
         if type(value).__module__ == "multiprocessing.sharedctypes":
             value = value.get_obj()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextvars
 import csv
 import ctypes
 import functools
 import gc
 import io
 import itertools
+import mmap
 import multiprocessing
 import os
 import queue
@@ -183,6 +185,11 @@ KINDS = {
         lambda v: (v[0].append(2), v.__setitem__(1, 3)),
     ),
     "bytearray": (lambda: bytearray(b"ab"), str, lambda v: v.append(1)),
+    "memory of a file": (
+        lambda: mmap.mmap(-1, 9),
+        lambda v: v[:],
+        lambda v: v.__setitem__(2, 4),
+    ),
     "number of C": (lambda: ctypes.c_long(3), str, lambda v: setattr(v, "value", 4)),
     "array of C": (lambda: (ctypes.c_int * 3)(1, 2), list, lambda v: v.__setitem__(2, 9)),
     "number in shared memory": (
@@ -642,6 +649,17 @@ def test_all_is_tried_where_something_cannot_be_put_back(fails):
     with pytest.raises(error, match=match), fence(module, seed=0):
         change()
     assert (module.first, module.last, random.random()) == ([1], [1], expected)
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE")
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])
+def test_variables_of_the_context_are_put_back(fails):
+    VARIABLE.set(1)
+    with fenced(fails=fails):
+        VARIABLE.set(2)
+    assert VARIABLE.get() == 1
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])

@@ -7,6 +7,7 @@ with little left over, or one error says what cannot be measured, and what to do
 from __future__ import annotations
 
 import collections
+import contextvars
 import ctypes
 import functools
 import itertools
@@ -18,6 +19,7 @@ import random
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -239,7 +241,8 @@ def queued(m, batch, batch_idx):
     """Contrasts with what past batches left in a deque, as MoCo does."""
     h = F.normalize(m.net(batch[0]), dim=1)
     past = torch.cat(list(m.past))
-    value = F.cross_entropy(h @ past.T, torch.arange(len(h)) % len(past)) + entropy(m, batch)
+    spread = F.cross_entropy(h @ past.T, torch.arange(len(h)) % len(past))
+    value = 0.2 * spread + entropy(m, batch)
     m.past.append(h.detach().clone())
     return value
 
@@ -256,6 +259,14 @@ class Local(threading.local):
 def local(m):
     m.local.count += 1
     return m.local.count
+
+
+CONTEXT = contextvars.ContextVar("CONTEXT", default=0)
+
+
+def in_context(m):
+    CONTEXT.set(CONTEXT.get() + 1)
+    return CONTEXT.get()
 
 
 def environment(m):
@@ -370,6 +381,7 @@ STATE = {
     ),
     "a list that is shuffled": of(shuffles, begin=held(order=lambda: list(range(12))), **changes),
     "thread-local numbers": of(scaled(local), begin=held(local=Local), **changes),
+    "a variable of the context": of(scaled(in_context), begin=lambda m: CONTEXT.set(0), **changes),
     "the environment": of(
         scaled(environment), begin=lambda m: os.environ.pop("LCA_TEST_COUNT", None), **changes
     ),
@@ -780,9 +792,83 @@ CHANGING = {
 }
 
 
+# -- what is unusual in the step itself -----------------------------------------------------------
+
+
+def in_a_thread(m, batch, batch_idx):
+    with ThreadPoolExecutor(1) as pool:
+        logits = pool.submit(lambda: m.net(batch[0])).result()
+    return F.cross_entropy(logits, batch[1])
+
+
+def learns_to_learn(m, batch, batch_idx):
+    """Takes the loss after a step on half of the batch."""
+    weights = dict(m.net.named_parameters())
+    (x, y), half = batch, len(batch[0]) // 2
+    first = F.cross_entropy(torch.func.functional_call(m.net, weights, (x[:half],)), y[:half])
+    slopes = torch.autograd.grad(first, list(weights.values()), create_graph=True)
+    moved = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), slopes)}
+    return F.cross_entropy(torch.func.functional_call(m.net, moved, (x[half:],)), y[half:])
+
+
+def distils(m, batch, batch_idx):
+    """Swaps an average of its weights in, and out again."""
+    live = [p.detach().clone() for p in m.net.parameters()]
+    with torch.no_grad():
+        for p, average in zip(m.net.parameters(), m.average):
+            p.copy_(average.lerp_(p, 0.1))
+        wanted = m.net(batch[0]).softmax(-1)
+        for p, held in zip(m.net.parameters(), live):
+            p.copy_(held)
+    return entropy(m, batch) + 0.5 * F.cross_entropy(m.net(batch[0]), wanted)
+
+
+def copies_of(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def hooks_more(m, batch, batch_idx):
+    m.net[1].register_forward_hook(lambda module, inputs, output: output * 1.01)
+    return entropy(m, batch)
+
+
+def makes_a_buffer(m, batch, batch_idx):
+    if not hasattr(m, "late"):
+        m.register_buffer("late", torch.ones(1))
+    m.late.mul_(1.05)
+    return entropy(m, batch) * m.late.mean()
+
+
+def unregistered(m):
+    m.__dict__["hidden"] = [nn.Parameter(torch.ones(()))]
+
+
+STEP = {
+    "a forward in another thread": of(in_a_thread),
+    "a step within the step": of(learns_to_learn),
+    "an average swapped in": of(
+        distils, begin=lambda m: setattr(m, "average", copies_of(m.net)), **changes
+    ),
+    "a hook more every time": of(hooks_more, **changes),
+    "a buffer that is made there": of(makes_a_buffer),
+    "a buffer read as a number": of(
+        lambda m, b, i: entropy(m, b) * m.scale.item(),
+        begin=lambda m: m.register_buffer("scale", torch.ones(())),
+        on_train_batch_end=lambda m, *args: m.scale.add_(0.05),
+        **changes,
+    ),
+    "a weight that is not registered": of(
+        lambda m, b, i: entropy(m, b) * m.hidden[0],
+        begin=unregistered,
+        configure_optimizers=lambda m: torch.optim.SGD([*m.parameters(), *m.hidden], 0.05),
+        **changes,
+    ),
+}
+
+
 # -- trained twice --------------------------------------------------------------------------------
 
-KINDS = START_HOOKS | NO_LOSS | STATE | AROUND | HELD | TENSORS | OPTIMIZERS | CHANGING
+KINDS = START_HOOKS | NO_LOSS | STATE | AROUND | HELD | TENSORS | OPTIMIZERS | CHANGING | STEP
 QUICK = ["what on_train_batch_start makes", "a closure"]
 
 
