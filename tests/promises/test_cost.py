@@ -123,7 +123,8 @@ class Held(pl.Callback):
 
     def on_train_batch_end(self, *args):
         gc.collect()
-        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        kinds = (torch.Tensor, nn.Parameter)
+        tensors = [o for o in gc.get_objects() if type(o) in kinds and o.layout == torch.strided]
         tensors += [p.grad for p in tensors if p.is_leaf and p.grad is not None]
         memories = {s.data_ptr(): s.nbytes() for s in map(torch.Tensor.untyped_storage, tensors)}
         self.bytes = sum(memories.values())
