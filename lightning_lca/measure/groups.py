@@ -35,7 +35,8 @@ from lightning_lca.measure.sums import (
 from lightning_lca.measure.tensors import LARGE, Flat, bundles, on_accelerator
 
 GroupBy = Literal["parameter", "layer", "neuron"]
-_SMALL = 2**16  # Elements whose sums and counts stay in a processor's cache.
+_SMALL = 2**14  # Elements up to which one operation over many tensors beats several for each.
+_TOGETHER = 2**16  # Elements whose sums and counts stay in a processor's cache.
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class Grouping:
         """Says where the sums of every row go, of tensors that lie side by side."""
         device = values.wholes[0].device
         names = self._known(values)
-        most = _SMALL if device.type == "cpu" else LARGE
+        most, run = (_SMALL, _TOGETHER) if device.type == "cpu" else (LARGE, LARGE)
         small = [n for n in names if values[n].numel() <= most and self._is_in_order(n, values[n])]
         large = [n for n in names if n not in set(small)]
         counts = [len(self._rows[n].groups) for n in small]
@@ -260,7 +261,7 @@ class Grouping:
         rows = [self._rows[n].matrix(values[n]) for n in large]
         return _Layout(
             values.spans,
-            runs_of([values.spans[n] for n in small], counts, most, device),
+            runs_of([values.spans[n] for n in small], counts, run, device),
             large,
             [
                 (b, lengths.to(device), into.to(device))
