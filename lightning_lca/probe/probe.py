@@ -535,14 +535,18 @@ class Probe:
     def _moved(self, batches: Mapping[int, Any]) -> dict[int, Any]:
         """Moves batches to the device, through the module's own transfer hooks, once."""
         with self._fenced(0):
-            return {j: self._to_device(copied(b)) for j, b in batches.items()}
+            return {
+                j: to_device(self._trainer, self._module, copied(b)) for j, b in batches.items()
+            }
 
-    def _to_device(self, batch: Any) -> Any:
-        batch = self._trainer.precision_plugin.convert_input(batch)
-        # Private, and the only way to the hook that users may override.
-        before = getattr(self._module, "_on_before_batch_transfer", None)
-        batch = batch if before is None else before(batch, dataloader_idx=0)
-        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Moves a batch as training does, through the module's own transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    # Private, and the only way to the hook that users may override.
+    before = getattr(module, "_on_before_batch_transfer", None)
+    batch = batch if before is None else before(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _plain(gradient: Tensor | None, weight: Tensor) -> Tensor:

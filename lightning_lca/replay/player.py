@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lca.probe.probe import to_device
 from lightning_lca.record.reader import Reader
 from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, one_line, read
 from lightning_lca.reporting.reporter import x_axis
@@ -144,8 +145,11 @@ class ReplayCallback(LCACallback):
         self._look_through(module)
         self._load(trainer, module, self._checkpoints[0])
         super().on_train_start(trainer, module)
+        batches = self._batches(trainer, module)
         for checkpoint in self._bar(self._checkpoints[1:]):
             super().on_train_batch_start(trainer, module, None, 0)
+            while self._training is not None and self._training.waits_for_batches:
+                self._training.start(module, next(batches))
             super().on_before_optimizer_step(trainer, module, None)
             self._load(trainer, module, checkpoint)
             super().on_train_batch_end(trainer, module, None, None, 0)
@@ -157,6 +161,20 @@ class ReplayCallback(LCACallback):
                 raise KeyboardInterrupt
         super().on_train_end(trainer, module)
         self._save()
+
+    def _batches(self, trainer: Trainer, module: LightningModule) -> Iterator[Any]:
+        """Reads training's batches, for a probe that keeps some since they are read only once.
+
+        Raises:
+            ReplayError: There are too few.
+        """
+        for batch, *_ in trainer.fit_loop._combined_loader:
+            yield to_device(trainer, module, batch)
+        raise ReplayError(
+            "The data of training end before the probe has as many batches as it needs, or has "
+            "found some with a loss. Ask for fewer (--probe_batches), or give batches to measure "
+            "on (--probe package.module.function)."
+        )
 
     def _load(self, trainer: Trainer, module: LightningModule, checkpoint: Checkpoint) -> None:
         """Puts the model, and the Trainer's counters, where they were at a checkpoint."""

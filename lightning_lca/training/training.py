@@ -236,6 +236,11 @@ class Training:
                 self._tell(trainer, self._timer)
 
     @property
+    def waits_for_batches(self) -> bool:
+        """Whether a probe keeps batches of training, and too few have passed by."""
+        return not all(batches.is_ready for batches in self._batches.values())
+
+    @property
     def _is_prepared(self) -> bool:
         return all(meter.probe.is_prepared for meter in self.meters.values())
 
@@ -247,7 +252,7 @@ class Training:
         """
         if not self.snapshots.is_open or self._counter.done <= self._opened_at:
             return False
-        if not all(batches.is_ready for batches in self._batches.values()):
+        if self.waits_for_batches:
             return False
         segment = self.snapshots.look(live)
         for name, meter in self.meters.items():

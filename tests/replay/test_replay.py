@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from scripts import replayed
-from scripts.replayed import ByHand, Data, Net, Watched
+from scripts.replayed import ByHand, Data, Net, Once, Stream, Watched
+from support.assertions import assert_ledger_closes
 from support.models import pl, unrecorded
 from support.processes import environment, wait_for
 from support.training import fit
@@ -106,6 +107,7 @@ CASES = {
             "group_by": "parameter",
         },
     ),
+    "a stream": (Net, {}, {"data": Stream()}),
     "eval mode, where running statistics are read": (Net, {}, {"probe_mode": "eval"}),
     "dropout on": (Net, {}, {"probe_mode": "train", "probe_batches": 2, "seed": 5}),
     "refined": (Net, {}, {"tolerance": 1e-7}),
@@ -140,13 +142,21 @@ def test_on_checkpoints_of_every_step_it_gives_the_live_record(tmp_path, case):
     model, arguments, options = CASES[case]
     live = train(tmp_path, model(**arguments), **({"data": Data()} | options))
     options = {k: v for k, v in options.items() if k != "slim"} | {"log_every_n_steps": 4}
-    data = options.pop("data", Data)
-    (record,) = replay(tmp_path, model, data, **options)
+    data = options.pop("data", Data())
+    (record,) = replay(tmp_path, model, data and type(data), **options)
     assert record == tmp_path / RECORD
     for name in live.histories:
         assert_same(History.load(record, name), History.load(live.log_dir, name))
     drifts = case.startswith(("eval mode", "a loss that knows"))
     assert (np.abs(live.history.drift).max() > 0) == drifts
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset.*")
+def test_of_data_that_can_be_read_but_once_the_first_batches_are_kept(tmp_path):
+    train(tmp_path, Net(), Once())
+    (history,) = replay(tmp_path, Net, Once, probe_batches=2).values()
+    assert len(history) == STEPS
+    assert_ledger_closes(history, relative=1e-5)
 
 
 @pytest.mark.parametrize(("n", "save"), [(3, 3), (5, 5), (5, 1)])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.models import pl, toy_data, toy_loader
 from support.processes import PATIENCE
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 
 class Net(pl.LightningModule):
@@ -84,6 +84,30 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self):
         return DataLoader(self.data, self.hparams.batch_size, shuffle=True)
+
+
+class Rows(IterableDataset):
+    """Reads a file that is open, row by row, as it were."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Stream(Data):
+    """The same without an order to draw from."""
+
+    def train_dataloader(self):
+        return DataLoader(Rows(list(self.data)), 16)
+
+
+class Once(Data):
+    """The same, and gone when it was read."""
+
+    def train_dataloader(self):
+        return DataLoader(Rows(row for row in list(self.data) * 9), 16)
 
 
 class Watched(Net):
