@@ -154,6 +154,7 @@ _Path = tuple[
     Any, str, Any
 ]  # Of whom it is a part (None: of nobody), how that is written, its name.
 _Put = Callable[[Any], object]
+_Stream = tuple[Callable[[], object], Callable[[int], object]]
 
 
 def _root(name: str) -> _Path:
@@ -209,25 +210,14 @@ class _Memory:
 
     def keep_streams(self, devices: Iterable[torch.device]) -> list[Callable[[int], object]]:
         """Remembers the random streams of this process; returns what seeds them."""
-        seeds: list[Callable[[int], object]] = [
-            torch.default_generator.manual_seed,
-            lambda seed: np.random.seed(seed % 2**32),
-            random.seed,
-        ]
         path = _root("the random state")
         self._undo += [
             (functools.partial(random.setstate, random.getstate()), path),
             (functools.partial(np.random.set_state, np.random.get_state(legacy=False)), path),
-            (functools.partial(torch.random.set_rng_state, torch.random.get_rng_state()), path),
         ]
-        for device in devices:
-            if device.type in ("cuda", "mps"):
-                its = getattr(torch, device.type)
-                index = (device,) if device.type == "cuda" else ()
-                undo = functools.partial(its.set_rng_state, its.get_rng_state(*index), *index)
-                self._undo.append((undo, path))
-                seeds.append(functools.partial(_seed_device, device))
-        return seeds
+        streams = _torch_streams(devices)
+        self._undo += [(undo, path) for undo, _ in streams]
+        return [lambda seed: np.random.seed(seed % 2**32), random.seed, *(s for _, s in streams)]
 
     def keep_environment(self) -> None:
         """Remembers the variables of the environment, and those of the context that are set."""
@@ -920,6 +910,35 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 # -- how it is undone -----------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Runs the body on seeded streams of torch, here and on these devices, and puts them back.
+
+    ``torch.manual_seed`` would seed all other devices, too, where nobody puts theirs back.
+    """
+    streams = _torch_streams(devices)
+    try:
+        for _, seed_stream in streams:
+            seed_stream(seed)
+        yield
+    finally:
+        for undo, _ in streams:
+            undo()
+
+
+def _torch_streams(devices: Iterable[torch.device]) -> list[_Stream]:
+    """Finds torch's random streams: what puts each back to where it is now, and what seeds it."""
+    undo = functools.partial(torch.random.set_rng_state, torch.random.get_rng_state())
+    streams: list[_Stream] = [(undo, torch.default_generator.manual_seed)]
+    for device in devices:
+        if device.type in ("cuda", "mps"):
+            its = getattr(torch, device.type)
+            index = (device,) if device.type == "cuda" else ()
+            undo = functools.partial(its.set_rng_state, its.get_rng_state(*index), *index)
+            streams.append((undo, functools.partial(_seed_device, device)))
+    return streams
 
 
 def _seed_device(device: torch.device, seed: int) -> None:

@@ -26,7 +26,7 @@ from lightning_lca.measure.parameters import (
 from lightning_lca.measure.tensors import HALF, bundles, pieces, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
-from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks
+from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks, seeded
 from lightning_lca.probe.loggers import silent
 from lightning_lca.probe.loss import (
     LossFn,
@@ -214,7 +214,9 @@ class Probe:
             for j, share in self._shares.items():
                 recording = self._recordings[j]
                 while True:
-                    with self._seeded(j) if recording.is_random else nullcontext():
+                    # As the user's code finds them on batch j.
+                    streams = seeded(self._seed + j, self._devices)
+                    with streams if recording.is_random else nullcontext():
                         loss, gradients = recording(weights)
                     if self._fits(gradients, loss):
                         break
@@ -395,14 +397,6 @@ class Probe:
     def is_recorded(self) -> bool:
         """Whether a recording is evaluated, and not the user's code."""
         return bool(self._recordings)
-
-    @contextmanager
-    def _seeded(self, j: int) -> Iterator[None]:
-        """Runs the body on torch's random streams as the user's code finds them on batch j."""
-        cuda = [d for d in self._devices if d.type == "cuda"]
-        with torch.random.fork_rng(cuda):
-            torch.manual_seed(self._seed + j)
-            yield
 
     # -- the first look ---------------------------------------------------------------------------
 

@@ -60,6 +60,11 @@ class Gallery:
         self._spent = 0.0
         self._last = _FIRST_GUESS
 
+    @property
+    def shows_distributions(self) -> bool:
+        """Whether a logger takes them: they cost some passes over the weights."""
+        return bool(self._tensorboard)
+
     def due(self, step: int) -> bool:
         """Whether something should be shown after this step."""
         return bool(self._loggers or self._draws) and step >= self._next

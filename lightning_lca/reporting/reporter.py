@@ -206,9 +206,9 @@ class Reporter:
 
     # -- in between -------------------------------------------------------------------------------
 
-    def due(self, step: int) -> bool:
-        """Whether something should be shown after this step."""
-        return self._gallery.due(step)
+    def spreads(self, step: int) -> bool:
+        """Whether distributions of credit should be shown after this step."""
+        return self._gallery.shows_distributions and self._gallery.due(step)
 
     def replace(self, meters: Mapping[str | None, Measured]) -> None:
         """Reports of other meters from now on, and of what they have measured."""

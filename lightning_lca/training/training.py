@@ -207,7 +207,7 @@ class Training:
         self._rounding.look(pieces[0][0])
         before = self._gradients
         for piece, step in pieces[: len(pieces) - len(begun)]:
-            spread = step == done and self.reporter.due(done)
+            spread = step == done and self.reporter.spreads(done)
             try:
                 if len(pieces) > 1:
                     piece.at(1.0).write(parts(live))

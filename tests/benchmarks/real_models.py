@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_lca import LCACallback
+from lightning_lca.probe.loss import set_mode
 
 WARM = 3  # Steps that are not timed: the first two record the loss, and look at it again.
 # Every step is measured; loggers get sums as often as by default, while the models log every step.
@@ -80,7 +81,7 @@ class Pictures(Module):
     """Classifies pictures, with mixup and label smoothing."""
 
     def __init__(self, net: nn.Module) -> None:
-        super().__init__(net, 1e-3)
+        super().__init__(net)
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -435,19 +436,18 @@ class Floor(pl.Callback):
 
 @contextmanager
 def bare(module: Any) -> Iterator[None]:
-    """Runs the body without dropout and without logging."""
-    kinds = ("dropout", "droppath", "stochasticdepth")
-    off = [m for m in module.modules() if m.training and type(m).__name__.lower() in kinds]
-    for m in off:
-        m.training = False
+    """Runs the body as the probe has the module, and without logging."""
+    names = ("training", "dropout")
+    saved = [(vars(m), {n: vars(m)[n] for n in names if n in vars(m)}) for m in module.modules()]
+    set_mode(module, "no_dropout")
     module.log = module.log_dict = lambda *args, **kwargs: None
     try:
         with torch.random.fork_rng([]):
             yield
     finally:
         del module.log, module.log_dict
-        for m in off:
-            m.training = True
+        for attributes, before in saved:
+            attributes.update(before)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,24 @@ def test_activation_checkpointing_changes_no_credit(tmp_path, reentrant, mode):
     assert same._training.meters[None].probe._by_backward == reentrant
 
 
+class Watched(pl.Callback):
+    """Notes when every device is seeded while training runs."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.seeds = monkeypatch, []
+
+    def on_train_start(self, *_):
+        self.monkeypatch.setattr(torch.cuda, "manual_seed_all", self.seeds.append)
+
+
+def test_random_streams_of_devices_that_hold_no_weight_are_left_alone(tmp_path, monkeypatch):
+    watched = Watched(monkeypatch)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.3), nn.Linear(16, 4))
+    lca = fit(tmp_path, watched, model=lambda: Classifier(net), probe_mode="train").lca
+    assert lca.history.settings["evaluated"] == "recorded"
+    assert watched.seeds == []
+
+
 class HiddenInReentrant(nn.Module):
     """Keeps most of its weights in a part that autograd.grad cannot look into."""
 

@@ -21,6 +21,7 @@ from tensorboard.util import tensor_util
 from lightning_lca import History, LCACallback
 from lightning_lca.record import summary
 from lightning_lca.record.tables import StepTable
+from lightning_lca.reporting.distributions import Distributions
 from lightning_lca.reporting.figures import Gallery
 
 pytestmark = [pytest.mark.figures, pytest.mark.slow]
@@ -68,6 +69,16 @@ def test_tensorboard_has_the_figures_of_the_finished_run(shown):
         assert event.width >= 500
         assert image.std() > 5, f"{tag} is blank"
     assert not (lca.log_dir / "lca_figures").exists()
+
+
+@pytest.mark.parametrize(("logger", "taken"), [(CSVLogger, 0), (TensorBoardLogger, 10)])
+def test_distributions_are_taken_only_where_a_logger_shows_them(
+    tmp_path, monkeypatch, logger, taken
+):
+    steps, take = [], Distributions.of
+    monkeypatch.setattr(Distributions, "of", lambda *a: (steps.append(1), take(*a))[1])
+    fit(tmp_path, steps=20, figures=False, trainer={"logger": logger(tmp_path)})
+    assert len(steps) == taken
 
 
 def test_distributions_hold_every_weight_and_their_mean_is_the_layers_lca(shown):
