@@ -27,8 +27,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -210,7 +209,15 @@ def gpt2_with_lora(steps: int) -> Case:
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=2000, n_positions=64, n_embd=128, n_layer=12, n_head=4)
+    config = GPT2Config(
+        vocab_size=2000,
+        n_positions=64,
+        n_embd=128,
+        n_layer=12,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     lora = LoraConfig(
         r=8,
         lora_alpha=16,
@@ -295,7 +302,7 @@ def as_lists(items: list[Any]) -> tuple[Any, ...]:
     return tuple(zip(*items, strict=True))
 
 
-def detector(name: str) -> Callable[[int], Case]:
+def detector(name: str, **options: Any) -> Callable[[int], Case]:
     def make(steps: int) -> Case:
         from torchvision.models import detection
 
@@ -305,6 +312,7 @@ def detector(name: str) -> Callable[[int], Case]:
             num_classes=5,
             min_size=96,
             max_size=128,
+            **options,
         )
         loader = DataLoader(scenes(2 * steps), 2, shuffle=True, collate_fn=as_lists)
         return Detector(net, 1e-4), loader
@@ -343,6 +351,7 @@ def lstm(steps: int) -> Case:
     return Sequences(), DataLoader(data, 16, shuffle=True, collate_fn=collate)
 
 
+FEWER = {"rpn_post_nms_top_n_train": 200, "box_batch_size_per_image": 64}  # Proposals.
 MODELS: dict[str, tuple[tuple[str, ...], Callable[[int], Case]]] = {
     "BERT, 12 layers": (("transformers",), bert),
     "GPT-2, 12 layers, LoRA": (("transformers", "peft"), gpt2_with_lora),
@@ -351,7 +360,7 @@ MODELS: dict[str, tuple[tuple[str, ...], Callable[[int], Case]]] = {
     "EfficientNet-B0": (("timm",), efficientnet),
     "U-Net, diffusion": (("diffusers",), unet),
     "RetinaNet": (("torchvision",), detector("retinanet_resnet50_fpn")),
-    "Faster R-CNN": (("torchvision",), detector("fasterrcnn_resnet50_fpn")),
+    "Faster R-CNN": (("torchvision",), detector("fasterrcnn_resnet50_fpn", **FEWER)),
     "GCN": (("torch_geometric",), graphs("GCN")),
     "GAT": (("torch_geometric",), graphs("GAT", heads=4)),
     "LSTM, packed": ((), lstm),
@@ -450,8 +459,7 @@ def bare(module: Any) -> Iterator[None]:
             attributes.update(before)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     module: pl.LightningModule
     left: dict[str, Any]  # Behind, by training.
 
