@@ -304,7 +304,7 @@ class Grouping:
         rows = self._rows.get(name)
         return self.is_whole and rows is not None and rows.size != values.numel()
 
-    def _counts(self, values: Weights, names: Sequence[str], device: Any) -> Tensor | None:
+    def _counts(self, values: Weights, names: Sequence[str], device: torch.device) -> Tensor | None:
         """Says which rows count as helping or hurting; None where all do."""
         if not any(self._is_resized(n, values[n]) for n in names):
             return None

@@ -78,17 +78,20 @@ class Reuse:
         known = self.on and self._kept is not None
         unchanged = before is not None and _match(before, now)
         audit = True if self._audit is None else self._audit[0]
-        looked_at = [audit, known, segment.continues, unchanged]
-        agreed, *trusted = self._ranks.all(looked_at, self._probe.device)
+        is_recorded = self._probe.is_recorded
+        is_due = is_recorded and self._is_due()
+        is_seen = is_recorded and before is not None and before[0] != now[0]
+        # An audit is made together: if one rank has reason to, all make it.
+        looked_at = [audit, known, segment.continues, unchanged, not is_due, not is_seen]
+        agreed, *trusted, rests, is_same = self._ranks.all(looked_at, self._probe.device)
         if not agreed:
             self._give_up()
         self._audit, self.is_audited = None, False
         kept = self._kept if agreed and all(trusted) else None
-        if self._probe.is_recorded:
-            is_seen = before is not None and before[0] != now[0]
-            if (self._is_due() or is_seen) and not self.rests:
-                return self._audit_recording(segment, kept, is_seen=is_seen)
-            return kept
+        if is_recorded:
+            if self.rests or (rests and is_same):
+                return kept
+            return self._audit_recording(segment, kept, is_seen=not is_same)
         if kept is None or self._kept is None:
             return None
         if self._reused % AUDIT_EVERY == 0:
@@ -104,9 +107,7 @@ class Reuse:
         # The recording was compared at the first start; at the second the weights have moved.
         return self._starts == 2 or self._starts % every == 0 or epoch != self._epoch
 
-    def _audit_recording(
-        self, segment: Segment, kept: Sample | None, *, is_seen: bool
-    ) -> Sample | None:
+    def _audit_recording(self, segment: Segment, kept: Sample | None, *, is_seen: bool) -> Sample:
         """Compares the recorded loss at the start with the user's code; gives what holds.
 
         Args:
@@ -116,12 +117,15 @@ class Reuse:
         """
         before = self._probe.gradients
         fresh = self._probe(segment.at(0.0), afresh=True)
-        if self._probe.is_lost:
-            return kept
+        lost = self._probe.is_lost
         recorded = self._probe(segment.at(0.0)) if kept is None else kept
         self.audits, self.is_audited = self.audits + 1, True
         self.apart += self._probe.gradients - before - (kept is None)
-        if self._ranks.all([DeferredBool(agree(recorded, fresh))], self._probe.device)[0]:
+        looked_at: list[DeferredBool | bool] = [DeferredBool(agree(recorded, fresh)), not lost]
+        agreed, is_found = self._ranks.all(looked_at, self._probe.device)
+        if not is_found:  # The user's code gave no loss: there is nothing to compare with.
+            return recorded
+        if agreed:
             if self._missed is not None:
                 self._tell(*self._missed)
             self._misses, self._missed = 0, None

@@ -6,7 +6,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.sums import in_few_kernels, in_the_cache, pieces_of
-from lightning_lca.measure.tensors import bundles
+from lightning_lca.measure.tensors import Flat, bundles
 
 
 class Zoo(nn.Module):
@@ -132,3 +132,24 @@ def test_an_unknown_grouping_is_refused():
         ValueError, match="group_by must be one of 'parameter', 'layer', 'neuron'; got 'head'"
     ):
         Grouping(nn.Linear(1, 1), "head")
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["one by one", "side by side"])
+def test_a_layer_that_grew_keeps_its_credit_and_counts_no_weight(flat):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    by_layer, by_neuron = Grouping(net, "layer"), Grouping(net, "neuron")
+    net[1] = nn.Linear(4, 5)
+    values = {n: torch.full_like(p, -1.0).detach() for n, p in net.named_parameters()}
+    if flat:
+        values = Flat(values)
+        for value in values.values():
+            value.fill_(-1.0)
+    with pytest.warns(UserWarning, match=r"1\.weight has another size .* credit still counts"):
+        sums = by_layer.sums(values)
+    assert sums.credit.tolist() == [-16.0, -25.0]
+    assert (sums.helping.tolist(), sums.hurting.tolist()) == ([16, 0], [0, 0])
+    assert not by_layer.leaves_out
+    with pytest.warns(UserWarning, match=r"1\.weight has another size .* shows as residual"):
+        sums = by_neuron.sums(values)
+    assert sums.credit.tolist() == [-4.0] * 4 + [0.0] * 2
+    assert by_neuron.leaves_out

@@ -21,10 +21,19 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = TESTS / "scripts" / "train_on_two.py"
 FLAVOURS = ("ddp", "static", "buckets", "unused")
-OPTIONS = ("ddp+double", "ddp+three", "ddp+tolerance", "ddp+single", "ddp+drawn", "ddp+budget")
+OPTIONS = (
+    "ddp+double",
+    "ddp+halved",
+    "ddp+three",
+    "ddp+tolerance",
+    "ddp+single",
+    "ddp+drawn",
+    "ddp+budget",
+)
 CUT = (
     *(
         "fsdp+double",
+        "fsdp+halved",
         "fsdp+single",
         "fsdp+tolerance",
         "fsdp+drawn",
@@ -115,7 +124,7 @@ def test_ranks_started_from_within_do_so_too_and_the_record_is_left(spawned, cas
     assert "History.load" in (spawned / f"{case}-error").read_text()
 
 
-def simpson(points, batches):
+def simpson(points, batches, panels=1):
     """Credits of every step along a path, on the whole probe, in plain torch in float64."""
     net = mlp().double()
     x, y = (torch.cat(part) for part in zip(*batches))
@@ -126,10 +135,17 @@ def simpson(points, batches):
         return loss.item(), torch.autograd.grad(loss, list(weights.values()))
 
     for start, stop in pairwise(points):
-        middle = {n: (start[n] + stop[n]) / 2 for n in start}
-        (before, a), (_, b), (after, c) = at(start), at(middle), at(stop)
-        moved = [(stop[n] - start[n]).double() for n in start]
-        yield before, after, [m * (p + 4 * q + r) / 6 for m, p, q, r in zip(moved, a, b, c)]
+        ends = [
+            {n: torch.lerp(start[n], stop[n], i / panels) for n in start} for i in range(panels)
+        ]
+        credit = [0.0] * len(start)
+        for a, b in pairwise([*ends, stop]):
+            middle = {n: (a[n] + b[n]) / 2 for n in a}
+            moved = [(b[n] - a[n]).double() for n in a]
+            slopes = zip(*(at(weights)[1] for weights in (a, middle, b)), strict=True)
+            parts = (m * (p + 4 * q + r) / 6 for m, (p, q, r) in zip(moved, slopes, strict=True))
+            credit = [c + part for c, part in zip(credit, parts, strict=True)]
+        yield at(start)[0], at(stop)[0], credit
 
 
 @pytest.mark.parametrize(
@@ -142,6 +158,13 @@ def simpson(points, batches):
 )
 def test_the_shared_probe_gives_the_history_of_the_whole_one(trained, case, batches, exact):
     assert_history_of_the_whole_probe(load(trained, case, "measured", 0), batches, exact)
+
+
+@pytest.mark.parametrize(("fixture", "case"), [("trained", "ddp"), ("cut", "fsdp")])
+def test_steps_that_are_halved_have_the_credits_of_both_halves(request, fixture, case):
+    measured = load(request.getfixturevalue(fixture), f"{case}+halved", "measured", 0)
+    assert (measured["rows"]["splits"] == 2).all()
+    assert_history_of_the_whole_probe(measured, probe_batches(torch.float64), True, panels=2)
 
 
 @pytest.mark.parametrize("case", ["fsdp+double", "tensor+double", "both+double", "fsdp+single"])
@@ -173,10 +196,10 @@ def test_neurons_find_their_credits_in_weights_that_are_cut(cut, case):
         assert rows["allocated"][t] == pytest.approx([expected[g] for g in groups], rel=1e-9)
 
 
-def assert_history_of_the_whole_probe(measured, batches, exact):
+def assert_history_of_the_whole_probe(measured, batches, exact, panels=1):
     rows = measured["rows"]
     credits = []
-    for t, (before, after, credit) in enumerate(simpson(measured["points"], batches)):
+    for t, (before, after, credit) in enumerate(simpson(measured["points"], batches, panels)):
         assert rows["loss_before"][t] == pytest.approx(before, rel=1e-12 if exact else 1e-6)
         assert rows["loss_after"][t] == pytest.approx(after, rel=1e-12 if exact else 1e-6)
         layers = [torch.cat([c.reshape(-1) for c in credit[i : i + 2]]) for i in (0, 2, 4)]

@@ -36,7 +36,7 @@ from support.harmless import (
     validating,
 )
 from support.marks import matrix
-from support.models import Classifier, mlp, pl, toy_data, toy_loader
+from support.models import ByFunction, Classifier, mlp, pl, toy_data, toy_loader
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -241,22 +241,11 @@ class LoadsItself(Classifier):
         self.log("val_loss", super().training_step(batch, batch_idx))
 
 
-class Net(nn.Module):
-    """A network whose forward is a function of itself and x."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.function = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def lstm():
     cell = nn.LSTM(3, 8, num_layers=2, dropout=0.3, batch_first=True)
-    return Net(lambda m, x: m.head(m.cell(x.view(-1, 4, 3))[0][:, -1]), cell=cell, head=mlp(8))
+    return ByFunction(
+        lambda m, x: m.head(m.cell(x.view(-1, 4, 3))[0][:, -1]), cell=cell, head=mlp(8)
+    )
 
 
 def transformer():
@@ -267,11 +256,11 @@ def transformer():
         x = m.layer(x.view(-1, 3, 4))
         return m.head((x + m.attention(x, x, x)[0]).flatten(1))
 
-    return Net(forward, layer=layer, attention=attention, head=mlp())
+    return ByFunction(forward, layer=layer, attention=attention, head=mlp())
 
 
 def tied():
-    net = Net(
+    net = ByFunction(
         lambda m, x: m.c(m.b(m.a(x).tanh())), a=nn.Linear(12, 12), b=nn.Linear(12, 12), c=mlp()
     )
     net.b.weight = net.a.weight
@@ -280,7 +269,7 @@ def tied():
 
 def embedding(**options):
     words = nn.Embedding(10, 4, **options)
-    return Net(lambda m, x: m.words((3 * x).long().clamp(-5, 4) + 5).mean(1), words=words)
+    return ByFunction(lambda m, x: m.words((3 * x).long().clamp(-5, 4) + 5).mean(1), words=words)
 
 
 def weight_normed():
@@ -296,11 +285,13 @@ def reentrant():
     def forward(m, x):
         return m.last(checkpoint(m.middle, m.first(x), use_reentrant=True))
 
-    return Net(forward, first=nn.Linear(12, 12), middle=nn.Linear(12, 12), last=nn.Linear(12, 4))
+    return ByFunction(
+        forward, first=nn.Linear(12, 12), middle=nn.Linear(12, 12), last=nn.Linear(12, 4)
+    )
 
 
 def sparse_buffer():
-    net = Net(lambda m, x: m.net((m.graph @ x.T).T), net=mlp())
+    net = ByFunction(lambda m, x: m.net((m.graph @ x.T).T), net=mlp())
     net.register_buffer("graph", torch.eye(12).to_sparse())
     return net
 
@@ -308,7 +299,7 @@ def sparse_buffer():
 def overlapping_buffer():
     net = mlp()
     net.register_buffer("scale", torch.ones(1).expand(4))
-    return nn.Sequential(net, Net(lambda m, x: x))
+    return nn.Sequential(net, ByFunction(lambda m, x: x))
 
 
 # -- awkward data and settings --------------------------------------------------------------------

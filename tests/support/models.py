@@ -152,6 +152,19 @@ def mlp(features: int = 12, hidden: int = 16, classes: int = 4) -> nn.Sequential
     )
 
 
+class ByFunction(nn.Module):
+    """A network whose forward is a function of itself and x."""
+
+    def __init__(self, forward: Any, **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self, x)
+
+
 def unrecorded(loss):
     """Gives a loss back through a shape that follows from it, which no recording holds."""
     return loss.reshape(1)[loss.reshape(1) == loss].sum()

@@ -19,6 +19,7 @@ from lightning_lca import History, LCACallback
 from lightning_lca.measure.allocation import Buffer, Sample
 from lightning_lca.measure.quadrature import as_quadrature
 from lightning_lca.probe.probe import Probe
+from lightning_lca.runtime.processes import Ranks
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.reuse import AUDIT_EVERY
 from lightning_lca.training.snapshots import Snapshots
@@ -404,3 +405,46 @@ def test_panels_that_gain_nothing_are_given_up_and_the_reason_is_said(tmp_path):
     assert splits[20:].mean() < 2
     assert not lca.history.converged.all()
     assert "the gradient is not the derivative of the loss" in lca.summary()
+
+
+class LostOnce(Classifier):
+    """Has no loss on the probe when its second start is audited."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if self.lost and len(batch[0]) == 7 and self.global_step == 2 else loss
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_ranks_ask_one_another_equally_often_whatever_one_of_them_finds(
+    tmp_path, monkeypatch, lost
+):
+    asked = []
+    ask = Ranks.all
+    monkeypatch.setattr(Ranks, "all", lambda *a: asked.append(len(a[1])) or ask(*a))
+    LostOnce.lost = lost
+    x, y = next(iter(toy_loader(shuffle=False)))
+    lca = fit(tmp_path, model=LostOnce, probe=[[x[:7], y[:7]]], steps=4).lca
+    (meter,) = lca._training.meters.values()
+    assert meter.audits == 1
+    assert len(lca.history) == 4
+    # At the start of a step, and where it is looked at whether it is to be halved; at an audit.
+    begun = asked.index(6)
+    assert asked[begun:] == [6, 1, 6, 2, 1, 6, 1, 6, 1], "others would wait for ever"
+
+
+@pytest.mark.parametrize("flag", [4, 5], ids=["it is due there", "it has seen a change"])
+def test_an_audit_that_one_rank_has_reason_for_is_made_by_all(tmp_path, monkeypatch, flag):
+    starts = []
+    ask = Ranks.all
+
+    def another_wants(ranks, flags, device):
+        if len(flags) == 6:
+            starts.append(flags)
+            if len(starts) == 4:
+                flags[flag] = False
+        return ask(ranks, flags, device)
+
+    monkeypatch.setattr(Ranks, "all", another_wants)
+    (meter,) = fit(tmp_path, steps=6).lca._training.meters.values()
+    assert meter.audits == 2, "at the second start, and where another asks for it"
