@@ -25,18 +25,16 @@ from lightning_lca.measure.parameters import (
     submodule,
 )
 from lightning_lca.measure.sums import (
+    Columns,
     Run,
     in_few_kernels,
     in_the_cache,
-    nothing,
     pieces_of,
     runs_of,
 )
-from lightning_lca.measure.tensors import LARGE, Flat, bundles, on_accelerator
+from lightning_lca.measure.tensors import CHUNK, LARGE, Flat, bundles, on_accelerator
 
 GroupBy = Literal["parameter", "layer", "neuron"]
-_SMALL = 2**14  # Elements up to which one operation over many tensors beats several for each.
-_TOGETHER = 2**16  # Elements whose sums and counts stay in a processor's cache.
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,27 @@ class GroupSums:
     """What each group did on one segment.
 
     Attributes:
-        credit: Σ A per group [groups], float64, in loss units; negative = helped.
-        helping: Number of weights with A < 0 per group [groups], int64.
-        hurting: Number of weights with A > 0 per group [groups], int64. The rest is idle.
+        table: Of every group [3, groups], float64: credit, helping, hurting.
         parameters: Σ A per parameter [parameters], float64.
     """
 
-    credit: Tensor
-    helping: Tensor
-    hurting: Tensor
+    table: Tensor
     parameters: Tensor
+
+    @property
+    def credit(self) -> Tensor:
+        """Σ A per group [groups], float64, in loss units; negative = helped."""
+        return self.table[0]
+
+    @property
+    def helping(self) -> Tensor:
+        """Number of weights with A < 0 per group [groups], int64."""
+        return self.table[1].long()
+
+    @property
+    def hurting(self) -> Tensor:
+        """Number of weights with A > 0 per group [groups], int64. The rest is idle."""
+        return self.table[2].long()
 
 
 @dataclass(frozen=True)
@@ -81,23 +90,19 @@ class _Rows:
 class _Plan:
     """Where the sums of some parameters' rows go, on the device."""
 
-    groups: Tensor  # [rows]
-    parameters: Tensor  # [rows]
+    into: Tensor  # [4 x rows]: groups of sum, balance and count above 0; parameters.
     pieces: list[tuple[slice, Tensor, Tensor]]  # Per bundle of tensors: see `pieces_of`.
     counts: Tensor | None  # [rows] of 1 and 0; None: those of all rows count.
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The same for tensors that lie side by side: first those in runs, then large ones."""
+    """The same for tensors that lie side by side: pieces of runs, then rows of large ones."""
 
     spans: dict[str, tuple[int, int, int]]
     runs: list[Run]
     large: list[str]
-    pieces: list[tuple[slice, Tensor, Tensor]]
-    groups: Tensor  # [rows]
-    parameters: Tensor  # [rows]
-    counts: Tensor | None  # [rows] of 1 and 0; None: those of all rows count.
+    plan: _Plan
 
 
 class Grouping:
@@ -216,64 +221,96 @@ class Grouping:
         device = next(iter(values.values())).device
         names = tuple(self._known(values))
         rows = [self._rows[n].matrix(values[n].to(device)) for n in names]
-        plan = self._plan(names, rows, device, self._counts(values, names, device))
-        if not rows:
-            per_row = nothing(device)
-        elif on_accelerator(rows[0]):
-            per_row = in_few_kernels(rows, plan.pieces)
-        else:
-            per_row = in_the_cache(rows)
-        if plan.counts is not None:
-            per_row = (per_row[0], per_row[1] * plan.counts, per_row[2] * plan.counts)
-        credit, helping, hurting = (_add_up(s, plan.groups, len(self.names)) for s in per_row)
-        parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
-        return GroupSums(credit, helping, hurting, parameters)
+        key = (device, *((n, values[n].shape) for n in names))
+        if key not in self._plans:
+            self._plans = {key: self._plan(names, values, _pieces(rows), None, device)}
+        plan = self._plans[key]
+        return self._added_up([_of_rows(rows, plan.pieces)] if rows else [], plan)
 
     def _sums_side_by_side(self, values: Flat) -> GroupSums:
         """Does the same where small tensors share a memory: in few operations for all of them."""
-        plan = self._layout
-        if plan is None or plan.spans is not values.spans:
-            plan = self._layout = self._lay_out(values)
-        parts = [run.sums(values.wholes) for run in plan.runs]
-        if plan.large:
-            rows = [self._rows[n].matrix(values[n]) for n in plan.large]
-            few = on_accelerator(rows[0])
-            sums = in_few_kernels(rows, plan.pieces) if few else in_the_cache(rows)
-            parts.append(torch.stack([s.to(sums[0].dtype) for s in sums]))
-        per_row = torch.cat(parts, 1) if parts else torch.stack(nothing(plan.groups.device))
-        if plan.counts is not None:
-            per_row[1:] *= plan.counts
-        total = per_row.new_zeros(3, len(self.names)).index_add_(1, plan.groups, per_row)
-        parameters = _add_up(per_row[0], plan.parameters, len(self.parameters))
-        return GroupSums(total[0], total[1].long(), total[2].long(), parameters)
+        layout = self._layout
+        if layout is None or layout.spans is not values.spans:
+            layout = self._layout = self._lay_out(values)
+        parts = [run.sums(values.wholes) for run in layout.runs]
+        if layout.large:
+            rows = [self._rows[n].matrix(values[n]) for n in layout.large]
+            parts.append(_of_rows(rows, layout.plan.pieces))
+        return self._added_up(parts, layout.plan)
+
+    def _added_up(self, parts: list[Columns], plan: _Plan) -> GroupSums:
+        """Adds up what is known of rows or pieces."""
+        groups = len(self.names) + 1
+        dtype = parts[0][0].dtype if parts else torch.float64
+        length = 3 * groups + len(self.parameters) + 1
+        total = torch.zeros(length, dtype=dtype, device=plan.into.device)
+        if parts:
+            columns = [[*column] for column in zip(*parts, strict=True)]
+            if plan.counts is not None:
+                columns[1:] = [[torch.cat(c) * plan.counts] for c in columns[1:]]
+            # The sums once more: for parameters.
+            flat = torch.cat([t for c in (*columns, columns[0]) for t in c])
+            total.index_add_(0, plan.into, flat)
+        table = total[: 3 * groups].view(3, groups)[:, :-1]
+        torch.sub(table[2], table[1], out=table[1])
+        return GroupSums(table, total[3 * groups : -1])
 
     def _lay_out(self, values: Flat) -> _Layout:
         """Says where the sums of every row go, of tensors that lie side by side."""
         device = values.wholes[0].device
         names = self._known(values)
-        most, run = (_SMALL, _TOGETHER) if device.type == "cpu" else (LARGE, LARGE)
+        most = CHUNK if device.type == "cpu" else LARGE
         small = [n for n in names if values[n].numel() <= most and self._is_in_order(n, values[n])]
         large = [n for n in names if n not in set(small)]
         counts = [len(self._rows[n].groups) for n in small]
-        place = {n: i for i, n in enumerate(self.parameters)}
-        none = torch.zeros(0, dtype=torch.long)
-        ordered = [*small, *large]
+        runs = runs_of([values.spans[n] for n in small], counts, most, device)
         rows = [self._rows[n].matrix(values[n]) for n in large]
-        return _Layout(
-            values.spans,
-            runs_of([values.spans[n] for n in small], counts, run, device),
-            large,
-            [
-                (b, lengths.to(device), into.to(device))
-                for b in bundles(rows)
-                for lengths, into in [pieces_of(rows[b])]
-            ],
-            torch.cat([none, *(self._rows[n].groups for n in ordered)]).to(device),
-            torch.cat(
-                [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in ordered)]
-            ).to(device),
-            self._counts(values, ordered, device),
+        of_rows = sum(map(len, rows))
+        index, done = [], 0
+        for part in runs:
+            gaps = part.into == part.rows
+            index.append((part.into + done).masked_fill(gaps, sum(counts) + of_rows).cpu())
+            done += part.rows
+        index.append(torch.arange(of_rows) + done)
+        plan = self._plan([*small, *large], values, _pieces(rows), torch.cat(index), device)
+        return _Layout(values.spans, runs, large, plan)
+
+    def _plan(
+        self,
+        names: Sequence[str],
+        values: Weights,
+        pieces: list[tuple[slice, Tensor, Tensor]],
+        index: Tensor | None,
+        device: torch.device,
+    ) -> _Plan:
+        """Says where the sums of some parameters' rows go.
+
+        Args:
+            names: The parameters.
+            values: Tensors like theirs {name: [*shape]}.
+            pieces: See `_Plan`.
+            index: The row of every piece that is summed [pieces], one more than there are for gaps;
+                None: every row by itself.
+            device: Where the sums are.
+        """
+        place = {n: i for i, n in enumerate(self.parameters)}
+        groups, owners, counts = [], [], []
+        for name in names:
+            of_rows = self._rows[name].groups
+            groups.append(of_rows)
+            owners.append(torch.full_like(of_rows, place[name]))
+            counts.append(torch.full_like(of_rows, not self._is_resized(name, values[name])))
+        end = [torch.tensor([n]) for n in (len(self.names), len(self.parameters), 1)]
+        group, owner, count = (
+            torch.cat([*column, last])
+            for column, last in zip((groups, owners, counts), end, strict=True)
         )
+        if index is None:
+            index = torch.arange(len(group) - 1)
+        to, size = group[index], len(self.names) + 1
+        into = torch.cat([to, to + size, to + 2 * size, owner[index] + 3 * size])
+        all_count = bool(count.all())
+        return _Plan(into.to(device), pieces, None if all_count else count[index].to(device))
 
     def _known(self, values: Weights) -> list[str]:
         """Lists those whose rows can be summed here; warns of the others."""
@@ -304,13 +341,6 @@ class Grouping:
         rows = self._rows.get(name)
         return self.is_whole and rows is not None and rows.size != values.numel()
 
-    def _counts(self, values: Weights, names: Sequence[str], device: torch.device) -> Tensor | None:
-        """Says which rows count as helping or hurting; None where all do."""
-        if not any(self._is_resized(n, values[n]) for n in names):
-            return None
-        rows = [[not self._is_resized(n, values[n])] * len(self._rows[n].groups) for n in names]
-        return torch.tensor([c for row in rows for c in row], device=device)
-
     def _is_in_order(self, name: str, values: Tensor) -> bool:
         """Whether a tensor's rows follow one another in memory."""
         rows = self._rows[name]
@@ -321,38 +351,22 @@ class Grouping:
             warnings.warn(f"LCA: {text}", stacklevel=2)
         self._warned_of.add(text)
 
-    def _plan(
-        self,
-        names: tuple[str, ...],
-        rows: list[Tensor],
-        device: torch.device,
-        counts: Tensor | None,
-    ) -> _Plan:
-        """Says where the sums of every row go; made and copied to the device once."""
-        key = (device, names, counts is None)
-        if key not in self._plans:
-            none = torch.zeros(0, dtype=torch.long)
-            groups = torch.cat([none, *(self._rows[n].groups for n in names)])
-            place = {n: i for i, n in enumerate(self.parameters)}
-            parameters = torch.cat(
-                [none, *(torch.full_like(self._rows[n].groups, place[n]) for n in names)]
-            )
-            few = bool(rows) and on_accelerator(rows[0])
-            pieces = [(b, *pieces_of(rows[b])) for b in bundles(rows)] if few else []
-            self._plans = {
-                key: _Plan(
-                    groups.to(device),
-                    parameters.to(device),
-                    [(b, lengths.to(device), row.to(device)) for b, lengths, row in pieces],
-                    counts,
-                )
-            }
-        return self._plans[key]
+
+def _of_rows(rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]]) -> Columns:
+    """Returns sum, balance and count above 0 of rows: [rows, width] each -> three [all rows]."""
+    return in_few_kernels(rows, pieces) if on_accelerator(rows[0]) else in_the_cache(rows)
 
 
-def _add_up(per_row: Tensor, index: Tensor, length: int) -> Tensor:
-    total = torch.zeros(length, dtype=per_row.dtype, device=per_row.device)
-    return total.index_add_(0, index, per_row)
+def _pieces(rows: list[Tensor]) -> list[tuple[slice, Tensor, Tensor]]:
+    """Cuts rows for an accelerator; a CPU needs no such plan."""
+    if not rows or not on_accelerator(rows[0]):
+        return []
+    device = rows[0].device
+    return [
+        (bundle, lengths.to(device), into.to(device))
+        for bundle in bundles(rows)
+        for lengths, into in [pieces_of(rows[bundle])]
+    ]
 
 
 def layer_of(name: str) -> str:

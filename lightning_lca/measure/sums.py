@@ -1,22 +1,27 @@
 """Sums and counts along the rows of many matrices: the fastest way on a CPU, and on a GPU.
 
-Three numbers per row: the sum, how many elements are negative, and how many are positive.
+Three numbers per row: the sum, the balance (how many elements are positive, less how many are
+negative), and how many are positive. From tensors that lie side by side they come in *pieces*, of
+which any number make up a row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.tensors import CHUNK, wide
+from lightning_lca.measure.tensors import ALIGNED, CHUNK, wide
+
+Columns = tuple[Tensor, Tensor, Tensor]  # Sum, balance, and count above 0.
 
 _PIECE = 2**12  # Elements that one of an accelerator's many reductions covers.
 
 
-def in_the_cache(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def in_the_cache(rows: list[Tensor]) -> Columns:
     """Sums and counts chunk by chunk, in the cache: [rows, width] each -> three [all rows]."""
     parts = []
     # One for all: a fresh one for each would cost more in page faults than the sums themselves.
@@ -24,12 +29,12 @@ def in_the_cache(rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     for r in rows:
         for part in torch.split(r, max(1, CHUNK // max(1, r.shape[1]))):
             parts.append(_stats(part, scratch))
-    credit, balance, moved = (torch.cat(column) for column in zip(*parts, strict=True))
-    return credit, ((moved - balance) / 2).long(), ((moved + balance) / 2).long()
+    first, second, third = torch.cat(parts, 1)
+    return first, second, third
 
 
-def _stats(part: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns sum, hurting − helping, hurting + helping: [rows, width] -> three [rows]."""
+def _stats(part: Tensor, scratch: Tensor) -> Tensor:
+    """Returns the three numbers of some rows: [rows, width] -> [3, rows]."""
     double = wide(part)
     total = torch.zeros(3, len(part), dtype=double, device=part.device)
     for chunk in torch.split(part, CHUNK, 1):
@@ -37,13 +42,11 @@ def _stats(part: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # One pass instead of two comparisons; the sign of NaN is 0.
         signs = torch.sign(chunk, out=scratch[: chunk.numel()].view(chunk.shape))
         total[1] += signs.sum(1)
-        total[2] += signs.abs_().sum(1)
-    return total[0], total[1], total[2]
+        total[2] += signs.clamp_(min=0).sum(1)
+    return total
 
 
-def in_few_kernels(
-    rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def in_few_kernels(rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]]) -> Columns:
     """Does the same where launches cost more than memory: small tensors together, in pieces.
 
     Args:
@@ -55,31 +58,29 @@ def in_few_kernels(
         matrices = rows[bundle]
         if len(matrices) == 1:
             (r,) = matrices
-            parts.append((r.sum(1, dtype=wide(r)), (r < 0).sum(1), (r > 0).sum(1)))
+            total, balance = r.sum(1, dtype=wide(r)), torch.sign(r).sum(1)
+            parts.append(torch.stack([total, balance.to(total), (r > 0).sum(1).to(total)]))
             continue
         count = sum(map(len, matrices))
         flat = torch.cat([r.reshape(-1) for r in matrices])
         exact = torch.float32  # A piece has far fewer than 2**24 elements.
-        parts.append(
-            (
-                _reduce(flat.to(wide(flat)), lengths, into, count),
-                _reduce((flat < 0).to(exact), lengths, into, count).long(),
-                _reduce((flat > 0).to(exact), lengths, into, count).long(),
-            )
-        )
-    credit, helping, hurting = (torch.cat(column) for column in zip(*parts, strict=True))
-    return credit, helping, hurting
+        columns = (flat.to(wide(flat)), torch.sign(flat).to(exact), (flat > 0).to(exact))
+        parts.append(torch.stack([_reduce(c, lengths, into, count) for c in columns]))
+    first, second, third = torch.cat(parts, 1)
+    return first, second, third
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of memory that small tensors share, and which row every piece of it belongs to.
+    """A stretch of memory that tensors share, and which row every piece of it belongs to.
 
     Attributes:
         memory: Which memory.
         begin: Its first element there.
         end: The element after its last.
-        lengths: Of the pieces that it falls into [pieces]: rows, parts of rows, and gaps.
+        block: Elements that all pieces have, or 0 if their lengths differ. Gaps hold zeros, and
+            count as part of the row before them.
+        lengths: Of the pieces [pieces], gaps among them, if they differ.
         into: The row of every piece [pieces]; ``rows`` for gaps.
         rows: How many rows it holds.
     """
@@ -87,19 +88,24 @@ class Run:
     memory: int
     begin: int
     end: int
+    block: int
     lengths: Tensor
     into: Tensor
     rows: int
 
-    def sums(self, memories: list[Tensor]) -> Tensor:
-        """Returns sum, count below 0 and count above 0 of every row: [3, rows]."""
+    def sums(self, memories: list[Tensor]) -> Columns:
+        """Returns sum, balance and count above 0 of every piece: [pieces] each."""
         data = memories[self.memory][self.begin : self.end]
-        columns = torch.stack([data.to(wide(data)), (data < 0), (data > 0)])
-        pieces = torch.segment_reduce(
-            columns, "sum", lengths=self.lengths.expand(3, -1), axis=1, unsafe=True
-        )
-        total = torch.zeros(3, self.rows + 1, dtype=pieces.dtype, device=data.device)
-        return total.index_add_(1, self.into, pieces)[:, : self.rows]
+        double = wide(data)
+        if self.block:
+            blocks = data.view(-1, self.block)
+            signs = torch.sign(blocks)
+            # Sums of signs are exact in any type.
+            return blocks.sum(1, dtype=double), signs.sum(1), signs.clamp_(min=0).sum(1)
+        table = torch.stack([data.to(double), torch.sign(data).to(double), (data > 0).to(double)])
+        lengths = self.lengths.expand(3, -1)
+        pieces = torch.segment_reduce(table, "sum", lengths=lengths, axis=1, unsafe=True)
+        return pieces[0], pieces[1], pieces[2]
 
 
 def runs_of(
@@ -108,17 +114,20 @@ def runs_of(
     """Cuts memories into runs.
 
     Args:
-        spans: Of every tensor: its memory, first element and elements, in the order of memory.
+        spans: Of every tensor: its memory, first element and elements, in the order of memory; each
+            begins at a multiple of `ALIGNED`, and ends before a gap of zeros up to the next such.
         rows: How many rows each has, one after the other.
         longest: Elements that a run may have; a longer tensor is a run by itself.
         device: Where the numbers are used.
 
     Example:
-        >>> (run,) = runs_of([(0, 0, 4), (0, 6, 3)], [2, 1], 100, torch.device("cpu"))
-        >>> run.lengths.tolist(), run.into.tolist(), run.rows
-        ([2, 2, 2, 3], [0, 1, 3, 2], 3)
-        >>> run.sums([torch.tensor([1.0, 2, -3, 4, 0, 0, -1, -1, 0])]).tolist()
-        [[3.0, 1.0, -2.0], [0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
+        >>> data = torch.zeros(512)
+        >>> data[:4], data[256:259] = torch.tensor([1.0, 2, -3, 4]), torch.tensor([-1.0, -1, 0])
+        >>> (run,) = runs_of([(0, 0, 4), (0, 256, 3)], [2, 1], 300, torch.device("cpu"))
+        >>> run.block, run.rows
+        (2, 3)
+        >>> [[c[run.into == row].sum().item() for c in run.sums([data])] for row in range(3)]
+        [[3.0, 2.0, 2.0], [1.0, 0.0, 1.0], [-2.0, -2.0, 0.0]]
     """
     parts: list[list[tuple[int, int, int, int]]] = []
     for (memory, begin, length), count in zip(spans, rows, strict=True):
@@ -127,26 +136,49 @@ def runs_of(
             last.append((memory, begin, length, count))
         else:
             parts.append([(memory, begin, length, count)])
-    runs = []
-    for part in parts:
-        lengths: list[int] = []
-        into: list[int] = []
-        total = sum(count for *_, count in part)
-        row, at = 0, part[0][1]
-        for _, begin, length, count in part:
-            if begin > at:
-                lengths.append(begin - at)
-                into.append(total)
-            for _ in range(count):
-                width = length // count
-                pieces = [_PIECE] * (width // _PIECE) + [width % _PIECE] * (width % _PIECE > 0)
-                lengths += pieces
-                into += [row] * len(pieces)
-                row += 1
-            at = begin + length
-        of_pieces, rows_of_pieces = (torch.tensor(n, device=device).long() for n in (lengths, into))
-        runs.append(Run(part[0][0], part[0][1], at, of_pieces, rows_of_pieces, total))
-    return runs
+    few = device.type != "cpu"
+    return [_in_pieces(part, device) if few else _in_blocks(part) for part in parts]
+
+
+def _in_blocks(part: list[tuple[int, int, int, int]]) -> Run:
+    """Cuts a run into equal blocks: sums of few elements each, and then of the blocks."""
+    widths = [length // count for _, _, length, count in part if count > 1]
+    block = math.gcd(ALIGNED, *widths)
+    memory, begin, _, _ = part[0]
+    into: list[Tensor] = []
+    row, at = 0, begin
+    for _, first, length, count in part:
+        if first > at:  # Tensors that others count lie between.
+            into.append(torch.full(((first - at) // block,), -1))
+        end = first + -(-length // ALIGNED) * ALIGNED
+        of_each = torch.arange((end - first) // block) * block // max(1, length // count)
+        into.append(row + of_each.clamp(max=count - 1))
+        row, at = row + count, end
+    places = torch.cat(into)
+    lengths = torch.zeros(0, dtype=torch.long)
+    return Run(memory, begin, at, block, lengths, places.where(places >= 0, row), row)
+
+
+def _in_pieces(part: list[tuple[int, int, int, int]], device: torch.device) -> Run:
+    """Cuts a run into pieces of rows, each short enough for one of many reductions."""
+    lengths: list[int] = []
+    into: list[int] = []
+    rows = sum(count for *_, count in part)
+    memory, begin, _, _ = part[0]
+    row, at = 0, begin
+    for _, first, length, count in part:
+        if first > at:
+            lengths.append(first - at)
+            into.append(rows)
+        for _ in range(count):
+            width = length // count
+            pieces = [_PIECE] * (width // _PIECE) + [width % _PIECE] * (width % _PIECE > 0)
+            lengths += pieces
+            into += [row] * len(pieces)
+            row += 1
+        at = first + length
+    of_pieces, rows_of_pieces = (torch.tensor(n, device=device).long() for n in (lengths, into))
+    return Run(memory, begin, at, 0, of_pieces, rows_of_pieces, rows)
 
 
 def _reduce(data: Tensor, lengths: Tensor, into: Tensor, count: int) -> Tensor:
@@ -163,9 +195,3 @@ def pieces_of(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     lengths = torch.full_like(into, _PIECE)
     lengths[pieces.cumsum(0)[pieces > 0] - 1] = (widths - (pieces - 1) * _PIECE)[pieces > 0]
     return lengths, into
-
-
-def nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of no rows, where this process holds none."""
-    counts = torch.zeros(0, dtype=torch.long, device=device)
-    return counts.to(wide(counts)), counts, counts

@@ -13,7 +13,7 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 CHUNK = 2**19  # Elements that stay in a processor's cache while several kernels go over them.
 LARGE = 2**20  # Elements that keep an accelerator busy.
-_ALIGNED = 16  # Elements; 64 bytes of float32, as torch's own tensors begin.
+ALIGNED = 256  # Elements; as kernels like it, and so that blocks of them can be summed.
 
 
 class Flat(dict[str, Tensor]):
@@ -48,7 +48,7 @@ class Flat(dict[str, Tensor]):
             if which == len(lengths):
                 lengths.append(0)
             self.spans[name] = which, lengths[which], tensor.numel()
-            lengths[which] += -(-tensor.numel() // _ALIGNED) * _ALIGNED
+            lengths[which] += -(-tensor.numel() // ALIGNED) * ALIGNED
         self.wholes = [
             torch.zeros(n, device=device, dtype=torch.float32 if sums and d in HALF else d)
             for n, (device, d) in zip(lengths, kinds, strict=True)

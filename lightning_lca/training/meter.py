@@ -179,9 +179,7 @@ class Meter:
             self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
             self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
-        row = torch.cat(
-            [losses, drift, sums.credit, sums.helping.to(losses), sums.hurting.to(losses)]
-        )
+        row = torch.cat([losses, drift, sums.table.reshape(-1)])
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer.sums)
         self._pending.append(
@@ -322,10 +320,8 @@ class Meter:
         neurons = self._fine.neurons(values)
         if not whole:
             losses /= self._ranks.copies if self._tolerance is None else self._ranks.processes
-            helping, hurting = sums.helping.to(losses), sums.hurting.to(losses)
-            self._ranks.sum([losses, sums.credit, helping, hurting, sums.parameters, neurons])
-            return _Sums(sums.credit, helping, hurting, sums.parameters, neurons)
-        return _Sums(sums.credit, sums.helping, sums.hurting, sums.parameters, neurons)
+            self._ranks.sum([losses, sums.table, sums.parameters, neurons])
+        return _Sums(sums.table, sums.parameters, neurons)
 
     def _misses_all(self, sums: _Sums, losses: Tensor) -> bool:
         """Whether a step leaves more unexplained than all groups explain: its path bends."""

@@ -111,10 +111,10 @@ def test_the_accelerator_path_gives_the_same_sums_as_the_cache_path(shape):
     bound = torch.cat([min(r.shape[1], 4096) * 2**-24 * r.double().abs().sum(1) for r in rows])
     assert ((credit - few_credit).abs() <= bound).all()
     assert all(torch.equal(a, b) for a, b in zip(counts, few_counts))
-    credit, helping, hurting = in_the_cache(rows)
+    credit, balance, hurting = in_the_cache(rows)
     joined = [r.double().numpy() for r in rows]
     assert np.allclose(credit, np.concatenate([j.sum(1) for j in joined]), atol=1e-8)
-    assert helping.tolist() == np.concatenate([(j < 0).sum(1) for j in joined]).tolist()
+    assert balance.tolist() == np.concatenate([np.sign(j).sum(1) for j in joined]).tolist()
     assert hurting.tolist() == np.concatenate([(j > 0).sum(1) for j in joined]).tolist()
 
 
