@@ -29,6 +29,7 @@ from lightning_lca.measure.tensors import (
     together,
     total,
     wide,
+    without_graph,
 )
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
@@ -83,7 +84,7 @@ class Position:
     s: float
     needs_gradient: bool = True
 
-    @torch.no_grad()
+    @without_graph
     def write(self, into: Weights) -> None:
         """Writes the weights at this position into existing tensors {name: [*shape]}."""
         starts, stops, places = together(self.segment.start, self.segment.stop, into)

@@ -232,7 +232,7 @@ class Grouping:
         layout = self._layout
         if layout is None or layout.spans is not values.spans:
             layout = self._layout = self._lay_out(values)
-        parts = [run.sums(values.wholes) for run in layout.runs]
+        parts = [run.sums(values.wholes, values.scratch()) for run in layout.runs]
         if layout.large:
             rows = [self._rows[n].matrix(values[n]) for n in layout.large]
             parts.append(_of_rows(rows, layout.plan.pieces))

@@ -93,13 +93,18 @@ class Run:
     into: Tensor
     rows: int
 
-    def sums(self, memories: list[Tensor]) -> Columns:
-        """Returns sum, balance and count above 0 of every piece: [pieces] each."""
+    def sums(self, memories: list[Tensor], scratch: Tensor) -> Columns:
+        """Returns sum, balance and count above 0 of every piece: [pieces] each.
+
+        Args:
+            memories: What tensors share [elements] each.
+            scratch: Room for as many elements as the run has.
+        """
         data = memories[self.memory][self.begin : self.end]
         double = wide(data)
         if self.block:
             blocks = data.view(-1, self.block)
-            signs = torch.sign(blocks)
+            signs = torch.sign(blocks, out=scratch[: len(data)].view(-1, self.block))
             # Sums of signs are exact in any type.
             return blocks.sum(1, dtype=double), signs.sum(1), signs.clamp_(min=0).sum(1)
         table = torch.stack([data.to(double), torch.sign(data).to(double), (data > 0).to(double)])
@@ -126,7 +131,8 @@ def runs_of(
         >>> (run,) = runs_of([(0, 0, 4), (0, 256, 3)], [2, 1], 300, torch.device("cpu"))
         >>> run.block, run.rows
         (2, 3)
-        >>> [[c[run.into == row].sum().item() for c in run.sums([data])] for row in range(3)]
+        >>> columns = run.sums([data], data.clone())
+        >>> [[c[run.into == row].sum().item() for c in columns] for row in range(3)]
         [[3.0, 2.0, 2.0], [1.0, 0.0, 1.0], [-2.0, -2.0, 0.0]]
     """
     parts: list[list[tuple[int, int, int, int]]] = []

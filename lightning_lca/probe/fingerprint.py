@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_lca.measure.parameters import local
+from lightning_lca.measure.tensors import without_graph
 
 _WIDTH = 1024
 _SMALL = 2**16  # Bytes; smaller tensors are hashed as one.
 
 
-@torch.no_grad()
+@without_graph
 def fingerprint(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Hashes the bits of tensors of any shape, dtype and place: [*shape] each -> [hashes] int64.
 

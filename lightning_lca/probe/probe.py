@@ -208,39 +208,38 @@ class Probe:
 
     def _replay(self, at: Position) -> Sample:
         """Evaluates what was recorded: no live weight moves, and no code of the user runs."""
+        start, stop = at.segment.start, at.segment.stop
+        if at.s in (0.0, 1.0):
+            total, sums = self._replayed([*(start if at.s == 0.0 else stop).values()])
+        else:
+            # Those between the ends lie where the stop was kept: no memory is needed. The live
+            # weights are at the stop, so that it is copied back from them.
+            weights = [*stop.values()]
+            try:
+                at.write(stop)
+                total, sums = self._replayed(weights)
+            finally:
+                live = parts(self._live())
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, [live[n] for n in stop])
+        return self._sample(at, total, sums, list(start))
+
+    def _replayed(self, weights: list[Tensor]) -> tuple[Tensor, list[Tensor] | None]:
+        """Adds up the recordings of all batches at some weights: loss [] and gradients [*shape]."""
         total: Tensor | None = None
         sums: list[Tensor] | None = None
-        with self._weights_at(at) as weights:
-            for j, share in self._shares.items():
-                recording = self._recordings[j]
-                while True:
-                    # As the user's code finds them on batch j.
-                    streams = seeded(self._seed + j, self._devices)
-                    with streams if recording.is_random else nullcontext():
-                        loss, gradients = recording(weights)
-                    if self._fits(gradients, loss):
-                        break
-                total, sums = self._added(total, sums, loss, gradients, share)
+        for j, share in self._shares.items():
+            recording = self._recordings[j]
+            while True:
+                # As the user's code finds them on batch j.
+                streams = seeded(self._seed + j, self._devices)
+                with streams if recording.is_random else nullcontext():
+                    loss, gradients = recording(weights)
+                if self._fits(gradients, loss):
+                    break
+            total, sums = self._added(total, sums, loss, gradients, share)
         assert total is not None
-        return self._sample(at, total, sums if at.needs_gradient else None, list(at.segment.start))
-
-    @contextmanager
-    def _weights_at(self, at: Position) -> Iterator[list[Tensor]]:
-        """Lends the weights at a position; those between the ends lie where the stop was kept.
-
-        The live weights are at the stop, so that it is copied back from them: no memory is needed.
-        """
-        segment = at.segment
-        if at.s in (0.0, 1.0):
-            yield list((segment.start if at.s == 0.0 else segment.stop).values())
-            return
-        try:
-            at.write(segment.stop)
-            yield list(segment.stop.values())
-        finally:
-            live = parts(self._live())
-            with torch.no_grad():
-                torch._foreach_copy_(list(segment.stop.values()), [live[n] for n in segment.stop])
+        return total, sums
 
     def _fits(self, gradients: list[Tensor], loss: Tensor) -> bool:
         """Whether a half-precision gradient did not overflow; if it did, the scale is lower now."""
@@ -257,7 +256,9 @@ class Probe:
         share: float,
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Adds one batch's share of loss and gradient to those before."""
-        loss = loss.to(wide(loss)) * share
+        loss = loss.to(wide(loss))
+        if share != 1:
+            loss = loss * share
         total = loss if total is None else total + loss
         if not gradients:
             return total, sums
@@ -462,7 +463,9 @@ class Probe:
     def _differentiate(self, loss: Tensor, share: float, weights: list[Tensor]) -> list[Tensor]:
         """Takes the scaled gradient [*shape] of every weight; zeros where the loss has none."""
         gradients: list[Tensor | None]
-        loss = (loss.float() if loss.dtype in HALF else loss) * (share * self._factor)
+        loss = loss.float() if loss.dtype in HALF else loss
+        if share * self._factor != 1:
+            loss = loss * (share * self._factor)
         if self._scale is not None:
             loss = loss * self._scale.factor
         drop_gradient_hooks(weights)  # Those that the step itself registered.

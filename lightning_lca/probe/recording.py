@@ -13,9 +13,8 @@ refused here. All else is found by comparing with the user's code now and then (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _ALIASES = ("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
+_FLIPS = ("aten.t.default", "aten.transpose.int")  # Done twice, they undo themselves.
 _Number = bool | int | float | complex
 # They change what a tensor is, and not what is in it.
 _TURNS = ("t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swapdims_", "swapaxes_")
@@ -92,7 +92,9 @@ class Recording:
             torch.set_default_dtype(self._dtype)
         states = [(g, g.get_state()) for g, _ in self._generators]
         try:
-            with _below_autograd():
+            # Straight to the kernels that were recorded, where no graph is made. Some of them ask
+            # whether gradients are on, to keep what the backward pass needs.
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
                 for scratch, value in self._refresh:
                     scratch.copy_(value)
                 for generator, state in self._generators:
@@ -104,16 +106,6 @@ class Recording:
             if default != self._dtype:
                 torch.set_default_dtype(default)
         return loss, gradients
-
-
-@contextmanager
-def _below_autograd() -> Iterator[None]:
-    """Goes straight to the kernels that were recorded, where no graph is made.
-
-    Some of them ask whether gradients are on, to keep what the backward pass needs.
-    """
-    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-        yield
 
 
 _weak: Any = StorageWeakRef  # An address is not used again while there is such a reference.
@@ -344,9 +336,10 @@ class Recorder(_Dispatched):  # type: ignore[misc]
                 kept.append(operation)
                 needed |= operation.reads
         kept.reverse()
-        refresh, constants = self._scratch(kept)
         turned = {s for s, memory in enumerate(self._memory_of) if memory in self._turned}
-        source, names = _write(kept, outputs, constants, self._count, turned)
+        kept, outputs = _shortened(kept, outputs, turned)
+        refresh, constants = self._scratch(kept)
+        source, names = _write(kept, outputs, constants, self._count)
         exec(compile(source, "<recorded loss>", "exec"), names)
         return Recording(
             names["run"],
@@ -409,25 +402,75 @@ class _Reader(_Functions):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
+def _shortened(
+    operations: list[_Operation], outputs: list[int], turned: set[int]
+) -> tuple[list[_Operation], list[int]]:
+    """Leaves out what gives what is there already, and what nobody uses then.
+
+    Args:
+        operations: In their order.
+        outputs: The slots that are wanted.
+        turned: Slots whose shape is changed in place: another name for one would not stay true.
+
+    Returns:
+        The operations that are left, and the slots that are what was wanted.
+    """
+    same: dict[int, int] = {}
+    flipped: dict[int, tuple[int, Any]] = {}
+    left: list[_Operation] = []
+    for operation in operations:
+        name, result = str(operation.function), operation.outputs
+        args, kwargs = _renamed(operation.args, same), _renamed(operation.kwargs, same)
+        if isinstance(result, _Slot) and name in (*_ALIASES, *_FLIPS):
+            source, how = args[0].number, (name, args[1:])
+            if result.number != source and not turned & {source, result.number}:
+                before = flipped.get(source)
+                if name in _ALIASES:
+                    same[result.number] = source
+                    continue
+                if before is not None and before[1] == how:
+                    same[result.number] = before[0]
+                    continue
+                flipped[result.number] = source, how
+        left.append(replace(operation, args=args, kwargs=kwargs))
+    outputs = [same.get(slot, slot) for slot in outputs]
+    used = set(outputs)
+    needed: list[_Operation] = []
+    for operation in reversed(left):
+        if operation.is_random or operation.writes or used & {*_slots(operation.outputs)}:
+            needed.append(operation)
+            used |= {*_slots([operation.args, operation.kwargs])}
+    return needed[::-1], outputs
+
+
+def _renamed(value: Any, same: dict[int, int]) -> Any:
+    """Puts other slots in the place of some."""
+    if isinstance(value, _Slot):
+        return _Slot(same.get(value.number, value.number))
+    if isinstance(value, list | tuple):
+        items = [_renamed(v, same) for v in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {k: _renamed(v, same) for k, v in value.items()}
+    return value
+
+
 def _write(
     operations: list[_Operation],
     outputs: list[int],
     constants: dict[int, Tensor],
     weights: int,
-    turned: set[int],
 ) -> tuple[str, dict[str, Any]]:
     """Writes a function that runs the operations, each result dropped after its last use."""
     names: dict[str, Any] = {f"v{slot}": tensor for slot, tensor in constants.items()}
-    alias: dict[int, int] = {}
     lines: list[str] = []
     used: list[list[int]] = []
     pool: dict[str, Any] = {}
 
     def value(argument: Any) -> str:
         if isinstance(argument, _Slot):
-            slot = alias.get(argument.number, argument.number)
-            used[-1].append(slot)
-            return f"v{slot}"
+            used[-1].append(argument.number)
+            return f"v{argument.number}"
         if isinstance(argument, list | tuple):
             inner = ", ".join(value(a) for a in argument)
             return f"[{inner}]" if isinstance(argument, list) else f"({inner},)"
@@ -440,11 +483,6 @@ def _write(
         return name
 
     for i, operation in enumerate(operations):
-        if str(operation.function) in _ALIASES and isinstance(operation.outputs, _Slot):
-            (source,) = _slots(operation.args)
-            if source not in turned and operation.outputs.number != source:
-                alias[operation.outputs.number] = alias.get(source, source)
-                continue
         used.append([])
         function = f"f{i}"
         names[function] = getattr(operation.function, "_op", operation.function)
@@ -455,8 +493,7 @@ def _write(
         targets = _targets(operation.outputs, own)
         lines.append(f"{targets} = {call}" if targets else call)
         used[-1] += [s for s in _slots(operation.outputs) if s not in own]
-    result = [alias.get(s, s) for s in outputs]
-    keep = {*result, *range(weights), *constants}
+    keep = {*outputs, *range(weights), *constants}
     last = {slot: i for i, slots in enumerate(used) for slot in slots if slot not in keep}
     dead: dict[int, list[int]] = {}
     for slot, i in last.items():
@@ -468,7 +505,7 @@ def _write(
         body.append(f"    {line}")
         if i in dead:
             body.append(f"    {' = '.join(f'v{s}' for s in dead[i])} = None")
-    body.append(f"    return ({''.join(f'v{s}, ' for s in result)})")
+    body.append(f"    return ({''.join(f'v{s}, ' for s in outputs)})")
     return "\n".join(body), names | pool
 
 

@@ -47,7 +47,7 @@ _NOISE = 1e-6  # Of the loss; what lies below is rounding.
 
 @dataclass(frozen=True)
 class _Pending:
-    """A measured step, its row on the device: [loss before, loss after, drift, 3 x groups]."""
+    """A measured step, its row on the device: [loss before, loss after, 3 x groups]."""
 
     step: int
     splits: int
@@ -123,7 +123,7 @@ class Meter:
         self._ranks = ranks
         self._reuse = Reuse(probe, ranks)
         self._buffer = Buffer({})
-        self._loss: Tensor | None = None  # At the end of the last segment.
+        self._loss: float | None = None  # At the end of the last segment, up to `collect`.
         self._pending: list[_Pending] = []
         self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
         self._missed = np.zeros(2)
@@ -132,6 +132,7 @@ class Meter:
         self._measured = 0
         self.halved = 0
 
+    @torch.no_grad()
     def measure(self, segment: Segment, step: int, *, spread: bool = False) -> None:
         """Allocates a segment whose stop is live now, and notes the row.
 
@@ -168,18 +169,16 @@ class Meter:
                 ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
                 sums = self._halved(values, segment, sums, losses)
         self._measured += 1
-        finite = torch.isfinite(torch.cat([losses, sums.credit])).all()
+        row = torch.cat([losses, sums.table.reshape(-1)])
+        finite = row.isfinite().all()
         self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
             self._spread = self._distributions.of(values)
-        drift = losses[:1] - (losses[:1] if self._loss is None else self._loss)
-        self._loss = losses[1]
         if at_start is not None and at_stop is not None and not self._grouping.leaves_out:
             by_ends = (at_start + at_stop) / 2
             self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
             self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
-        row = torch.cat([losses, drift, sums.table.reshape(-1)])
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer.sums)
         self._pending.append(
@@ -224,11 +223,14 @@ class Meter:
             return StepTable.none(groups)
         pending, self._pending = self._pending, []
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
-        allocated, helping, hurting = np.split(table[:, 3:], 3, axis=1)
-        before, after, drift = table[:, 0], table[:, 1], table[:, 2]
+        allocated, helping, hurting = np.split(table[:, 2:], 3, axis=1)
+        before, after = table[:, 0], table[:, 1]
+        known = before[0] if self._loss is None else self._loss
         with np.errstate(invalid="ignore", over="ignore"):
             residual = after - before - allocated.sum(1)
-        finite = np.isfinite(table).all(1)
+            drift = before - np.concatenate([[known], after[:-1]])
+        self._loss = float(after[-1])
+        finite = np.isfinite(table).all(1) & np.isfinite(drift)
         rows = StepTable(
             steps=np.array([p.step for p in pending], np.int64),
             allocated=allocated.copy(),
@@ -237,7 +239,7 @@ class Meter:
             loss_before=before.copy(),
             loss_after=after.copy(),
             residual=residual,
-            drift=drift.copy(),
+            drift=drift,
             splits=np.array([p.splits for p in pending], np.int64),
             converged=finite & np.array([p.converged is not False for p in pending]),
             trained=np.array([p.trained for p in pending], np.int64),
@@ -268,8 +270,9 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint needs, history apart."""
+        loss = self._pending[-1].row[1].cpu() if self._pending else self._loss
         return {
-            "loss": None if self._loss is None else self._loss.cpu(),
+            "loss": None if loss is None else torch.as_tensor(loss, dtype=torch.float64),
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
             "panels": [self._watched, self._futile, self._measured],
@@ -287,7 +290,7 @@ class Meter:
         if "panels" in state:  # A checkpoint of an older version lacks it.
             self._watched, self._futile, self._measured = state["panels"]
         if state["loss"] is not None:
-            self._loss = state["loss"].to(self.probe.device)
+            self._loss = float(state["loss"])
         if self.totals is not None and state["totals"]:
             self.totals = {n: t.to(self.probe.device) for n, t in state["totals"].items()}
         if history is None:
@@ -371,7 +374,6 @@ class Meter:
         self._ranks.sum([total])
         return total
 
-    @torch.no_grad()
     def _track(self, values: Weights, ends: Ends, finite: Tensor) -> None:
         if self.totals is None:
             return

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.parameters import parts
-from lightning_lca.measure.tensors import DeferredBool, Flat, on_accelerator, together
+from lightning_lca.measure.tensors import (
+    DeferredBool,
+    Flat,
+    on_accelerator,
+    together,
+    without_graph,
+)
 
 
 class Snapshots:
@@ -31,6 +37,7 @@ class Snapshots:
         self._marked_at: list[int] = []
         self.is_open = False
 
+    @torch.no_grad()
     def open(self, weights: Weights) -> None:
         """Starts a segment at the live weights {name: [*shape]}; does nothing while one is open."""
         if self.is_open:
@@ -124,7 +131,7 @@ def _some(weights: dict[str, Tensor], names: list[str]) -> Weights:
     return weights if len(names) == len(weights) else {n: weights[n] for n in names}
 
 
-@torch.no_grad()
+@without_graph
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> DeferredBool | bool:
     """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
     x, y = together(a, b)
@@ -135,6 +142,6 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> DeferredBool | bool:
     )
 
 
-@torch.no_grad()
+@without_graph
 def _copy(source: Weights, into: Weights) -> None:
     torch._foreach_copy_([into[n] for n in source], list(source.values()))

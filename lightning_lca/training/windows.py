@@ -74,7 +74,7 @@ class FineSums:
             neurons: What `neurons` makes of them, summed over processes.
             finite: Whether loss and all credits are finite [] bool; no sum counts a step otherwise.
         """
-        self._add("measured", torch.ones_like(finite, dtype=torch.long), finite)
+        self._add("measured", finite.long())
         self._add("parameters", parameters, finite)
         if self._neurons is not None:
             self._add("neurons", neurons, finite)
@@ -126,9 +126,14 @@ class FineSums:
             metadata["weights"] = {"indices": indices, "of": weights}
         return metadata
 
-    def _add(self, name: str, values: Tensor, finite: Tensor) -> None:
-        counted = torch.where(finite.to(values.device), values, 0)
-        self._sums[name] = self._sums[name] + counted if name in self._sums else counted
+    def _add(self, name: str, values: Tensor, finite: Tensor | None = None) -> None:
+        """Adds to a sum, unless a step is not finite; what is new takes a tensor of its own."""
+        if finite is not None:
+            values = torch.where(finite.to(values.device), values, 0)
+        if name in self._sums:
+            self._sums[name] += values
+        else:
+            self._sums[name] = values
 
     def _gather(self, values: Weights) -> Tensor:
         """Picks the sampled weights' credits: {name: [*shape]} -> [sample] float64 if possible."""
