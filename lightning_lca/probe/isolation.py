@@ -481,7 +481,33 @@ class _Memory:
             same = functools.partial(_same_table, manager, copied)
             self._undo.append((lambda: kept(manager if same() else copied), path))
             return True
+        if type(value) is functools._lru_cache_wrapper:
+            self._keep_cache(value, path)
+            return True
+        if _is_database(value):
+            self._undo.append((_kept_transaction(value), path))
+            return True
         return self._keep_generator(value, path)
+
+    def _keep_cache(self, value: Any, path: _Path) -> None:
+        """Remembers what a function with a cache has in it: results may be random, or a state."""
+        self._push(value.__wrapped__, path)
+        # Its table is out of Python's reach, but not of the collector's.
+        reached = [r for r in gc.get_referents(value) if type(r) not in _ATOMS]
+        table: dict[Any, Any] = next(r for r in reached if type(r) is dict and r is not vars(value))
+        known = dict(table)
+        has_order = value.cache_info().maxsize is not None  # Kept beside the table.
+
+        def undo() -> None:
+            for key in table.keys() - known.keys():
+                del table[key]
+            if not has_order:
+                table.update(known)
+
+        self._undo.append((undo, path))
+        for part in (*reached, *(() if has_order else known.values())):
+            if part is not table:
+                self._push(part, path)
 
     def _keep_generator(self, value: Any, path: _Path) -> bool:
         saved: Any
@@ -766,6 +792,12 @@ class _Memory:
                 package, _, module = type(part).__module__.partition(".")
                 if package in _LIGHTNING and "loops." in module:
                     loops.append((part, _attribute(where, name)))
+        strategy = trainer.strategy
+        where = _attribute(path, "strategy")
+        self._keep_simple(strategy, where)
+        for name in ("accelerator", "precision_plugin"):
+            if (part := getattr(strategy, name, None)) is not None:
+                self._keep_simple(part, _attribute(where, name))
         self._lightly = True
         for i, config in enumerate(getattr(trainer, "lr_scheduler_configs", None) or ()):
             where = _item(_attribute(path, "lr_scheduler_configs"), i)
@@ -803,6 +835,27 @@ class _Memory:
 def _is_ours(kind: Any) -> bool:
     """Whether a class or function is neither of the standard library nor of a known package."""
     return (kind.__module__ or "").partition(".")[0] not in _FOREIGN
+
+
+def _is_database(value: Any) -> bool:
+    """Whether it is a connection to a database of sqlite3, which few programs import."""
+    module = sys.modules.get("sqlite3")
+    return module is not None and isinstance(value, module.Connection)
+
+
+def _kept_transaction(connection: Any) -> Callable[[], object]:
+    """Marks where a database is, and returns what takes it back there."""
+    name = "lightning_lca"
+    changes = connection.total_changes
+    connection.execute(f"SAVEPOINT {name}")
+
+    def undo() -> None:
+        if connection.total_changes == changes and not connection.in_transaction:
+            return  # Ended by the body, which wrote nothing.
+        connection.execute(f"ROLLBACK TO {name}")
+        connection.execute(f"RELEASE {name}")
+
+    return undo
 
 
 def _is_measuring(kind: type) -> bool:

@@ -16,6 +16,7 @@ import os
 import queue
 import random
 import socket
+import sqlite3
 import sys
 import threading
 import types
@@ -675,6 +676,65 @@ def test_the_environment_is_put_back(monkeypatch, fails):
     assert os.getenv("LCA_C") is None
 
 
+@pytest.mark.parametrize("size", [None, 2, 100], ids=["any size", "full", "not full"])
+@pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])
+def test_a_function_with_a_cache_forgets_what_it_was_asked_meanwhile(size, fails):
+    module = nn.Linear(1, 1)
+    pytest.asked = []
+    module.drawn = functools.lru_cache(size)(lambda key: pytest.asked.append(key) or [key])
+    held = [module.drawn(0), module.drawn(1)]
+    with fenced(module, fails=fails):
+        held[0].append("changed")
+        module.drawn(2)
+        if size is None:
+            module.drawn.cache_clear()
+    pytest.asked.clear()
+    assert held == [[0], [1]], "what is in it is put back, too"
+    module.drawn(2)
+    assert pytest.asked == [2]
+    if size != 2:  # A full one has let go of something.
+        assert module.drawn(0) is held[0]
+        assert module.drawn(1) is held[1]
+        assert module.drawn(2) is module.drawn(2)
+        assert pytest.asked == [2]
+    assert [module.drawn(key) for key in range(5)] == [[key] for key in range(5)]
+
+
+@pytest.mark.parametrize("level", [None, ""], ids=["without transactions", "with transactions"])
+@pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])
+def test_a_database_is_taken_back(level, fails):
+    module = nn.Linear(1, 1)
+    module.table = sqlite3.connect(":memory:", isolation_level=level)
+    module.table.execute("CREATE TABLE t(a)")
+    module.table.execute("INSERT INTO t VALUES (1)")
+    before = module.table.in_transaction
+    with fenced(module, fails=fails):
+        module.table.execute("INSERT INTO t VALUES (2)")
+        assert module.table.execute("SELECT a FROM t").fetchall() == [(1,), (2,)]
+    assert module.table.execute("SELECT a FROM t").fetchall() == [(1,)]
+    assert module.table.in_transaction == before
+
+
+def test_a_database_that_is_only_read_is_left_alone():
+    module = nn.Linear(1, 1)
+    module.table = sqlite3.connect(":memory:")
+    module.table.execute("CREATE TABLE t(a)")
+    with fence(module, seed=0):
+        assert module.table.execute("SELECT a FROM t").fetchall() == []
+        module.table.commit()
+    assert not module.table.in_transaction
+
+
+def test_what_was_committed_to_a_database_is_refused():
+    module = nn.Linear(1, 1)
+    module.table = sqlite3.connect(":memory:")
+    module.table.execute("CREATE TABLE t(a)")
+    refused = pytest.raises(MisconfigurationException, match=r"self\.table.* could not be put back")
+    with refused, fence(module, seed=0):
+        module.table.execute("INSERT INTO t VALUES (2)")
+        module.table.commit()
+
+
 # -- what cannot be put back ----------------------------------------------------------------------
 
 
@@ -964,6 +1024,7 @@ def test_what_a_trainer_knows_is_put_back(tmp_path, fails):
     before, loop = state_of(module), trainer.fit_loop
     with fenced(nn.Linear(1, 1), trainer, fails=fails):
         trainer.should_stop, trainer.note = True, 1
+        trainer.strategy.note, trainer.strategy.accelerator.note = 1, 1
         loop.epoch_progress.current.completed += 1
         loop.epoch_loop.batch_progress.total.ready += 1
         loop.epoch_loop._batches_that_stepped += 1
@@ -974,6 +1035,8 @@ def test_what_a_trainer_knows_is_put_back(tmp_path, fails):
         trainer.datamodule.count += 1
         trainer.datamodule.notes.append(2)
     assert (trainer.should_stop, hasattr(trainer, "note")) == (False, False)
+    assert not hasattr(trainer.strategy, "note")
+    assert not hasattr(trainer.strategy.accelerator, "note")
     assert loop.epoch_progress.current.completed == loop.epoch_loop.batch_progress.total.ready == 0
     assert loop.epoch_loop._batches_that_stepped == 0
     assert state_of(module) == before
