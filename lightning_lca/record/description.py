@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class Description:
         is_steady: Whether the wall times of its events never step back.
         windows: What is summed over windows of steps, by name of the table.
         settings: Of the callback, as plain JSON.
+        breakdowns: By name, the names of the shares that credit is split into.
     """
 
     probes: tuple[str, ...]
@@ -63,6 +65,7 @@ class Description:
     is_steady: bool = False
     windows: Mapping[str, Columns] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    breakdowns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes) -> Description:
@@ -96,8 +99,13 @@ class Description:
             raise DescriptionError("it names no probe or no group, expected at least one")
         if len(sizes) != len(groups):
             raise DescriptionError(f"it has {len(groups)} groups and {len(sizes)} sizes")
-        if len(groups) * len(probes) > _COLUMNS:
-            raise DescriptionError(f"it declares {len(groups):,} groups for {len(probes):,} probes")
+        breakdowns = _breakdowns(metadata)
+        columns = 1 + sum(map(len, breakdowns.values()))
+        if len(groups) * len(probes) * columns > _COLUMNS:
+            raise DescriptionError(
+                f"it declares {len(groups):,} groups for {len(probes):,} probes, "
+                f"{columns:,} columns each"
+            )
         if sum(sizes) > LARGEST:
             raise DescriptionError(f"its sizes add up to {sum(sizes)} weights")
         group_by = metadata.get("group_by", "layer")
@@ -122,7 +130,17 @@ class Description:
             is_steady=metadata.get("clock") == STEADY,
             windows=_windows(metadata),
             settings=_settings(metadata),
+            breakdowns=breakdowns,
         )
+
+
+def _breakdowns(metadata: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Checks what credit is split into."""
+    told = _object("breakdowns", metadata.get("breakdowns") or {})
+    for name in told:
+        if not re.fullmatch("[a-z_]{1,40}", _name("breakdowns", name)):
+            raise DescriptionError(f"breakdowns hold {_show(name)}, expected small letters")
+    return {name: _different(name, _names(name, names)) for name, names in told.items()}
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def wide(history: History, rows: slice = slice(None), *, by_layer: bool = False)
     # "lca/" also keeps a name from being a formula.
     for prefix, values in _per_group(history, table, layers).items():
         columns |= {f"{prefix}/{name}": values[:, i] for i, name in enumerate(layers.names)}
+    for share, values in _per_share(history, table, layers).items():
+        columns |= {f"lca/{name}/{share}": values[:, i] for i, name in enumerate(layers.names)}
     return columns
 
 
@@ -49,6 +51,7 @@ def long(history: History) -> Columns:
         "layer": np.tile(np.array(history.groups, dtype=object), len(history)),
     }
     values = _per_group(history, history.rows, Layers.of(history.groups))
+    values |= _per_share(history, history.rows, Layers.of(history.groups))
     return columns | {prefix: v.reshape(-1) for prefix, v in values.items()}
 
 
@@ -61,6 +64,15 @@ def _per_group(history: History, table: StepTable, layers: Layers) -> Columns:
     }
 
 
+def _per_share(history: History, table: StepTable, layers: Layers) -> Columns:
+    """Sums the shares of breakdowns: {"part/noise": [T, layers]}."""
+    return {
+        f"{name}/{share}": layers.sums(table.shares[name][:, :, k].astype(np.float64))
+        for name, breakdown in history.breakdowns.items()
+        for k, share in enumerate(breakdown.names)
+    }
+
+
 def arrays(history: History) -> Columns:
     """Returns the attributes of a history under their own names, tables of windows included.
 
@@ -68,6 +80,9 @@ def arrays(history: History) -> Columns:
     """
     columns: Columns = {name: getattr(history, name) for name in (*_PER_STEP, *_PER_GROUP)}
     columns |= {"groups": np.array(history.groups, dtype=str), "sizes": history.sizes}
+    for name, breakdown in history.breakdowns.items():
+        columns[f"{name}_allocated"] = breakdown.allocated
+        columns[f"{name}_names"] = np.array(breakdown.names, dtype=str)
     for table in ("parameters", "neurons", "weights"):
         windows = getattr(history, table)
         if windows is None:

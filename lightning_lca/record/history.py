@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from lightning_lca.record import summary
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
+    Breakdown,
     Columns,
     Floats,
     Ints,
@@ -45,8 +46,17 @@ class History:
         sizes: Sequence[int] | Ints,
         group_by: str = "layer",
         layers: Sequence[str] | None = None,
+        breakdowns: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Starts an empty table; without layers they are told from the names of the groups."""
+        """Starts an empty table; without layers they are told from the names of the groups.
+
+        Args:
+            groups: Name of every group (G,).
+            sizes: Number of weights of every group [G].
+            group_by: What a group is.
+            layers: The layer that every group belongs to (G,).
+            breakdowns: By name, the names of the shares that credit is split into.
+        """
         self.groups: tuple[str, ...] = tuple(groups)
         self.sizes: Ints = np.array(sizes, np.int64)
         self.group_by = group_by
@@ -57,6 +67,9 @@ class History:
         )
         self.settings: dict[str, Any] = {}
         self.lost = 0
+        self._shares: dict[str, tuple[str, ...]] = {
+            name: tuple(names) for name, names in (breakdowns or {}).items()
+        }
         self._parts: list[StepTable] = [StepTable.none(len(groups))]
         self._windows: dict[str, list[WindowTable]] = {}
         self._declared: dict[str, Columns] = {}
@@ -88,7 +101,7 @@ class History:
 
     def as_it_is(self) -> History:
         """Takes a view of what is there now: later rows and windows do not join it."""
-        now = History(self.groups, self.sizes, self.group_by, self.layers)
+        now = History(self.groups, self.sizes, self.group_by, self.layers, self._shares)
         now.settings, now.lost = dict(self.settings), self.lost
         now._parts = [self.rows]
         now._windows = {name: [table] for name, table in self.windows.items()}
@@ -116,9 +129,33 @@ class History:
     @property
     def rows(self) -> StepTable:
         """The whole table, with counts in place of fractions."""
-        if len(self._parts) > 1:
-            self._parts = [StepTable.join([p for p in self._parts if len(p)] or self._parts[:1])]
-        return self._parts[0]
+        counts = {name: len(names) for name, names in self._shares.items()}
+        parts = [part.split_into(counts) for part in self._parts]
+        if len(parts) > 1:
+            parts = [StepTable.join([p for p in parts if len(p)] or parts[:1])]
+        self._parts = parts
+        return parts[0]
+
+    def go_on_like(self, other: History) -> None:
+        """Takes over what another session says of the same columns: settings, layers, shares."""
+        self.settings, self.layers, self._shares = other.settings, other.layers, other._shares
+
+    @property
+    def breakdowns(self) -> dict[str, Breakdown]:
+        """Credit split into named shares that add up to it, by name of the breakdown.
+
+        See ``breakdown`` of `LCACallback`; empty where it was not asked for.
+        """
+        shares = self.rows.shares
+        return {
+            name: Breakdown(names, shares[name].astype(np.float64, copy=False))
+            for name, names in self._shares.items()
+        }
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """How many shares every breakdown has."""
+        return {name: len(names) for name, names in self._shares.items()}
 
     @property
     def parameters(self) -> WindowTable | None:

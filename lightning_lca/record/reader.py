@@ -123,7 +123,7 @@ class Reader:
                 before = self.histories.get(probe)
                 if before is not None and before.measures_like(history):
                     before.cut(metadata.first_step)
-                    before.settings, before.layers = history.settings, history.layers
+                    before.go_on_like(history)
                     fresh[probe] = before
         self.histories, self.description = fresh, metadata
         self._callback = metadata.callback or self._callback
@@ -211,14 +211,20 @@ def _bytes(parts: dict[str, eventfile.Array]) -> int:
 def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     """Tells the shape of a row of every part of a table; None if there is no such table."""
     if table == "chunk":
-        return StepTable.columns(len(history.groups))
+        return StepTable.columns(len(history.groups), history.shares)
     columns = history.declared(table)
     return None if columns is None else columns.parts()
 
 
 def _empty(metadata: Description) -> History:
     """Makes the table that a session's description asks for."""
-    history = History(metadata.groups, metadata.sizes, metadata.group_by, metadata.layers)
+    history = History(
+        metadata.groups,
+        metadata.sizes,
+        metadata.group_by,
+        metadata.layers,
+        metadata.breakdowns,
+    )
     history.settings = dict(metadata.settings)
     for name, columns in metadata.windows.items():
         history.declare(name, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,22 @@ SCALARS = (
     "trained",
     "seconds",
 )
+_SPLIT = "split_"  # What the parts of the record start with that hold a breakdown.
 LARGEST = 10**15  # Of any count or step: well inside what a float64, and so a web page, holds.
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Credit split into shares that add up to it, for T measured steps and G groups.
+
+    Attributes:
+        names: What the shares are (K,).
+        allocated: Credit of every share [T, G, K], in loss units; negative = helped. Σ over K is
+            the credit of the group. NaN in steps that were measured without it.
+    """
+
+    names: tuple[str, ...]
+    allocated: Floats
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,7 @@ class StepTable:
             finite [T].
         trained: Number of weights that were being trained [T].
         seconds: What the measurement took, as the host saw it [T].
+        shares: By name of a breakdown, what every share was credited [T, G, K].
     """
 
     steps: Ints
@@ -61,12 +77,26 @@ class StepTable:
     converged: npt.NDArray[np.bool_]
     trained: Ints
     seconds: Floats
+    shares: Mapping[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> StepTable:
-        return StepTable(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        shares = {name: values[rows] for name, values in self.shares.items()}
+        return StepTable(**{n: getattr(self, n)[rows] for n in _columns()}, shares=shares)
+
+    def split_into(self, counts: Mapping[str, int]) -> StepTable:
+        """Takes the same steps with just these breakdowns {name: shares}; NaN where one lacks."""
+        if {name: values.shape[2] for name, values in self.shares.items()} == counts:
+            return self
+        shape = self.allocated.shape
+        shares: dict[str, Floats] = {}
+        for name, count in counts.items():
+            values = self.shares.get(name, np.full((*shape, count), np.nan))
+            fits = values.shape[2] == count
+            shares[name] = values if fits else np.full((*shape, count), np.nan)
+        return replace(self, shares=shares)
 
     @property
     def finite(self) -> npt.NDArray[np.bool_]:
@@ -84,8 +114,10 @@ class StepTable:
     @classmethod
     def join(cls, parts: Sequence[StepTable]) -> StepTable:
         """Stacks tables on top of each other."""
+        shares = {name: np.concatenate([p.shares[name] for p in parts]) for name in parts[0].shares}
         return cls(
-            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+            **{name: np.concatenate([getattr(p, name) for p in parts]) for name in _columns()},
+            shares=shares,
         )
 
     @classmethod
@@ -93,14 +125,13 @@ class StepTable:
         """Makes a table without rows."""
         wide = {"allocated": float, "helping": np.int64, "hurting": np.int64}
         kinds = {"steps": np.int64, "splits": np.int64, "trained": np.int64, "converged": np.bool_}
-        return cls(
-            **{
-                f.name: np.empty((0, groups), wide[f.name])
-                if f.name in wide
-                else np.empty(0, kinds.get(f.name, float))
-                for f in fields(cls)
-            }
-        )
+        columns: dict[str, Any] = {
+            name: np.empty((0, groups), wide[name])
+            if name in wide
+            else np.empty(0, kinds.get(name, float))
+            for name in _columns()
+        }
+        return cls(**columns)
 
     def parts(self, sizes: Ints) -> dict[str, eventfile.Array]:
         """Returns the arrays that the record keeps: credits to float32, everything else exactly."""
@@ -112,6 +143,7 @@ class StepTable:
             # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
             "idle": (sizes - self.helping - self.hurting).astype(narrow),
             "scalars": np.stack([getattr(self, name).astype(float) for name in SCALARS], 1),
+            **{f"{_SPLIT}{name}": _single(values) for name, values in self.shares.items()},
         }
 
     @classmethod
@@ -123,14 +155,20 @@ class StepTable:
                 measured.
         """
         steps, allocated, helping, idle, scalars = (parts[name] for name in cls.columns(0))
-        expected = cls.columns(len(sizes))
+        shares = {
+            name.removeprefix(_SPLIT): part
+            for name, part in parts.items()
+            if name.startswith(_SPLIT)
+        }
+        counts = {name: part.shape[-1] if part.ndim else 0 for name, part in shares.items()}
+        expected = cls.columns(len(sizes), counts)
         for name, columns in expected.items():
             if parts[name].shape != (len(steps), *columns):
                 shape = (len(steps), *columns)
                 raise ValueError(f"{name} has shape {parts[name].shape}, expected {shape}.")
         _check_kinds("iu", steps=steps)
         _check_kinds("u", helping=helping, idle=idle)
-        _check_kinds("f", allocated=allocated, scalars=scalars)
+        _check_kinds("f", allocated=allocated, scalars=scalars, **shares)
         _check_steps(steps)
         named = dict(zip(SCALARS, scalars.T.astype(np.float64), strict=True))
         exact = {"splits": np.int64, "converged": np.bool_, "trained": np.int64}
@@ -138,27 +176,39 @@ class StepTable:
             most = 1 if name == "converged" else LARGEST
             if not ((named[name] >= 0) & (named[name] <= most)).all():
                 raise ValueError(f"{name} holds numbers beyond 0 to {most}.")
-        counts = helping.dtype
+        kind = helping.dtype
         return cls(
             steps=steps.astype(np.int64, copy=False),
             allocated=allocated,
             helping=helping,
             # Modulo 2^bits, so that it needs no wider numbers.
-            hurting=sizes.astype(counts) - helping - idle.astype(counts, copy=False),
+            hurting=sizes.astype(kind) - helping - idle.astype(kind, copy=False),
+            shares=shares,
             **{name: column.astype(exact.get(name, np.float64)) for name, column in named.items()},
         )
 
     @staticmethod
-    def columns(groups: int) -> dict[str, tuple[int, ...]]:
-        """Tells the shape of a row of every part of the record."""
+    def columns(groups: int, counts: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+        """Tells the shape of a row of every part of the record.
+
+        Args:
+            groups: How many there are.
+            counts: Of every breakdown, how many shares it has.
+        """
         wide = (groups,)
-        return {
+        split = {f"{_SPLIT}{name}": (groups, count) for name, count in (counts or {}).items()}
+        return split | {
             "steps": (),
             "allocated": wide,
             "helping": wide,
             "idle": wide,
             "scalars": (len(SCALARS),),
         }
+
+
+def _columns() -> list[str]:
+    """Names the columns of a table of steps, breakdowns apart."""
+    return [f.name for f in fields(StepTable) if f.name != "shares"]
 
 
 @dataclass(frozen=True)

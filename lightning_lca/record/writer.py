@@ -45,6 +45,7 @@ class RecordWriter:
         sizes: Ints,
         stream: Callable[[], Any] | None,
         warn: Callable[[str], None],
+        shares: int = 0,
     ) -> None:
         """Writes nothing yet.
 
@@ -54,6 +55,7 @@ class RecordWriter:
             stream: Finds the writer of events (``add_event``, ``flush``) of an open file there;
                 None: a file of our own.
             warn: Says what went wrong.
+            shares: How many numbers of every group breakdowns hold in a step, at most.
         """
         self._log_dir = log_dir
         self._sizes = sizes
@@ -69,7 +71,8 @@ class RecordWriter:
         self._wrote = time.monotonic()
         self._latest = -math.inf  # Wall time of the latest event; before the first, not known.
         # An event of moderate size never holds the writer's thread for long.
-        self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * max(1, len(sizes)))))
+        numbers = max(1, len(sizes)) * max(1, shares)
+        self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * numbers)))
 
     def describe(self, metadata: Mapping[str, Any], step: int | None = None) -> None:
         """Takes what describes a session of the record.

@@ -296,7 +296,7 @@ class Meter:
         if history is None:
             return None
         if history.measures_like(self.history):
-            history.settings, history.layers = self.history.settings, self.history.layers
+            history.go_on_like(self.history)
             self.history = history
             return history
         warnings.warn(
