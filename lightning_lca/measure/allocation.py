@@ -294,7 +294,11 @@ def first_order(gradient: Weights, segment: Segment) -> Tensor:
 
 @torch.no_grad()
 def halve(
-    field: Field, segment: Segment, values: Weights, add_up: Callable[[Tensor], None]
+    field: Field,
+    segment: Segment,
+    values: Weights,
+    add_up: Callable[[Tensor], None],
+    also: Callable[[Weights, float], None] | None = None,
 ) -> None:
     """Turns credits by Simpson's rule into those by the same rule on both halves, in place.
 
@@ -306,11 +310,14 @@ def halve(
         segment: As for `mean_gradient`.
         values: Credits {name: [*shape]} by `SIMPSON`.
         add_up: Sums products [*shape] over processes that share the field, in place.
+        also: Gets every gradient with its weight; what it sums is to be halved before, too.
     """
     for value in values.values():
         value.mul_(0.5)
     for s, weight in ((0.25, 4 / 12), (0.5, -2 / 12), (0.75, 4 / 12)):
         gradient = _gradient(field(segment.at(s)))
+        if also is not None:
+            also(gradient, weight)
         for name, start in segment.start.items():
             stop, slope, value = segment.stop[name], gradient[name], values[name]
             for start_, stop_, slope_, value_ in pieces(start, stop, slope, value):

@@ -7,6 +7,7 @@ of a bias joins the row of its unit.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from lightning_lca.measure.sums import (
     pieces_of,
     runs_of,
 )
-from lightning_lca.measure.tensors import CHUNK, LARGE, Flat, bundles, on_accelerator
+from lightning_lca.measure.tensors import ALIGNED, CHUNK, LARGE, Flat, bundles, on_accelerator
 
 GroupBy = Literal["parameter", "layer", "neuron"]
 
@@ -84,6 +85,14 @@ class _Rows:
         if self.dim == 1:
             values = values.reshape(self.blocks, -1, *values.shape[1:]).movedim(2, 1)
         return values.reshape(len(self.groups), -1 if values.numel() else 0)
+
+    def of_elements(self, shape: Sequence[int]) -> Tensor:
+        """Returns the group of every element [*shape]."""
+        if self.dim == 1:
+            table = self.groups.view(self.blocks, 1, -1, *[1] * (len(shape) - 2))
+            inputs = shape[0] // self.blocks
+            return table.expand(self.blocks, inputs, *shape[1:]).reshape(tuple(shape))
+        return self.groups.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,36 @@ class Grouping:
             self._plans = {key: self._plan(names, values, _pieces(rows), None, device)}
         plan = self._plans[key]
         return self._added_up([_of_rows(rows, plan.pieces)] if rows else [], plan)
+
+    def blocks(self, values: Flat) -> tuple[int, list[Tensor]]:
+        """Cuts memories into blocks of equal length, each of which belongs to one group.
+
+        Returns:
+            The length; and for every memory the group of every block [blocks], one more than there
+            are for what is in none.
+        """
+        rows = {n: self._rows[n] for n in values if n in self._rows and self._rows[n].is_counted}
+        lost = {n for n in rows if self._is_resized(n, values[n]) and len(rows[n].groups) != 1}
+        block = ALIGNED
+        for name, row in rows.items():
+            if name not in lost and len(row.groups) > 1:
+                width = values[name].numel() // len(row.groups)
+                block = math.gcd(block, width if self._is_in_order(name, values[name]) else 1)
+        none = len(self.names)
+        index = [torch.full((len(w) // block,), none) for w in values.wholes]
+        for name, row in rows.items():
+            memory, begin, length = values.spans[name]
+            if name in lost or not length:
+                continue
+            place = index[memory][begin // block : -(-(begin + length) // block)]
+            if len(row.groups) == 1:
+                place.fill_(int(row.groups[0]))
+            elif self._is_in_order(name, values[name]):
+                place.copy_(row.groups.repeat_interleave(length // len(row.groups) // block))
+            else:
+                shape, strides = values[name].shape, values[name].stride()
+                index[memory].as_strided(shape, strides, begin).copy_(row.of_elements(shape))
+        return block, [i.to(w.device) for i, w in zip(index, values.wholes, strict=True)]
 
     def _sums_side_by_side(self, values: Flat) -> GroupSums:
         """Does the same where small tensors share a memory: in few operations for all of them."""

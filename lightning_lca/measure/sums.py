@@ -157,7 +157,7 @@ def _in_blocks(part: list[tuple[int, int, int, int]]) -> Run:
         if first > at:  # Tensors that others count lie between.
             into.append(torch.full(((first - at) // block,), -1))
         end = first + -(-length // ALIGNED) * ALIGNED
-        of_each = torch.arange((end - first) // block) * block // max(1, length // count)
+        of_each = torch.arange((end - first) // block) * block // max(1, length // max(1, count))
         into.append(row + of_each.clamp(max=count - 1))
         row, at = row + count, end
     places = torch.cat(into)

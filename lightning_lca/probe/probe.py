@@ -447,6 +447,11 @@ class Probe:
         return sample
 
     @property
+    def live(self) -> Weights:
+        """The parameters that are trained now {name: [*shape]}."""
+        return self._live()
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(iter(self._devices))

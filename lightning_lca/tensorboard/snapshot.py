@@ -104,7 +104,8 @@ class Table:
     @property
     def bytes(self) -> int:
         """Memory that the arrays take."""
-        columns = [getattr(self.rows, f.name) for f in fields(self.rows)]
+        columns = [getattr(self.rows, f.name) for f in fields(self.rows) if f.name != "shares"]
+        columns += self.rows.shares.values()
         columns += [] if self.neurons is None else [self.neurons.allocated]
         return sum(column.nbytes for column in columns)
 

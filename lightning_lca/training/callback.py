@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -73,6 +73,10 @@ class LCACallback(LightningCallback):
         figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow),
             or as PNG files in ``log_dir``, up to ten times per run and at its end.
         custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
+        breakdown: Splits every credit into shares that add up to it, `History.breakdowns`: "part"
+            says what the optimizer's step was made of (signal, momentum, weight_decay, noise,
+            other), "order" what the gradient at the start foretold and what curvature changed.
+            True: both. Takes no further gradient, and one more copy of the weights.
 
     Attributes:
         log_dir: Directory of the record, while and after training.
@@ -104,6 +108,7 @@ class LCACallback(LightningCallback):
         neurons: bool = False,
         figures: bool = True,
         custom_scalars: bool = False,
+        breakdown: bool | str | Sequence[str] = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
         super().__init__()
@@ -125,6 +130,7 @@ class LCACallback(LightningCallback):
             neurons=neurons,
             figures=figures,
             custom_scalars=custom_scalars,
+            breakdown=breakdown,
         )
         self.log_dir: FilePath | None = None
         self._training: Training | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from lightning_lca.measure.allocation import (
 from lightning_lca.measure.groups import Grouping, GroupSums
 from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
+from lightning_lca.measure.shares import Shares
 from lightning_lca.measure.tensors import DeferredBool
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
@@ -47,7 +49,7 @@ _NOISE = 1e-6  # Of the loss; what lies below is rounding.
 
 @dataclass(frozen=True)
 class _Pending:
-    """A measured step, its row on the device: [loss before, loss after, 3 x groups]."""
+    """A measured step, its row on the device: [loss before, loss after, 3 x groups, shares]."""
 
     step: int
     splits: int
@@ -88,6 +90,7 @@ class Meter:
         settings: Settings,
         grouping: Grouping,
         ranks: Ranks,
+        shares: Shares | None = None,
     ) -> None:
         """Starts with an empty history.
 
@@ -97,9 +100,17 @@ class Meter:
             settings: The rule, the tolerance, and what finer sums are kept.
             grouping: How weights are summed.
             ranks: The processes that share the probe.
+            shares: Splits credit, where that is asked for.
         """
         self.probe = probe
-        self.history = History(grouping.names, grouping.sizes, grouping.by, grouping.layers)
+        self.history = History(
+            grouping.names,
+            grouping.sizes,
+            grouping.by,
+            grouping.layers,
+            {} if shares is None else shares.names,
+        )
+        self._shares = shares
         self._fine = FineSums(
             module,
             grouping,
@@ -147,6 +158,8 @@ class Meter:
             self._buffer = Buffer.of(segment)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
+        if self._shares is not None:
+            first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         if self._tolerance is None:
             gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
@@ -158,6 +171,7 @@ class Meter:
             )
             if tries:
                 self._note_futile(ends.settled)
+        split = self._parts_of(gradient, segment)
         values = credit(gradient, segment)
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
@@ -167,10 +181,11 @@ class Meter:
             if self._misses_all(sums, losses):
                 # The gradient at the stop is let go of, so that no further memory is needed.
                 ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
-                sums = self._halved(values, segment, sums, losses)
+                sums = self._halved(values, segment, sums, losses, split)
         self._measured += 1
         row = torch.cat([losses, sums.table.reshape(-1)])
         finite = row.isfinite().all()
+        row = self._with_shares(row, split, segment)
         self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
             self._spread = self._distributions.of(values)
@@ -202,6 +217,11 @@ class Meter:
         self._reuse.rests = True
 
     @property
+    def breakdowns(self) -> dict[str, tuple[str, ...]]:
+        """Names of the shares that credit is split into, by breakdown."""
+        return {} if self._shares is None else self._shares.names
+
+    @property
     def audits(self) -> int:
         """Starts evaluated only to check a kept one."""
         return self._reuse.audits
@@ -223,14 +243,15 @@ class Meter:
             return StepTable.none(groups)
         pending, self._pending = self._pending, []
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
-        allocated, helping, hurting = np.split(table[:, 2:], 3, axis=1)
+        columns, rest = np.split(table, [2 + 3 * groups], axis=1)
+        allocated, helping, hurting = np.split(columns[:, 2:], 3, axis=1)
         before, after = table[:, 0], table[:, 1]
         known = before[0] if self._loss is None else self._loss
         with np.errstate(invalid="ignore", over="ignore"):
             residual = after - before - allocated.sum(1)
             drift = before - np.concatenate([[known], after[:-1]])
         self._loss = float(after[-1])
-        finite = np.isfinite(table).all(1) & np.isfinite(drift)
+        finite = np.isfinite(columns).all(1) & np.isfinite(drift)
         rows = StepTable(
             steps=np.array([p.step for p in pending], np.int64),
             allocated=allocated.copy(),
@@ -244,6 +265,7 @@ class Meter:
             converged=finite & np.array([p.converged is not False for p in pending]),
             trained=np.array([p.trained for p in pending], np.int64),
             seconds=np.array([p.seconds for p in pending]),
+            shares=_completed(rest, allocated, self.history.shares),
         )
         self.history.append(rows)
         if self._looks:
@@ -333,11 +355,27 @@ class Meter:
         misses = DeferredBool(left > torch.maximum(sums.credit.abs().sum(), noise))
         return self._ranks.all([misses], self.probe.device)[0]
 
-    def _halved(self, values: Weights, segment: Segment, sums: _Sums, losses: Tensor) -> _Sums:
+    def _halved(
+        self,
+        values: Weights,
+        segment: Segment,
+        sums: _Sums,
+        losses: Tensor,
+        split: Tensor | None,
+    ) -> _Sums:
         """Measures a segment in two halves, its credits in place, and goes on watching."""
+        also = None
+        if split is not None:
+            split.mul_(0.5)
+
+            def also(gradient: Weights, weight: float) -> None:
+                more = self._parts_of(gradient, segment)
+                if more is not None:
+                    split.add_(more, alpha=weight)
+
         change = losses[1] - losses[0]
         before = (change - sums.credit.sum()).abs()
-        halve(self.probe, segment, values, self._add_shares)
+        halve(self.probe, segment, values, self._add_shares, also)
         sums = self._sum(values, losses.clone(), is_summed=True)
         helps = DeferredBool((change - sums.credit.sum()).abs() < before / 2)
         self._note_futile(not self._ranks.all([helps], self.probe.device)[0])
@@ -349,6 +387,40 @@ class Meter:
         """Adds up what ranks find for whole weights; of cut ones each has its own part."""
         if self._grouping.is_whole:
             self._ranks.sum([product])
+
+    def _begin_shares(self, shares: Shares, first: Sample | None, segment: Segment) -> Sample:
+        """Keeps the gradient at the start, of all ranks together where it is not split alike."""
+        if first is None or first.gradient is None:
+            first = self.probe(segment.at(0.0))
+        assert first.gradient is not None
+        shares.begin(first.gradient)
+        if self._tolerance is None and "part" in shares.names:
+            self._ranks.sum(shares.start.wholes)
+        return first
+
+    def _parts_of(self, gradient: Weights, segment: Segment) -> Tensor | None:
+        """Sums what the parts of a step are credited by a gradient [parts - 1, groups]."""
+        if self._shares is None or "part" not in self._shares.names:
+            return None
+        return self._shares.parts(gradient, segment, self.probe.live)
+
+    def _with_shares(self, row: Tensor, split: Tensor | None, segment: Segment) -> Tensor:
+        """Adds to a row what shares are credited, but for the last of each breakdown."""
+        if self._shares is None:
+            return row
+        found: list[Tensor] = []
+        for name in self._shares.names:
+            if name == "part":
+                assert split is not None
+                if self._tolerance is None:
+                    self._ranks.sum([split])
+                found.append(split.reshape(-1))
+            else:
+                order = self._shares.first_order(segment)
+                if self._tolerance is None and "part" not in self._shares.names:
+                    self._ranks.sum([order])
+                found.append(order)
+        return torch.cat([row, *found])
 
     def _note_futile(self, futile: bool) -> None:
         """Counts steps in a row where finer panels gained nothing."""
@@ -389,6 +461,28 @@ class Meter:
         self.last = Allocation(
             copies, ends.loss_before, last.loss, ends.splits, ends.converged, last
         )
+
+
+def _completed(
+    found: npt.NDArray[np.float64], allocated: npt.NDArray[np.float64], counts: dict[str, int]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Adds the last share of every breakdown, what the others leave of credit.
+
+    Args:
+        found: Of every breakdown, what all its shares but the last were credited, one after the
+            other [T, (shares - 1) x groups, ...].
+        allocated: Credit [T, groups].
+        counts: Of every breakdown, how many shares it has.
+    """
+    steps, groups = allocated.shape
+    shares, at = {}, 0
+    for name, count in counts.items():
+        width = (count - 1) * groups
+        known = found[:, at : at + width].reshape(steps, count - 1, groups)
+        last = allocated - known.sum(1)
+        shares[name] = np.concatenate([known, last[:, None]], 1).transpose(0, 2, 1)
+        at += width
+    return shares
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lightning_lca.measure.quadrature import SIMPSON, Quadrature, as_quadrature
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
+BREAKDOWNS = ("part", "order")
 
 
 @dataclass
@@ -59,16 +60,24 @@ class Settings:
     neurons: bool
     figures: bool
     custom_scalars: bool
+    breakdown: tuple[str, ...]
 
     @classmethod
-    def check(cls, *, probe: Any, quadrature: Any, **arguments: Any) -> Settings:
+    def check(
+        cls, *, probe: Any, quadrature: Any, breakdown: Any = (), **arguments: Any
+    ) -> Settings:
         """Builds the settings from what was typed.
 
         Raises:
             ValueError: An argument out of range.
             TypeError: One of the wrong type.
         """
-        settings = cls(sources=_sources(probe), rule=as_quadrature(quadrature), **arguments)
+        settings = cls(
+            sources=_sources(probe),
+            rule=as_quadrature(quadrature),
+            breakdown=_breakdowns(breakdown),
+            **arguments,
+        )
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
         _one_of("group_by", settings.group_by, get_args(GroupBy))
         _one_of("segments", settings.segments, get_args(Segments))
@@ -105,6 +114,8 @@ class Settings:
                     f"{1 + settings.max_overhead:g} times as long. It is a share, at most 1: "
                     "max_overhead=0.1 is 10 %. Leave it out where there is no limit."
                 )
+        if settings.breakdown:
+            _check_breakdown(settings, chords=chords)
         if settings.tolerance is not None:
             _number("tolerance", settings.tolerance, " in loss units, e.g. 1e-3")
             if settings.rule != SIMPSON:
@@ -129,6 +140,7 @@ class Settings:
             rest = f", probe_batches={self.probe_batches}, loss_fn={loss_fn}, "
             rest += f"tolerance={self.tolerance}, max_splits={self.max_splits}, seed={self.seed}, "
             rest += f"track_parameters={self.track_parameters}, neurons={self.neurons}"
+            rest += f", breakdown={list(self.breakdown)}" if self.breakdown else ""
         return (
             f"LCACallback(probe={'+'.join(probes)}, probe_mode={self.probe_mode}, "
             f"{budget}every_n_steps={self.every_n_steps}, quadrature={self.rule.name}, "
@@ -147,6 +159,7 @@ class Settings:
             "tolerance": self.tolerance,
             "max_splits": self.max_splits,
             "seed": self.seed,
+            "breakdown": list(self.breakdown),
         }
 
 
@@ -196,6 +209,36 @@ def _source(source: Any, what: str = "probe") -> Any:
             "probe=[next(iter(loader))]."
         )
     return source
+
+
+def _breakdowns(breakdown: Any) -> tuple[str, ...]:
+    """Lists what credit is split into, each once."""
+    if isinstance(breakdown, bool):
+        return BREAKDOWNS if breakdown else ()
+    names = [breakdown] if isinstance(breakdown, str) else breakdown
+    if not isinstance(names, list | tuple):
+        raise TypeError(
+            "breakdown must be True, False or a list of names, got "
+            f"{type(breakdown).__name__}. Names: {', '.join(map(repr, BREAKDOWNS))}."
+        )
+    for name in names:
+        _one_of("breakdown", name, BREAKDOWNS)
+    return tuple(dict.fromkeys(names))
+
+
+def _check_breakdown(settings: Settings, *, chords: bool) -> None:
+    if not settings.rule.first_is_start:
+        raise ValueError(
+            "A breakdown needs the gradient at the start of a step, which "
+            f'quadrature={settings.rule.name!r} does not take. Choose quadrature="simpson".'
+        )
+    if "part" in settings.breakdown and (chords or settings.segments == "step"):
+        raise ValueError(
+            'breakdown="part" splits single optimizer steps, so it needs every_n_steps=1, no '
+            f'max_overhead and segments="batch"; got every_n_steps={settings.every_n_steps}, '
+            f"max_overhead={settings.max_overhead} and segments={settings.segments!r}. "
+            'breakdown=["order"] splits chords, too.'
+        )
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

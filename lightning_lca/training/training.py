@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment
 from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.motion import Steps, known
 from lightning_lca.measure.parameters import (
     LiveWeights,
     any_cut,
@@ -20,6 +21,7 @@ from lightning_lca.measure.parameters import (
     named_parameters,
     parts,
 )
+from lightning_lca.measure.shares import Shares
 from lightning_lca.probe.batches import ProbeBatches
 from lightning_lca.probe.loss import NoLossError
 from lightning_lca.probe.precision import Rounding
@@ -82,6 +84,7 @@ class Training:
         self._ranks = Ranks.of(trainer)
         self._grouping = Grouping(module, settings.group_by, trainer.global_rank)
         self.snapshots = Snapshots()
+        self._steps = Steps(trainer.optimizers if "part" in settings.breakdown else ())
         self.meters: dict[str | None, Meter] = {
             name: self._meter(module, self._probe(trainer, module)) for name in settings.sources
         }
@@ -119,6 +122,12 @@ class Training:
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Opens the record, and goes on where a checkpoint left off."""
+        if self._steps.unknown:
+            tell(
+                trainer,
+                f"LCA: steps of {', '.join(dict.fromkeys(self._steps.unknown))} cannot be split: "
+                f'their credit is one part, "step". Known are {known()} of torch.optim.',
+            )
         kept, self._kept = self._kept, None
         started_at = first_step = trainer.global_step
         if kept:
@@ -175,6 +184,7 @@ class Training:
         if not self.snapshots.is_open:
             self._opened_at = self._counter.done
             self.snapshots.open(self._trained)
+            self._steps.clear()
             if self._budget is not None:
                 self._budget.begin(self._opened_at, self.snapshots.start)
 
@@ -299,6 +309,7 @@ class Training:
     def end(self, trainer: Trainer, module: LightningModule) -> None:
         """Measures what is left of the last chord, logs it and closes the record."""
         self._counter.leave()
+        self._steps.leave()
         for meter in self.meters.values():
             meter.rest()
         x, done = 0, self._counter.done
@@ -318,6 +329,7 @@ class Training:
     def abort(self) -> None:
         """Writes what was measured, after an error that is none of ours; raises nothing."""
         self._counter.leave()
+        self._steps.leave()
         try:
             self.reporter.close()
         except Exception as error:
@@ -358,7 +370,9 @@ class Training:
         )
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
-        return Meter(probe, module, self._settings, self._grouping, self._ranks)
+        breakdown = self._settings.breakdown
+        shares = Shares(breakdown, self._grouping, self._steps) if breakdown else None
+        return Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
 
     def _metadata(self, module: LightningModule, key: str) -> dict[str, Any]:
         """Returns what a reader of the record must know, as JSON."""
@@ -374,6 +388,7 @@ class Training:
             "windows": next(iter(self.meters.values())).windows,
             "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
             "settings": self._settings.describe(),
+            "breakdowns": next(iter(self.meters.values())).breakdowns,
         }
 
     def _resume(self, kept: dict[str, Any], histories: dict[str | None, History]) -> None:
