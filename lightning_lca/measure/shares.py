@@ -178,11 +178,13 @@ class Shares:
         """Shows a stretch of weights that lie side by side [elements], in the type of sums."""
         if isinstance(weights, Flat) and weights.spans == self.start.spans:
             return weights.wholes[at.memory][at.begin : at.end].to(like.dtype)
-        return self._gather([weights[n] for n in at.names], at, like)
+        return self._gather([weights[n] for n in at.names], at, like, 0.0)
 
-    def _gather(self, tensors: Sequence[Tensor], at: _Stretch, like: Tensor) -> Tensor:
-        """Copies tensors [*shape] side by side [elements]; gaps hold ones."""
-        room = torch.ones_like(like)
+    def _gather(
+        self, tensors: Sequence[Tensor], at: _Stretch, like: Tensor, gap: float = 1.0
+    ) -> Tensor:
+        """Copies tensors [*shape] side by side [elements], with a number in the gaps."""
+        room = torch.full_like(like, gap)
         for name, tensor in zip(at.names, tensors, strict=True):
             if tensor.layout != torch.strided:
                 tensor = tensor.to_dense()
