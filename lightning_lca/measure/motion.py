@@ -38,19 +38,23 @@ Divisor = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Form:
-    """The numbers of one step in the form above.
+    """The numbers of one step in the form above, with m = b · before.
 
     Attributes:
         a: What the gradient is multiplied with.
-        momentum: The term m of the state [elements]; None: there is none.
-        divides: Whether d divides m, too.
+        b: What the term of the state is multiplied with.
+        before: The term of the state before the step [elements]; None: there is none.
+        divides: Whether d divides it, too.
         divisor: d as a function of the gradient [elements]; None: 1.
+        own: d of the gradient that the step took [elements].
     """
 
     a: Number
-    momentum: Tensor | None = None
+    b: Number = 0.0
+    before: Tensor | None = None
     divides: bool = True
     divisor: Divisor | None = None
+    own: Tensor | None = None
 
 
 @dataclass
@@ -219,40 +223,70 @@ def parts(
         >>> [(name, round(part.item(), 4)) for name, part in zip(PARTS, split)][:4]
         [('signal', -1.0), ('momentum', 0.0), ('weight_decay', -0.1), ('noise', -0.5)]
     """
+    ones = torch.ones_like(motion)
+    signal, momentum, decay, whole = (
+        torch.zeros_like(motion) if term is None else term[0] * term[1]
+        for term in terms(step, moments, gradient, probe, weight, motion, ones)
+    )
+    return [signal, momentum, decay, whole - signal - momentum - decay, motion - whole]
+
+
+Term = tuple[Tensor, Number] | None
+
+
+@torch.no_grad()
+def terms(
+    step: Step,
+    moments: Mapping[str, Tensor],
+    gradient: Tensor,
+    probe: Tensor,
+    weight: Tensor,
+    motion: Tensor,
+    times: Tensor,
+) -> list[Term]:
+    """Returns signal, momentum, weight decay, and the whole step, each times something.
+
+    In as few passes as there can be: noise is what the first three leave of the fourth.
+
+    Args:
+        step: As for `parts`.
+        moments: As for `parts`.
+        gradient: As for `parts`.
+        probe: As for `parts`.
+        weight: As for `parts`.
+        motion: As for `parts`.
+        times: What all are multiplied with [elements].
+
+    Returns:
+        Of each, numbers [elements] and one that they are to be multiplied with; None: zero.
+    """
     settings = step.settings
     sign = -1.0 if settings.get("maximize") else 1.0
-    rate, decay = settings["lr"], settings.get("weight_decay", 0.0)
+    rate, fades = settings["lr"], settings.get("weight_decay", 0.0)
     decoupled = bool(settings.get("decoupled_weight_decay")) or step.kind in ("AdamW", "Lion")
     if step.kind == "SGD" and settings["nesterov"]:
         gradient = _before_nesterov(gradient, moments, motion, step)
-    own, other = sign * gradient, sign * probe
-    coupled = weight * decay if decay and not decoupled else None
-    if coupled is not None:
-        own, other = own + coupled, other + coupled
+    own, other = (-gradient, -probe) if sign < 0 else (gradient, probe)
+    is_coupled = bool(fades) and not decoupled
+    if is_coupled:
+        own, other = torch.add(own, weight, alpha=fades), torch.add(other, weight, alpha=fades)
     form = _FORMS[step.kind](settings, step.state, moments, own)
-    mine, theirs = _divisors(form, own, other)
-    signal = _over(probe * (-sign * form.a), theirs)
-    faded = -rate * decay * weight if decay and decoupled else None
-    if coupled is not None:
-        faded = _over(coupled * -form.a, theirs)
-    noise = _over(own * -form.a, mine) - _over(other * -form.a, theirs)
-    momentum = torch.zeros_like(signal)
-    if form.momentum is not None:
-        momentum = -form.momentum
-        if form.divides:
-            noise += _over(momentum, mine) - _over(momentum, theirs)
-            momentum = _over(momentum, theirs)
-    split = [signal, momentum, torch.zeros_like(signal) if faded is None else faded, noise]
-    return [*split, motion - split[0] - split[1] - split[2] - split[3]]
-
-
-def _over(value: Tensor, divisor: Tensor | None) -> Tensor:
-    return value if divisor is None else value / divisor
-
-
-def _divisors(form: _Form, own: Tensor, other: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Returns d of the step's own gradient and of the probe's; None: 1."""
-    return (None, None) if form.divisor is None else (form.divisor(own), form.divisor(other))
+    by_probe = times if form.divisor is None else times / form.divisor(other)
+    by_own = times if form.own is None else times / form.own
+    signal = probe * by_probe, -sign * form.a
+    decay = None
+    if fades:
+        decay = (
+            (weight * by_probe, -form.a * fades) if is_coupled else (weight * times, -rate * fades)
+        )
+    whole = own * by_own * -form.a
+    momentum = None
+    if form.before is not None:
+        momentum = form.before * (by_probe if form.divides else times), -form.b
+        whole.add_(form.before * (by_own if form.divides else times) * -form.b)
+    if decay is not None and not is_coupled:
+        whole.add_(decay[0] * decay[1])
+    return [signal, momentum, decay, (whole, 1.0)]
 
 
 def _before_nesterov(
@@ -288,16 +322,21 @@ def _sgd(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: T
         return _Form(rate)
     # buffer = momentum · before + damped · own, or own in the first step, which is not damped.
     damped = 1.0 if state.get("first") else 1.0 - settings["dampening"]
-    before = buffer - damped * own
+    before = torch.sub(buffer, own, alpha=damped)
     if settings["nesterov"]:
-        return _Form(rate * (1.0 + momentum * damped), rate * momentum * before)
-    return _Form(rate * damped, rate * before)
+        return _Form(rate * (1.0 + momentum * damped), rate * momentum, before)
+    return _Form(rate * damped, rate, before)
 
 
 def _second_moment(moment: Tensor, own: Tensor, beta: float) -> Divisor:
     """Returns the second moment as a function of the gradient that the step took."""
-    before = (moment - (1.0 - beta) * own.square()).clamp_(min=0.0)
-    return lambda gradient: before + (1.0 - beta) * gradient.square()
+    before = torch.addcmul(moment, own, own, value=beta - 1.0).clamp_(min=0.0)
+    return lambda gradient: torch.addcmul(before, gradient, gradient, value=1.0 - beta)
+
+
+def _root(moment: Tensor, corrected: Number, eps: float) -> Tensor:
+    """Returns √(moment / corrected) + eps, in place."""
+    return moment.sqrt_().mul_(corrected**-0.5).add_(eps)
 
 
 def _adam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
@@ -305,17 +344,23 @@ def _adam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: 
     step = _number(state["step"])
     corrected, corrected2 = 1.0 - beta**step, 1.0 - beta2**step
     second = _second_moment(moments["exp_avg_sq"], own, beta2)
-    maximum = moments.get("old_maximum")
+    maximum = moments.get("old_maximum") if settings["amsgrad"] else None
 
     def divisor(gradient: Tensor) -> Tensor:
         moment = second(gradient)
-        if maximum is not None and settings["amsgrad"]:
+        if maximum is not None:
             moment = torch.maximum(moment, maximum)
-        root: Tensor = (moment / corrected2).sqrt_()
-        return root.add_(eps)
+        return _root(moment, corrected2, eps)
 
-    before = moments["exp_avg"] - (1.0 - beta) * own
-    return _Form(rate * (1.0 - beta) / corrected, rate / corrected * before, divisor=divisor)
+    after = moments["exp_avg_sq"]
+    after = after.clone() if maximum is None else torch.maximum(after, maximum)
+    return _Form(
+        rate * (1.0 - beta) / corrected,
+        rate / corrected,
+        torch.sub(moments["exp_avg"], own, alpha=1.0 - beta),
+        divisor=divisor,
+        own=_root(after, corrected2, eps),
+    )
 
 
 def _nadam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
@@ -326,11 +371,12 @@ def _nadam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own:
     ahead = rate * following / (1.0 - product * following)
     second = _second_moment(moments["exp_avg_sq"], own, beta2)
     corrected = 1.0 - beta2**step
-    before = moments["exp_avg"] - (1.0 - beta) * own
     return _Form(
         rate * (1.0 - weight) / (1.0 - product) + ahead * (1.0 - beta),
-        ahead * before,
-        divisor=lambda gradient: (second(gradient) / corrected).sqrt_().add_(eps),
+        ahead,
+        torch.sub(moments["exp_avg"], own, alpha=1.0 - beta),
+        divisor=lambda gradient: _root(second(gradient), corrected, eps),
+        own=_root(moments["exp_avg_sq"].clone(), corrected, eps),
     )
 
 
@@ -341,52 +387,64 @@ def _radam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own:
     longest = 2.0 / (1.0 - beta2) - 1.0
     length = longest - 2.0 * step * beta2**step / corrected2
     second = _second_moment(moments["exp_avg_sq"], own, beta2)
-    before = moments["exp_avg"] - (1.0 - beta) * own
+    is_adapted = torch.as_tensor(length > 5.0, device=own.device)
+    rise = (length - 4.0) * (length - 2.0) * longest
+    fall = (longest - 4.0) * (longest - 2.0) * length
+    stretch = abs(rise / fall * corrected2) ** -0.5
 
-    def divisor(gradient: Tensor) -> Tensor:
-        rise = (length - 4.0) * (length - 2.0) * longest
-        fall = (longest - 4.0) * (longest - 2.0) * length
-        adapted = second(gradient).sqrt_().add_(eps) / abs(rise / fall * corrected2) ** 0.5
-        return torch.where(torch.as_tensor(length > 5.0, device=own.device), adapted, 1.0)
+    def adapted(moment: Tensor) -> Tensor:
+        return torch.where(is_adapted, moment.sqrt_().add_(eps) * stretch, 1.0)
 
-    return _Form(rate * (1.0 - beta) / corrected, rate / corrected * before, divisor=divisor)
+    return _Form(
+        rate * (1.0 - beta) / corrected,
+        rate / corrected,
+        torch.sub(moments["exp_avg"], own, alpha=1.0 - beta),
+        divisor=lambda gradient: adapted(second(gradient)),
+        own=adapted(moments["exp_avg_sq"].clone()),
+    )
 
 
 def _rmsprop(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
     rate, alpha, eps = settings["lr"], settings["alpha"], settings["eps"]
     second = _second_moment(moments["square_avg"], own, alpha)
     average = moments.get("grad_avg")
-    first = None if average is None else average - (1.0 - alpha) * own
+    first = None if average is None else torch.sub(average, own, alpha=1.0 - alpha)
 
     def divisor(gradient: Tensor) -> Tensor:
         moment = second(gradient)
         if first is not None:
-            moment -= (first + (1.0 - alpha) * gradient).square()
+            moment -= torch.add(first, gradient, alpha=1.0 - alpha).square()
         return moment.clamp_(min=0.0).sqrt_().add_(eps)
 
+    taken = divisor(own)
     buffer = moments.get("momentum_buffer")
     if buffer is None or not settings["momentum"]:
-        return _Form(rate, divisor=divisor)
-    return _Form(rate, rate * (buffer - own / divisor(own)), divides=False, divisor=divisor)
+        return _Form(rate, divisor=divisor, own=taken)
+    before = torch.addcdiv(buffer, own, taken, value=-1.0)
+    return _Form(rate, rate, before, divides=False, divisor=divisor, own=taken)
 
 
 def _adagrad(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
     step = _number(state["step"])
     rate = settings["lr"] / (1.0 + (step - 1.0) * settings["lr_decay"])
-    before = (moments["sum"] - own.square()).clamp_(min=0.0)
+    before = torch.addcmul(moments["sum"], own, own, value=-1.0).clamp_(min=0.0)
     eps = settings["eps"]
-    return _Form(rate, divisor=lambda gradient: (before + gradient.square()).sqrt_().add_(eps))
+
+    def divisor(gradient: Tensor) -> Tensor:
+        return torch.addcmul(before, gradient, gradient).sqrt_().add_(eps)
+
+    return _Form(rate, divisor=divisor, own=divisor(own))
 
 
 def _lion(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
     rate, (beta, beta2) = settings["lr"], settings["betas"]
-    before = (moments["exp_avg"] - (1.0 - beta2) * own) / beta2
+    before = torch.sub(moments["exp_avg"], own, alpha=1.0 - beta2).div_(beta2)
 
     def divisor(gradient: Tensor) -> Tensor:
-        mixed = (beta * before + (1.0 - beta) * gradient).abs()
+        mixed = torch.add(beta * before, gradient, alpha=1.0 - beta).abs_()
         return torch.where(mixed == 0, torch.inf, mixed)  # sign(c) = c / |c|, and 0 at 0.
 
-    return _Form(rate * (1.0 - beta), rate * beta * before, divisor=divisor)
+    return _Form(rate * (1.0 - beta), rate * beta, before, divisor=divisor, own=divisor(own))
 
 
 _FORMS: dict[str, Callable[[Mapping[str, Any], _Moments, _Moments, Tensor], _Form]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
-from lightning_lca.measure.motion import PARTS, Steps, parts
+from lightning_lca.measure.motion import PARTS, Number, Steps, terms
 from lightning_lca.measure.tensors import (
     ALIGNED,
     CHUNK,
@@ -101,6 +101,8 @@ class Shares:
         )
         for stretch in self._stretches(live):
             self._add(total, stretch, gradient, segment, live)
+        # In the place of noise the whole steps were summed.
+        total[3] -= total[0] + total[1] + total[2]
         return total[:, :-1]
 
     def first_order(self, segment: Segment) -> Tensor:
@@ -158,21 +160,22 @@ class Shares:
         step = self._steps.of(live[at.names[0]])
         index = self._index[at.memory][at.begin // self._block : at.end // self._block]
         names = self.names["part"][:-1]
+        found: list[tuple[str, Tensor, Number]] = []
         if step is not None and step.is_known:
-            steps = [self._steps.of(live[n]) for n in at.names]
+            steps = [s for n in at.names if (s := self._steps.of(live[n])) is not None]
             moments = {
-                m: self._gather([s.state[m] for s in steps if s], at, probe) for m in step.moments
+                m: self._gather([s.state[m] for s in steps], at, probe) for m in step.moments
             }
-            own = self._gather([s.gradient for s in steps if s], at, probe)
-            split = dict(zip(PARTS, parts(step, moments, own, probe, start, motion), strict=True))
+            own = self._gather([s.gradient for s in steps], at, probe)
+            split = terms(step, moments, own, probe, start, motion, mean)
+            found = [(n, *t) for n, t in zip(names, split, strict=False) if t is not None]
         elif step is not None and STEP in names and not step.has_form:
-            split = {STEP: motion}
-        else:
-            return
-        for row, name in enumerate(names):
-            if name in split:
-                product = (split[name] * mean).view(-1, self._block).sum(1, dtype=total.dtype)
-                total[row].index_add_(0, index, product)
+            found = [(STEP, motion * mean, 1.0)]
+        for name, values, scale in found:
+            sums = values.view(-1, self._block).sum(1, dtype=total.dtype)
+            if isinstance(scale, Tensor):
+                sums, scale = sums * scale, 1.0
+            total[names.index(name)].index_add_(0, index, sums, alpha=scale)
 
     def _slice(self, weights: Weights, at: _Stretch, like: Tensor) -> Tensor:
         """Shows a stretch of weights that lie side by side [elements], in the type of sums."""
