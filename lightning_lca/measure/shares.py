@@ -18,7 +18,6 @@ from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.motion import PARTS, Number, Steps, terms
 from lightning_lca.measure.tensors import (
     ALIGNED,
-    CHUNK,
     LARGE,
     Flat,
     on_accelerator,
@@ -27,6 +26,7 @@ from lightning_lca.measure.tensors import (
 )
 
 ORDERS = ("first_order", "curvature")
+_PIECE = 2**16  # Elements of which a dozen tensors stay in a processor's cache.
 STEP = "step"  # The whole motion by an optimizer whose steps have no known form.
 
 
@@ -119,7 +119,7 @@ class Shares:
 
     def _stretches(self, live: Weights) -> list[_Stretch]:
         """Cuts memory where the form of a step changes, and into pieces that stay in a cache."""
-        most = LARGE if on_accelerator(self.start.wholes[0]) else CHUNK
+        most = LARGE if on_accelerator(self.start.wholes[0]) else _PIECE
         found: list[_Stretch] = []
         last: object = None
         for name, (memory, begin, length) in self.start.spans.items():
