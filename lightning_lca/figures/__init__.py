@@ -22,6 +22,7 @@ from lightning_lca.figures.closeup import distribution, neurons, trajectories
 from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, totals
 from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
 from lightning_lca.figures.moments import synchrony
+from lightning_lca.figures.shares import breakdown
 from lightning_lca.figures.timeline import total
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "available",
+    "breakdown",
     "cumulative",
     "distribution",
     "heatmap",
@@ -65,6 +67,9 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
         "helping": helping,
         "synchrony": synchrony,
     }
+    for name, split in history.breakdowns.items():
+        if np.isfinite(split.allocated[history.rows.finite]).any():
+            figures[f"breakdown_{name}"] = partial(breakdown, name=name)
     finite = history.rows[history.rows.finite]
     if finite.helping.any() or finite.hurting.any():
         figures["helping_per_step"] = helping_per_step

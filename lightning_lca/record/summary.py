@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_lca.record.layers import Layers
+from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
@@ -249,7 +250,61 @@ def text(history: History) -> str:
         f"  unconverged      {trust.unconverged} of {trust.measured} steps (beyond the "
         "tolerance, if one was set, or not finite)",
     ]
-    return "\n".join([head, *lines, "", *sums, SIGN, *trust.remarks])
+    split = [line for name in history.breakdowns for line in _split(history, name, width, ledger)]
+    return "\n".join([head, *lines, "", *sums, *split, SIGN, *trust.remarks])
+
+
+_SPLIT = {
+    "part": "LCA by what the optimizer's steps were made of",
+    "order": "LCA by what the gradient at each start foretold, and what curvature changed",
+}
+
+
+def _shares(history: History, name: str) -> Floats | None:
+    """Adds up the shares of a breakdown over finite steps that have it: [groups, shares]."""
+    values = history.breakdowns[name].allocated
+    known = history.finite & np.isfinite(values).all((1, 2))
+    return values[known].sum(0) if known.any() else None
+
+
+def _split(history: History, name: str, width: int, ledger: Ledger) -> list[str]:
+    """Draws the shares of a breakdown as lines of text."""
+    sums = _shares(history, name)
+    if sums is None:
+        return []
+    shares = history.breakdowns[name].names
+    wide = max(10, *map(len, shares))
+    rows = [*zip(history.groups, sums, strict=True), ("all", sums.sum(0))]
+    return [
+        "",
+        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        f"{'layer':<{width}}" + "".join(f"  {share:>{wide}}" for share in shares),
+        *(
+            f"{_printable(group):<{width}}"
+            + "".join(f"  {ledger.show(value, 4):>{wide}}" for value in values)
+            for group, values in rows
+        ),
+    ]
+
+
+def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
+    """Draws the same for TensorBoard's Text tab."""
+    sums = _shares(history, name)
+    if sums is None:
+        return []
+    shares = history.breakdowns[name].names
+    rows = [*zip(map(_escape, history.groups), sums, strict=True), ("**all**", sums.sum(0))]
+    return [
+        "",
+        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        "",
+        f"| layer | {' | '.join(share.replace('_', ' ') for share in shares)} |",
+        "|---" + "|---:" * len(shares) + "|",
+        *(
+            f"| {group} | {' | '.join(ledger.show(value, 4) for value in values)} |"
+            for group, values in rows
+        ),
+    ]
 
 
 def markdown(history: History) -> str:
@@ -279,6 +334,7 @@ def markdown(history: History) -> str:
         f"Σ\\|LCA\\|; largest in one step {ledger.largest:.2g} |",
         f"| drift | {ledger.show(ledger.drift)} | changes by other code than the optimizer |",
         f"| unconverged | {trust.unconverged} | of {trust.measured} steps |",
+        *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],
         "",
         SIGN,
         *trust.remarks,
