@@ -153,9 +153,9 @@ class History:
         }
 
     @property
-    def shares(self) -> dict[str, int]:
-        """How many shares every breakdown has."""
-        return {name: len(names) for name, names in self._shares.items()}
+    def shares(self) -> dict[str, tuple[str, ...]]:
+        """Names of the shares of every breakdown, whatever rows there are."""
+        return dict(self._shares)
 
     @property
     def parameters(self) -> WindowTable | None:

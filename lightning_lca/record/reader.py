@@ -211,7 +211,9 @@ def _bytes(parts: dict[str, eventfile.Array]) -> int:
 def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     """Tells the shape of a row of every part of a table; None if there is no such table."""
     if table == "chunk":
-        return StepTable.columns(len(history.groups), history.shares)
+        return StepTable.columns(
+            len(history.groups), {n: len(names) for n, names in history.shares.items()}
+        )
     columns = history.declared(table)
     return None if columns is None else columns.parts()
 

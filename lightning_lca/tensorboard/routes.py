@@ -62,6 +62,12 @@ def _table(store: Store, source: Source, query: Query) -> dict[str, Any]:
     return views.table(store.run(source, run).table(probe), asked)
 
 
+def _shares(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    query.done()
+    return views.shares(store.run(source, run).table(probe), asked)
+
+
 def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
     run_b, probe_b = query.text("run_b"), query.optional("probe_b")
@@ -123,6 +129,7 @@ ANSWERS: dict[str, Answer] = {
     "helping": _helping,
     "channels": _channels,
     "table": _table,
+    "shares": _shares,
     "compare": _compare,
     "synchrony": _synchrony,
     "export": _export,

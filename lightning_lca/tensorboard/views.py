@@ -125,6 +125,29 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
     }
 
 
+def shares(shown: Table, asked: Range) -> dict[str, Any]:
+    """What the credit of every layer in the range is made of, by breakdown."""
+    span = asked.tile(shown).rows
+    rows = shown.rows[span]
+    breakdowns = []
+    for name, names in shown.history.shares.items():
+        values = rows.shares[name]
+        known = rows.finite & np.isfinite(values).all((1, 2))
+        sums = values[known].sum(0, dtype=float)  # [groups, shares].
+        credit = shown.by_layer(sums.T).T
+        breakdowns.append(
+            {
+                "name": name,
+                "shares": list(names),
+                "credit": plain(credit),
+                "total": plain(credit.sum(0)),
+                "measured": int(known.sum()),
+            }
+        )
+    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
+    return {"layers": shown.layers, "credit": plain(credit), "breakdowns": breakdowns}
+
+
 def table(shown: Table, asked: Range) -> dict[str, Any]:
     """The ledger of the range: what every layer gave, and what the credits leave over."""
     span = asked.tile(shown).rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -464,7 +465,9 @@ class Meter:
 
 
 def _completed(
-    found: npt.NDArray[np.float64], allocated: npt.NDArray[np.float64], counts: dict[str, int]
+    found: npt.NDArray[np.float64],
+    allocated: npt.NDArray[np.float64],
+    names: Mapping[str, Sequence[str]],
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Adds the last share of every breakdown, what the others leave of credit.
 
@@ -472,13 +475,13 @@ def _completed(
         found: Of every breakdown, what all its shares but the last were credited, one after the
             other [T, (shares - 1) x groups, ...].
         allocated: Credit [T, groups].
-        counts: Of every breakdown, how many shares it has.
+        names: Of every breakdown, those of its shares.
     """
     steps, groups = allocated.shape
     shares, at = {}, 0
-    for name, count in counts.items():
-        width = (count - 1) * groups
-        known = found[:, at : at + width].reshape(steps, count - 1, groups)
+    for name, (*first, _) in names.items():
+        width = len(first) * groups
+        known = found[:, at : at + width].reshape(steps, len(first), groups)
         last = allocated - known.sum(1)
         shares[name] = np.concatenate([known, last[:, None]], 1).transpose(0, 2, 1)
         at += width

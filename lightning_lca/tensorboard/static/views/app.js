@@ -14,6 +14,7 @@ import { cumulativeView } from "./cumulative.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
 import { ledgerView } from "./ledger.js";
+import { sharesView } from "./shares.js";
 import { synchronyView } from "./synchrony.js";
 import { tableView } from "./table.js";
 import { TopBar } from "./topbar.js";
@@ -21,7 +22,7 @@ import { Verdict } from "./verdict.js";
 
 const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
-const NAMES = ["bins", "table", "helping", "synchrony", "channels", "compare"];
+const NAMES = ["bins", "table", "helping", "shares", "synchrony", "channels", "compare"];
 
 export class App {
   constructor(parent) {
@@ -56,6 +57,7 @@ export class App {
       channelsView,
       cumulativeView,
       ledgerView,
+      sharesView,
       helpingView,
       synchronyView,
       compareView,
@@ -147,6 +149,7 @@ export class App {
     };
     want("bins", fitting);
     want("table", null);
+    want("shares", null);
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
     if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });

@@ -1,0 +1,93 @@
+/** What the credit of every layer is made of: the shares of a breakdown, side by side. */
+
+import { el } from "../lib/dom.js";
+import { count, signed } from "../lib/format.js";
+import { Section } from "./section.js";
+
+const WORDS = {
+  part: "what the optimizer's steps were made of",
+  order: "what the gradient foretold, and what curvature changed",
+};
+
+export function sharesView(app) {
+  const section = new Section(app.main, {
+    id: "shares",
+    title: "Why: what is the credit made of?",
+    caption:
+      "Shares add up to the LCA in the last column. All bars have one scale; blue helped, red hurt.",
+    ...app.sectionHooks("shares"),
+  });
+  section.png.remove();
+  let chosen = null;
+  /** @type {[SharesAnswer, object]} */
+  let latest = null;
+  const choice = el("select", { "data-testid": "breakdown", "aria-label": "Breakdown" });
+  choice.addEventListener("change", () => {
+    chosen = choice.value;
+    draw(...latest);
+  });
+  section.tools.append(el("label", { class: "field" }, "by ", choice));
+  const head = el("thead");
+  const body = el("tbody");
+  section.plot.append(el("table", { "data-testid": "shares-table" }, head, body));
+  section.plot.classList.add("scroll");
+
+  function cell(value, most, bold = false) {
+    const bar = el("span", { class: value < 0 ? "bar helps" : "bar hurts" });
+    bar.style.width = `${(46 * Math.abs(value ?? 0)) / most}%`;
+    const text = el(bold ? "b" : "span", {}, signed(value));
+    return el("td", { class: "credit" }, el("span", { class: "track" }, bar), text);
+  }
+
+  /** @param {SharesAnswer} data */
+  function draw(data, context) {
+    latest = [data, context];
+    const names = data.breakdowns.map(({ name }) => name);
+    if (!names.includes(chosen)) chosen = names[0];
+    choice.replaceChildren(
+      ...names.map((name) => el("option", { value: name, selected: name === chosen }, name)),
+    );
+    choice.value = chosen;
+    const { shares, credit, total, measured } = data.breakdowns.find(({ name }) => name === chosen);
+    const most = Math.max(
+      ...[...credit.flat(), ...data.credit].map((v) => Math.abs(v ?? 0)),
+      Number.MIN_VALUE,
+    );
+    const titles = [...shares.map((share) => share.replaceAll("_", " ")), "LCA"];
+    head.replaceChildren(
+      el(
+        "tr",
+        {},
+        el("th", { scope: "col" }, "layer"),
+        ...titles.map((title) => el("th", { scope: "col" }, title)),
+      ),
+    );
+    body.replaceChildren(
+      ...data.layers.map((name, i) => {
+        const pressed = name === context.state.layer;
+        const select = el("button", { type: "button", "aria-pressed": pressed, title: name }, name);
+        select.addEventListener("click", () => app.act.onSelect(name));
+        return el(
+          "tr",
+          { "data-name": name, "data-selected": pressed },
+          el("th", { scope: "row" }, select),
+          ...credit[i].map((value) => cell(value, most)),
+          cell(data.credit[i], most, true),
+        );
+      }),
+    );
+    const sums = shares.map((share, k) => `${share.replaceAll("_", " ")} ${signed(total[k])}`);
+    section.note.textContent =
+      `${WORDS[chosen] ?? chosen}, over ${count(measured)} measured steps: ` + sums.join(", ") + ".";
+  }
+  return {
+    section,
+    source: "shares",
+    blocked({ run }) {
+      return run.settings?.breakdown?.length
+        ? null
+        : "This run has no breakdown. Train with LCACallback(breakdown=True) to see which part of a step hurt.";
+    },
+    draw,
+  };
+}
