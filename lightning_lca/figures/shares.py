@@ -21,7 +21,7 @@ _WHAT = {
 _PANEL = 1.15  # Inches, next to the names.
 
 
-def breakdown(history: History, name: str) -> Figure:
+def breakdown(history: History, name: str | None = None) -> Figure:
     """Draws the shares of every layer's credit side by side. Needs T ≥ 1 rows with that breakdown.
 
     How to read it: a row is a layer, a column a share; all have one scale, so that the longest bar
@@ -31,15 +31,17 @@ def breakdown(history: History, name: str) -> Figure:
 
     Args:
         history: The run.
-        name: Which breakdown, "part" or "order".
+        name: Which breakdown, "part" or "order"; by default the first that there is.
 
     Raises:
         ValueError: Nothing was measured yet, or not with that breakdown.
     """
     check(history)
-    if name not in history.breakdowns:
+    there = list(history.breakdowns)
+    name = next(iter(there), "part") if name is None else name
+    if name not in there:
         raise ValueError(
-            f"This record has no breakdown {name!r}: it has {list(history.breakdowns) or 'none'}. "
+            f"This record has no breakdown {name!r}: it has {there or 'none'}. "
             f'Train with LCACallback(breakdown=["{name}"]).'
         )
     split = history.breakdowns[name]

@@ -40,7 +40,7 @@ def wide(history: History, rows: slice = slice(None), *, by_layer: bool = False)
     for prefix, values in _per_group(history, table, layers).items():
         columns |= {f"{prefix}/{name}": values[:, i] for i, name in enumerate(layers.names)}
     for share, values in _per_share(history, table, layers).items():
-        columns |= {f"lca/{name}/{share}": values[:, i] for i, name in enumerate(layers.names)}
+        columns |= {f"{share}/{name}": values[:, i] for i, name in enumerate(layers.names)}
     return columns
 
 

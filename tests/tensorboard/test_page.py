@@ -92,7 +92,8 @@ def logs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(board, "CHUNK_STEPS", 16)
         train(root, "run_0", Broken)
-        train(root, "run_1", probe={"train": "train", "val": "val"}, neurons=True)
+        probes = {"train": "train", "val": "val"}
+        train(root, "run_1", probe=probes, neurons=True, breakdown=True)
         train(root, "run_2", every_n_steps=2)
     return root
 
@@ -480,6 +481,29 @@ def test_the_table_sorts(page):
     assert head.get_attribute("aria-sort") == "descending"
     page.click("layer-table", "tbody tr:first-child button")
     assert page.data("heatmap")["selected"].endswith("planted")
+
+
+def test_what_the_credit_is_made_of_stands_beside_it(page, history):
+    page.open(run="run_1")
+    for name, split in history["train"].breakdowns.items():
+        choice = page.find("breakdown")
+        page.driver.execute_script(
+            "arguments[0].value = arguments[1];arguments[0].dispatchEvent(new Event('change'))",
+            choice,
+            name,
+        )
+        table = page.find("shares-table")
+        heads = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "thead th")]
+        assert heads == ["layer", *(n.replace("_", " ") for n in split.names), "LCA"]
+        sums = split.allocated.sum(0)
+        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
+        for row, shares in zip(rows, sums, strict=True):
+            cells = row.find_elements(By.CSS_SELECTOR, "td.credit > :last-child")
+            shown = [float(cell.text.replace("\N{MINUS SIGN}", "-")) for cell in cells]
+            expected = [*shares, shares.sum()]
+            np.testing.assert_allclose(shown, expected, rtol=6e-3, atol=1e-7)
+    page.open(run="run_2")
+    assert "LCACallback(breakdown=True)" in page.text("shares-message")
 
 
 def test_pointing_at_a_cell_names_it(page, history):

@@ -5,8 +5,8 @@ import { count, signed } from "../lib/format.js";
 import { Section } from "./section.js";
 
 const WORDS = {
-  part: "what the optimizer's steps were made of",
-  order: "what the gradient foretold, and what curvature changed",
+  part: "What the optimizer's steps were made of",
+  order: "What the gradient foretold, and what curvature changed",
 };
 
 export function sharesView(app) {
