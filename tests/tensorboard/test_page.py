@@ -485,23 +485,24 @@ def test_the_table_sorts(page):
 
 def test_what_the_credit_is_made_of_stands_beside_it(page, history):
     page.open(run="run_1")
+    read = """
+        const choice = document.querySelector("[data-testid=breakdown]");
+        choice.value = arguments[0];
+        choice.dispatchEvent(new Event("change"));
+        const table = document.querySelector("[data-testid=shares-table]");
+        const texts = (row, which) => [...row.querySelectorAll(which)].map((e) => e.innerText);
+        return [
+          texts(table, "thead th"),
+          [...table.querySelectorAll("tbody tr")].map((row) =>
+            texts(row, "td.credit > :last-child")),
+        ];"""
     for name, split in history["train"].breakdowns.items():
-        choice = page.find("breakdown")
-        page.driver.execute_script(
-            "arguments[0].value = arguments[1];arguments[0].dispatchEvent(new Event('change'))",
-            choice,
-            name,
-        )
-        table = page.find("shares-table")
-        heads = [cell.text for cell in table.find_elements(By.CSS_SELECTOR, "thead th")]
+        heads, rows = page.driver.execute_script(read, name)
         assert heads == ["layer", *(n.replace("_", " ") for n in split.names), "LCA"]
+        shown = [[float(text.replace("\N{MINUS SIGN}", "-")) for text in row] for row in rows]
         sums = split.allocated.sum(0)
-        rows = table.find_elements(By.CSS_SELECTOR, "tbody tr")
-        for row, shares in zip(rows, sums, strict=True):
-            cells = row.find_elements(By.CSS_SELECTOR, "td.credit > :last-child")
-            shown = [float(cell.text.replace("\N{MINUS SIGN}", "-")) for cell in cells]
-            expected = [*shares, shares.sum()]
-            np.testing.assert_allclose(shown, expected, rtol=6e-3, atol=1e-7)
+        expected = np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
+        np.testing.assert_allclose(shown, expected, rtol=6e-3, atol=1e-7)
     page.open(run="run_2")
     assert "LCACallback(breakdown=True)" in page.text("shares-message")
 
