@@ -26,6 +26,7 @@ from lightning_lca.measure.tensors import (
 )
 
 ORDERS = ("first_order", "curvature")
+OSCILLATION = ("reversed", "flipped", "cosine_start", "cosine_end")
 _PIECE = 2**16  # Elements of which a dozen tensors stay in a processor's cache.
 STEP = "step"  # The whole motion by an optimizer whose steps have no known form.
 
@@ -63,12 +64,16 @@ class Shares:
         """Splits nothing yet.
 
         Args:
-            breakdowns: "part", "order" or both.
+            breakdowns: "part", "order", "oscillation".
             grouping: The groups.
             steps: What optimizers did.
         """
         unknown = (STEP,) if steps.unknown else ()
-        names = {"part": (*PARTS[:-1], *unknown, PARTS[-1]), "order": ORDERS}
+        names = {
+            "part": (*PARTS[:-1], *unknown, PARTS[-1]),
+            "order": ORDERS,
+            "oscillation": OSCILLATION,
+        }
         self.names = {name: names[name] for name in breakdowns}
         self.start = Flat({})
         self._steps = steps
@@ -76,6 +81,7 @@ class Shares:
         self._index: list[Tensor] = []
         self._block = 1
         self._spans: object = None
+        self._before = Flat({})  # The sign of the motion before [elements], as int8.
 
     def begin(self, gradient: Weights) -> None:
         """Copies the gradient at the start of a segment {name: [*shape]}."""
@@ -109,6 +115,36 @@ class Shares:
         """Sums the gradient at the start times the motion: [groups]; the gradient is used up."""
         times_motion(self.start, segment.start, segment.stop)
         return self._grouping.sums(self.start).credit
+
+    def oscillation(self, end: Flat | None, segment: Segment) -> Tensor:
+        """Tells how weights turn round, by group: [4, groups]; NaN where nothing can be said.
+
+        The share of weights that reversed direction, of those that moved in this segment and in the
+        one before; the share whose gradient changed sign within it; the cosine of the motion and
+        the downhill direction (minus the gradient), at the start and at the end.
+
+        Args:
+            end: The gradient at the end; None where it is not known.
+            segment: The segment; `begin` took the gradient at its start.
+        """
+        self._look_at_groups()
+        first = self.start.wholes[0]
+        if self._before.spans != self.start.spans:
+            signs = {n: torch.zeros_like(g, dtype=torch.int8) for n, g in self.start.items()}
+            self._before = Flat(signs)
+        groups = len(self._grouping.names)
+        total = torch.zeros(9, groups + 1, dtype=wide(first), device=first.device)
+        for memory, whole in enumerate(self.start.wholes):
+            most = LARGE if on_accelerator(whole) else _PIECE
+            for begin in range(0, len(whole), most):
+                at = _Stretch(memory, begin, min(begin + most, len(whole)), [])
+                self._add_turns(total, at, end, segment)
+        total = total[:, :-1]
+        turned, moved, flipped, steep = total[:4]
+        found = [(moved - turned) / 2 / moved, (steep - flipped) / 2 / steep]
+        for slope, length in ((total[4], total[7]), (total[5], total[8])):
+            found.append(-slope / (total[6] * length).sqrt())
+        return torch.stack(found)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -176,6 +212,30 @@ class Shares:
             if isinstance(scale, Tensor):
                 sums, scale = sums * scale, 1.0
             total[names.index(name)].index_add_(0, index, sums, alpha=scale)
+
+    def _add_turns(self, total: Tensor, at: _Stretch, end: Flat | None, segment: Segment) -> None:
+        """Adds the sums over a stretch that turns and cosines follow from to [9, groups + 1]."""
+        place = slice(at.begin, at.end)
+        slope = self.start.wholes[at.memory][place]
+        start, stop = (self._slice(w, at, slope) for w in (segment.start, segment.stop))
+        motion = stop - start
+        before = self._before.wholes[at.memory][place]
+        turns = torch.sign(motion)
+        products = [turns * before, None, None, None, motion * slope, None, motion.square()]
+        before.copy_(turns)
+        products += [slope.square(), None]
+        if end is not None:
+            last = end.wholes[at.memory][place]
+            products[2], products[5] = torch.sign(slope) * torch.sign(last), motion * last
+            products[8] = last.square()
+        for i in (0, 2):
+            signs = products[i]
+            products[i + 1] = None if signs is None else signs.abs()
+        index = self._index[at.memory][at.begin // self._block : at.end // self._block]
+        for row, product in enumerate(products):
+            if product is not None:
+                sums = product.view(-1, self._block).sum(1, dtype=total.dtype)
+                total[row].index_add_(0, index, sums)
 
     def _slice(self, weights: Weights, at: _Stretch, like: Tensor) -> Tensor:
         """Shows a stretch of weights that lie side by side [elements], in the type of sums."""

@@ -80,7 +80,10 @@ def arrays(history: History) -> Columns:
     """
     columns: Columns = {name: getattr(history, name) for name in (*_PER_STEP, *_PER_GROUP)}
     columns |= {"groups": np.array(history.groups, dtype=str), "sizes": history.sizes}
-    for name, breakdown in history.breakdowns.items():
+    turns = history.oscillation
+    for name, breakdown in (
+        history.breakdowns | ({} if turns is None else {"oscillation": turns})
+    ).items():
         columns[f"{name}_allocated"] = breakdown.allocated
         columns[f"{name}_names"] = np.array(breakdown.names, dtype=str)
     for table in ("parameters", "neurons", "weights"):

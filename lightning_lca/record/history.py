@@ -21,6 +21,7 @@ from lightning_lca.record.tables import (
     layer_of,
 )
 
+_OSCILLATION = "oscillation"
 _NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
 
 
@@ -146,15 +147,42 @@ class History:
 
         See ``breakdown`` of `LCACallback`; empty where it was not asked for.
         """
-        shares = self.rows.shares
-        return {
-            name: Breakdown(names, shares[name].astype(np.float64, copy=False))
-            for name, names in self._shares.items()
-        }
+        return {name: self._split(name) for name in self._shares if name != _OSCILLATION}
+
+    @property
+    def oscillation(self) -> Breakdown | None:
+        """How weights turn round in every step, by group; None where it was not asked for.
+
+        Its columns are no shares that add up: ``reversed``, of the weights that moved in this step
+        and in the one before, the share that reversed direction; ``flipped``, the share whose
+        gradient changed sign within the step; ``cosine_start`` and ``cosine_end``, between the
+        motion and the downhill direction at either end, in [-1, 1]. NaN where nothing can be said.
+        """
+        return self._split(_OSCILLATION) if _OSCILLATION in self._shares else None
+
+    @property
+    def efficiency(self) -> Floats:
+        """Net against gross credit of every group over the run [G], |Σ A| / Σ |A|; NaN at rest.
+
+        1: every step went the same way; near 0: helping and hurting steps cancelled.
+        """
+        credit = self.allocated[self.finite]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            net: Floats = np.abs(credit.sum(0)) / np.abs(credit).sum(0)
+        return net
+
+    def _split(self, name: str) -> Breakdown:
+        values = self.rows.shares[name]
+        return Breakdown(self._shares[name], values.astype(np.float64, copy=False))
 
     @property
     def shares(self) -> dict[str, tuple[str, ...]]:
         """Names of the shares of every breakdown, whatever rows there are."""
+        return {name: names for name, names in self._shares.items() if name != _OSCILLATION}
+
+    @property
+    def split_columns(self) -> dict[str, tuple[str, ...]]:
+        """Names of all columns per group beside credit: of ``shares`` and ``oscillation``."""
         return dict(self._shares)
 
     @property

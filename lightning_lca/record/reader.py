@@ -212,7 +212,7 @@ def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     """Tells the shape of a row of every part of a table; None if there is no such table."""
     if table == "chunk":
         return StepTable.columns(
-            len(history.groups), {n: len(names) for n, names in history.shares.items()}
+            len(history.groups), {n: len(names) for n, names in history.split_columns.items()}
         )
     columns = history.declared(table)
     return None if columns is None else columns.parts()

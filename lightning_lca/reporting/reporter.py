@@ -94,7 +94,7 @@ class Reporter:
             # The event file of a logger lies in the run's own directory.
             None if own else self._loggers.stream,
             lambda text: warn(f"LCA: {text}"),
-            max(map(len, next(iter(meters.values())).history.shares.values()), default=0),
+            max(map(len, next(iter(meters.values())).history.split_columns.values()), default=0),
         )
         self._scalars = {
             probe: Scalars(grouping.names, grouping.sizes, f"{name}_{probe}" if i else name)

@@ -77,6 +77,9 @@ class LCACallback(LightningCallback):
             says what the optimizer's step was made of (signal, momentum, weight_decay, noise,
             other), "order" what the gradient at the start foretold and what curvature changed.
             True: both. Takes no further gradient, and one more copy of the weights.
+        oscillation: Notes in every step how many weights of each group turned round, and how the
+            motion lies to the gradient, `History.oscillation`. Takes no further gradient, and one
+            more copy of the weights and a quarter (one that ``breakdown`` takes, too).
 
     Attributes:
         log_dir: Directory of the record, while and after training.
@@ -109,6 +112,7 @@ class LCACallback(LightningCallback):
         figures: bool = True,
         custom_scalars: bool = False,
         breakdown: bool | str | Sequence[str] = False,
+        oscillation: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
         super().__init__()
@@ -131,6 +135,7 @@ class LCACallback(LightningCallback):
             figures=figures,
             custom_scalars=custom_scalars,
             breakdown=breakdown,
+            oscillation=oscillation,
         )
         self.log_dir: FilePath | None = None
         self._training: Training | None = None

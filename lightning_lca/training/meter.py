@@ -31,7 +31,7 @@ from lightning_lca.measure.groups import Grouping, GroupSums
 from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
 from lightning_lca.measure.shares import Shares
-from lightning_lca.measure.tensors import DeferredBool
+from lightning_lca.measure.tensors import DeferredBool, Flat
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
 from lightning_lca.record.tables import StepTable, WindowTable
@@ -186,7 +186,6 @@ class Meter:
         self._measured += 1
         row = torch.cat([losses, sums.table.reshape(-1)])
         finite = row.isfinite().all()
-        row = self._with_shares(row, split, segment)
         self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
             self._spread = self._distributions.of(values)
@@ -197,6 +196,7 @@ class Meter:
             self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer.sums)
+        row = self._with_shares(row, split, segment, ends.last)
         self._pending.append(
             _Pending(
                 step,
@@ -266,7 +266,7 @@ class Meter:
             converged=finite & np.array([p.converged is not False for p in pending]),
             trained=np.array([p.trained for p in pending], np.int64),
             seconds=np.array([p.seconds for p in pending]),
-            shares=_completed(rest, allocated, self.history.shares),
+            shares=_completed(rest, allocated, self.history.split_columns),
         )
         self.history.append(rows)
         if self._looks:
@@ -395,7 +395,7 @@ class Meter:
             first = self.probe(segment.at(0.0))
         assert first.gradient is not None
         shares.begin(first.gradient)
-        if self._tolerance is None and "part" in shares.names:
+        if self._tolerance is None and not shares.names.keys() <= {"order"}:
             self._ranks.sum(shares.start.wholes)
         return first
 
@@ -405,23 +405,40 @@ class Meter:
             return None
         return self._shares.parts(gradient, segment, self.probe.live)
 
-    def _with_shares(self, row: Tensor, split: Tensor | None, segment: Segment) -> Tensor:
+    def _with_shares(
+        self, row: Tensor, split: Tensor | None, segment: Segment, last: Sample
+    ) -> Tensor:
         """Adds to a row what shares are credited, but for the last of each breakdown."""
         if self._shares is None:
             return row
         found: list[Tensor] = []
+        turns: list[Tensor] = []
+        if "oscillation" in self._shares.names:  # While both gradients are there.
+            turns = [self._turns(self._shares, segment, last)]
         for name in self._shares.names:
-            if name == "part":
+            if name == "oscillation":
+                found += turns
+            elif name == "part":
                 assert split is not None
                 if self._tolerance is None:
                     self._ranks.sum([split])
                 found.append(split.reshape(-1))
             else:
                 order = self._shares.first_order(segment)
-                if self._tolerance is None and "part" not in self._shares.names:
+                if self._tolerance is None and self._shares.names.keys() == {"order"}:
                     self._ranks.sum([order])
                 found.append(order)
         return torch.cat([row, *found])
+
+    def _turns(self, shares: Shares, segment: Segment, last: Sample) -> Tensor:
+        """Tells how weights turn round [4 x groups]; the end gradient lies in the buffer by now."""
+        end = self._buffer.sums if last.gradient is not None else None
+        if end is not None and self._ranks.processes > 1 and self._tolerance is None:
+            whole = Flat(end, sums=True)
+            torch._foreach_copy_(list(whole.values()), list(end.values()))
+            self._ranks.sum(whole.wholes)
+            end = whole
+        return shares.oscillation(end if isinstance(end, Flat) else None, segment).reshape(-1)
 
     def _note_futile(self, futile: bool) -> None:
         """Counts steps in a row where finer panels gained nothing."""
@@ -480,6 +497,12 @@ def _completed(
     steps, groups = allocated.shape
     shares, at = {}, 0
     for name, (*first, _) in names.items():
+        if name == "oscillation":
+            count = len(first) + 1
+            values = found[:, at : at + count * groups].reshape(steps, count, groups)
+            shares[name] = values.transpose(0, 2, 1)
+            at += count * groups
+            continue
         width = len(first) * groups
         known = found[:, at : at + width].reshape(steps, len(first), groups)
         last = allocated - known.sum(1)

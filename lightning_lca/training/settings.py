@@ -61,6 +61,12 @@ class Settings:
     figures: bool
     custom_scalars: bool
     breakdown: tuple[str, ...]
+    oscillation: bool
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What is noted of every group beside its credit."""
+        return (*self.breakdown, *(("oscillation",) if self.oscillation else ()))
 
     @classmethod
     def check(
@@ -81,7 +87,7 @@ class Settings:
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
         _one_of("group_by", settings.group_by, get_args(GroupBy))
         _one_of("segments", settings.segments, get_args(Segments))
-        for name in ("track_parameters", "neurons", "figures", "custom_scalars"):
+        for name in ("track_parameters", "neurons", "figures", "custom_scalars", "oscillation"):
             _switch(name, getattr(settings, name))
         for name in ("probe_batches", "every_n_steps", "max_splits", "log_every_n_steps"):
             value = getattr(settings, name)
@@ -114,7 +120,7 @@ class Settings:
                     f"{1 + settings.max_overhead:g} times as long. It is a share, at most 1: "
                     "max_overhead=0.1 is 10 %. Leave it out where there is no limit."
                 )
-        if settings.breakdown:
+        if settings.splits:
             _check_breakdown(settings, chords=chords)
         if settings.tolerance is not None:
             _number("tolerance", settings.tolerance, " in loss units, e.g. 1e-3")
@@ -141,6 +147,7 @@ class Settings:
             rest += f"tolerance={self.tolerance}, max_splits={self.max_splits}, seed={self.seed}, "
             rest += f"track_parameters={self.track_parameters}, neurons={self.neurons}"
             rest += f", breakdown={list(self.breakdown)}" if self.breakdown else ""
+            rest += ", oscillation=True" if self.oscillation else ""
         return (
             f"LCACallback(probe={'+'.join(probes)}, probe_mode={self.probe_mode}, "
             f"{budget}every_n_steps={self.every_n_steps}, quadrature={self.rule.name}, "
@@ -160,6 +167,7 @@ class Settings:
             "max_splits": self.max_splits,
             "seed": self.seed,
             "breakdown": list(self.breakdown),
+            "oscillation": self.oscillation,
         }
 
 
@@ -229,7 +237,7 @@ def _breakdowns(breakdown: Any) -> tuple[str, ...]:
 def _check_breakdown(settings: Settings, *, chords: bool) -> None:
     if not settings.rule.first_is_start:
         raise ValueError(
-            "A breakdown needs the gradient at the start of a step, which "
+            "breakdown and oscillation need the gradient at the start of a step, which "
             f'quadrature={settings.rule.name!r} does not take. Choose quadrature="simpson".'
         )
     if "part" in settings.breakdown and (chords or settings.segments == "step"):

@@ -114,10 +114,10 @@ def _check_cut(trainer: Trainer, module: LightningModule, settings: Settings) ->
             "processes and no process holds them all. Use track_parameters=False; neurons=True "
             "resolves every output channel."
         )
-    if settings.breakdown:
+    if settings.splits:
         raise MisconfigurationException(
-            f"breakdown={list(settings.breakdown)} needs whole weights, and these are cut over "
-            'processes. Leave it out here, or train with strategy="ddp".'
+            f"{', '.join(settings.splits)} (breakdown, oscillation) needs whole weights, and these "
+            'are cut over processes. Leave it out here, or train with strategy="ddp".'
         )
     whole = [n for n, p in module.named_parameters() if p.requires_grad and not is_cut(p)]
     shares = getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)

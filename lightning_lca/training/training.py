@@ -370,8 +370,8 @@ class Training:
         )
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
-        breakdown = self._settings.breakdown
-        shares = Shares(breakdown, self._grouping, self._steps) if breakdown else None
+        splits = self._settings.splits
+        shares = Shares(splits, self._grouping, self._steps) if splits else None
         return Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
 
     def _metadata(self, module: LightningModule, key: str) -> dict[str, Any]:
