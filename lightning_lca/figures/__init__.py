@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_lca.analysis.oscillation import LAGS
 from lightning_lca.figures.closeup import distribution, neurons, trajectories
 from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, totals
 from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
 from lightning_lca.figures.moments import synchrony
+from lightning_lca.figures.oscillation import oscillation
 from lightning_lca.figures.shares import breakdown
 from lightning_lca.figures.timeline import total
 from lightning_lca.record.history import History
@@ -41,6 +43,7 @@ __all__ = [
     "helping_per_weight",
     "ledger",
     "neurons",
+    "oscillation",
     "stack",
     "synchrony",
     "totals",
@@ -70,6 +73,8 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
     for name, split in history.breakdowns.items():
         if np.isfinite(split.allocated[history.rows.finite]).any():
             figures[f"breakdown_{name}"] = partial(breakdown, name=name)
+    if history.oscillation is not None and history.finite.sum() >= 2 * LAGS:
+        figures["oscillation"] = oscillation
     finite = history.rows[history.rows.finite]
     if finite.helping.any() or finite.hurting.any():
         figures["helping_per_step"] = helping_per_step
