@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
-from lightning_lca.measure.groups import Grouping, layer_of
+from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.naming import layer_of
 from lightning_lca.measure.parameters import named_parameters
 from lightning_lca.measure.tensors import wide
 from lightning_lca.record.tables import WindowTable, window_tables

@@ -129,9 +129,9 @@ def test_groups_without_values_are_zero_and_nan_counts_as_neither():
 
 def test_an_unknown_grouping_is_refused():
     with pytest.raises(
-        ValueError, match="group_by must be one of 'parameter', 'layer', 'neuron'; got 'head'"
+        ValueError, match="group_by must be one of 'parameter', 'layer', 'neuron', 'head'; .* Got 'unit'"
     ):
-        Grouping(nn.Linear(1, 1), "head")
+        Grouping(nn.Linear(1, 1), "unit")
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["one by one", "side by side"])
