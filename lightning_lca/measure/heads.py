@@ -131,9 +131,9 @@ def _parts(path: str, attention: nn.Module, parameters: dict[str, nn.Parameter])
             if (own := parameters.get(prefix + leaf)) is not None:
                 parts.append(_part(prefix + leaf, role, 0, own))
     for child, projection in attention.named_children():
-        role = _ROLES.get(child)
-        if role is None:
+        if child not in _ROLES:
             continue
+        role = _ROLES[child]
         # GPT-2's Conv1D is a linear layer with its weight transposed, [in, out].
         is_transposed = any(type(m).__name__ == "Conv1D" for m in projection.modules())
         for inside in _INSIDE:
