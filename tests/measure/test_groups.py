@@ -132,7 +132,7 @@ def test_groups_without_values_are_zero_and_nan_counts_as_neither():
 def test_an_unknown_grouping_is_refused():
     with pytest.raises(
         ValueError,
-        match="group_by must be one of 'parameter', 'layer', 'neuron', 'head'; .* Got 'unit'",
+        match=r"must be one of 'parameter', 'layer', 'neuron', 'head'; .* Got 'unit'",
     ):
         Grouping(nn.Linear(1, 1), "unit")
 
@@ -188,7 +188,9 @@ def test_a_label_that_is_no_text_is_an_error_that_names_the_parameter(label, err
 
 def test_modules_are_grouped_to_a_depth():
     layer = nn.TransformerEncoderLayer(4, 2, 8)
-    module = nn.ModuleDict({"enc": nn.TransformerEncoder(layer, 2), "out": nn.Linear(4, 1)})
+    module = nn.ModuleDict(
+        {"enc": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "out": nn.Linear(4, 1)}
+    )
     values = {n: torch.full_like(p, -1.0).detach() for n, p in module.named_parameters()}
     for depth in (1, 2, 3, 9):
         grouping = Grouping(module, f"module:{depth}")

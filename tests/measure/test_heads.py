@@ -87,9 +87,9 @@ def head_of(name, index):
         few = 1 if module == "phi" else HEADS
         return f"{module}/{'k' if head < HEADS + few else 'v'}/head {(head - HEADS) % few}"
     projection = rest.partition(".")[0]
-    if leaf == "weight" and projection in ("out_proj", "proj", "c_proj", "o_proj", "to_out"):
-        if module != "mlp":
-            return f"{module}/out/head {index[0 if module == 'gpt' else 1] // WIDTH}"
+    outputs = () if module == "mlp" else ("out_proj", "proj", "c_proj", "o_proj", "to_out")
+    if leaf == "weight" and projection in outputs:
+        return f"{module}/out/head {index[0 if module == 'gpt' else 1] // WIDTH}"
     if "lora_" in name:
         return f"{module}.{projection}.lora"
     found = re.fullmatch(r"(?:to_)?([qkv])(?:_proj(?:_weight)?|uery|ey|alue)?", projection)
