@@ -1,5 +1,6 @@
 """Parts of models: what is left out is neither credited nor held, and the ledger closes."""
 
+import json
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_lca import History
+from lightning_lca.record.description import Description, DescriptionError
 
 MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
 DOUBLE = {"trainer": {"precision": "64-true"}, "data": lambda: toy_loader(dtype=torch.float64)}
@@ -234,3 +236,13 @@ def test_memory_follows_the_adapters_of_a_large_frozen_model(tmp_path):
     assert history.sizes[1] == 2 * (12 + 1500), "both matrices are one group"
     assert frozen > 100 * trained
     assert held - plain < 3 * trained + 0.01 * frozen, "three copies of the adapters, the batch"
+
+
+def test_a_grouping_that_a_later_version_knows_is_read_as_rows_of_their_own():
+    said = {"probes": [None], "groups": ["a/0", "b/0"], "sizes": [1, 2], "first_step": 0}
+    read = Description.parse(json.dumps(said | {"group_by": "expert"}).encode())
+    assert read.group_by == "expert"
+    assert History(read.groups, read.sizes, read.group_by).shown.names == ("a/0", "b/0")
+    for odd in (["layer"], 3, "", "x" * 101):
+        with pytest.raises(DescriptionError, match="group_by is"):
+            Description.parse(json.dumps(said | {"group_by": odd}).encode())
