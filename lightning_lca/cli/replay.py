@@ -25,7 +25,7 @@ they are given, as --model.width 64. Options are those of LCACallback and of the
 _GIVEN = re.compile(r"--(model|data)\.(\w+)(?:=(.*))?", re.DOTALL)
 _PASSED_ON = (
     *("probe_batches", "probe_mode", "every_n_steps", "quadrature", "tolerance", "max_splits"),
-    *("group_by", "log_every_n_steps", "seed", "neurons", "track_parameters", "figures"),
+    *("include", "exclude", "log_every_n_steps", "seed", "neurons", "track_parameters", "figures"),
 )
 
 
@@ -66,7 +66,15 @@ def add_to(commands: Any) -> None:
     option("--quadrature", default="simpson", metavar="RULE", help="simpson, midpoint, ...")
     option("--tolerance", type=float, metavar="LOSS", help="largest residual of a segment")
     option("--max_splits", type=int, default=32, metavar="N", help="most panels of a segment (32)")
-    option("--group_by", default="layer", metavar="WHAT", help="layer, parameter or neuron")
+    option(
+        "--group_by",
+        default="layer",
+        metavar="WHAT",
+        help="layer, parameter, neuron, head, module:2 (depth), or package.module.function",
+    )
+    names = "pattern of parameters' or modules' names; may be given several times"
+    option("--include", action="append", metavar="PATTERN", help=f"what is measured: {names}")
+    option("--exclude", action="append", metavar="PATTERN", help="what is left out of that")
     option("--log_every_n_steps", type=int, metavar="N", help="interval of scalars (50)")
     option("--seed", type=int, default=0, metavar="N", help="of the probe (0)")
     option("--neurons", action="store_true", help="keep the credit of every channel")
@@ -112,6 +120,7 @@ def _run(typed: argparse.Namespace) -> None:
     if typed.given.get("data") and not callable(data):
         raise InputError("--data.ARGUMENT needs --data, which names a class or function.")
     options = {name: getattr(typed, name) for name in _PASSED_ON}
+    options["group_by"] = _grouping(typed.group_by)
     options["loss_fn"] = typed.loss_fn and resolve(typed.loss_fn, "--loss_fn")
     options["probe"] = _probe(typed.probe or ["train"])
     from lightning_lca.replay.checkpoints import ReplayError
@@ -145,6 +154,11 @@ def _run(typed: argparse.Namespace) -> None:
         raise
     for record, history in histories.items():
         say(f"{len(history)} segments are in {record}.")
+
+
+def _grouping(name: str) -> Any:
+    """Returns the argument ``group_by`` of `LCACallback`: no name of a grouping has a dot."""
+    return resolve(name, "--group_by") if "." in name else name
 
 
 def _probe(names: Sequence[str]) -> Any:

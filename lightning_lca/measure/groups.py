@@ -1,22 +1,25 @@
-"""From weights to groups: sums and counts per parameter, per layer or per neuron, on the device.
+"""From weights to groups: sums and counts per parameter, layer, neuron and so on, on the device.
 
 Every parameter is seen as a matrix of *rows*; a grouping says which group each row belongs to. By
-parameter and by layer a tensor is one row; by neuron it has one row per output channel, and the row
-of a bias joins the row of its unit.
+neuron a tensor has one row per output channel, and the row of a bias joins the row of its unit; by
+head it has one row per attention head; in all other groupings a tensor is one row.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
+from lightning_lca.measure.heads import HeadRows, head_rows
+from lightning_lca.measure.naming import layer_of, module_of, stem_of
 from lightning_lca.measure.parameters import (
     any_cut,
     is_counted_here,
@@ -35,7 +38,25 @@ from lightning_lca.measure.sums import (
 )
 from lightning_lca.measure.tensors import ALIGNED, CHUNK, LARGE, Flat, bundles, on_accelerator
 
-GroupBy = Literal["parameter", "layer", "neuron"]
+# "parameter", "layer", "neuron", "head", "module:2", or (name, parameter) -> label.
+GroupBy = Callable[[str, nn.Parameter], str] | str
+CUSTOM = "custom"  # What a grouping by a function is called.
+_BY = ("parameter", "layer", "neuron", "head")
+_DEPTH = re.compile(r"module:([1-9]\d{0,8})")
+
+
+def check_group_by(by: Any) -> None:
+    """Refuses what names no grouping.
+
+    Raises:
+        ValueError: It is none of the names, and no function.
+    """
+    if callable(by) or (isinstance(by, str) and (by in _BY or _DEPTH.fullmatch(by))):
+        return
+    raise ValueError(
+        f"group_by must be one of {', '.join(map(repr, _BY))}; 'module:2' for modules to that "
+        f"depth, from 1; or a function (name, parameter) -> text. Got {by!r}."
+    )
 
 
 @dataclass(frozen=True)
@@ -88,11 +109,14 @@ class _Rows:
 
     def of_elements(self, shape: Sequence[int]) -> Tensor:
         """Returns the group of every element [*shape]."""
+        rows = self.groups.view(self.blocks, -1) if self.dim == 1 else self.groups[None]
+        channels = shape[self.dim] if len(shape) > self.dim else 1
+        rows = rows.repeat_interleave(channels // rows.shape[1], 1)  # A head has several.
         if self.dim == 1:
-            table = self.groups.view(self.blocks, 1, -1, *[1] * (len(shape) - 2))
+            table = rows.view(self.blocks, 1, -1, *[1] * (len(shape) - 2))
             inputs = shape[0] // self.blocks
             return table.expand(self.blocks, inputs, *shape[1:]).reshape(tuple(shape))
-        return self.groups.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape))
+        return rows.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -121,7 +145,8 @@ class Grouping:
         names: Name of every group, in network order.
         sizes: Number of weights of every group [groups].
         layers: The layer that every group belongs to, by name.
-        by: "parameter", "layer" or "neuron".
+        by: "parameter", "layer", "neuron", "head" or "module:2", for example; "custom" where a
+            function names the groups.
         parameters: Name of every parameter.
         kinds: Of every parameter: "norm" if it belongs to a normalization, "bias", or "kernel".
         leaves_out: Whether the last sums lack parameters that the table of groups has no place for.
@@ -138,35 +163,49 @@ class Grouping:
         >>> values = {n: torch.full_like(p, -1.0) for n, p in model.named_parameters()}
         >>> grouping.sums(values).credit.tolist()
         [-9.0, -4.0]
+        >>> Grouping(model, lambda name, p: "biases" if p.dim() == 1 else "weights").names
+        ['weights', 'biases']
     """
 
-    def __init__(self, module: nn.Module, by: GroupBy = "layer", process: int = 0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        by: GroupBy = "layer",
+        process: int = 0,
+        only: Collection[str] | None = None,
+    ) -> None:
         """Groups all parameters, frozen ones included; tied ones count once, at their first name.
 
         Args:
             module: Whose parameters.
-            by: "parameter", "layer" or "neuron".
+            by: "parameter"; "layer": the module that owns it; "neuron": an output channel; "head":
+                an attention head, and whatever belongs to none by layer; "module:2": the modules
+                to that depth; or a function (name, parameter) -> label.
             process: Number of this process, where parameters are cut over several.
+            only: Names of the parameters that are grouped; None: all.
 
         Raises:
-            ValueError: ``by`` is none of the three, or neurons are cut in a way that cannot be
-                followed.
+            ValueError: ``by`` is no grouping, neurons are cut in a way that cannot be followed, or
+                a function gave an empty label.
+            TypeError: A function gave a label that is no text.
         """
-        if by not in get_args(GroupBy):
-            raise ValueError(
-                f"group_by must be one of {', '.join(map(repr, get_args(GroupBy)))}; got {by!r}."
-            )
-        self.by = by
+        check_group_by(by)
+        self.by: str = by if isinstance(by, str) else CUSTOM
+        heads = head_rows(module) if by == "head" else {}
         self.is_whole = not any_cut(module)
         index: dict[str, int] = {}
         sizes: dict[int, int] = {}
         layers: dict[int, str] = {}
         self._rows: dict[str, _Rows] = {}
         for name, parameter in named_parameters(module).items():
-            labels, dim, blocks = _rows_of(module, name, parameter, by)
+            if only is not None and name not in only:
+                continue
+            labels, dim, blocks = _rows_of(module, name, parameter, by, heads)
             groups = [index.setdefault(label, len(index)) for label in labels]
-            for group in groups:
-                layers.setdefault(group, layer_of(name))
+            for label, group in zip(labels, groups, strict=True):
+                # Such groups hold several layers: they are shown as layers themselves.
+                is_coarse = self.by == CUSTOM or self.by.startswith("module:")
+                layers.setdefault(group, label if is_coarse else layer_of(name))
                 sizes[group] = sizes.get(group, 0) + parameter.numel() // len(groups)
             by_row = is_cut(parameter) and len(groups) > 1
             here = rows_here(parameter, dim) if by_row else slice(None)
@@ -408,33 +447,27 @@ def _pieces(rows: list[Tensor]) -> list[tuple[slice, Tensor, Tensor]]:
     ]
 
 
-def layer_of(name: str) -> str:
-    """Finds the layer that a parameter belongs to: its module, or itself where that is the root.
-
-    Example:
-        >>> layer_of("body.conv.weight"), layer_of("conv.parametrizations.weight.original")
-        ('body.conv', 'conv')
-    """
-    return _module_of(name) or name.rpartition(".")[2]
-
-
-def _module_of(name: str) -> str:
-    """Finds the module that a parameter belongs to; "" is the root."""
-    # A parametrized weight lives at conv.parametrizations.weight.original, and belongs to conv.
-    return name.rpartition(".")[0].partition("parametrizations.")[0].rstrip(".")
-
-
 def _rows_of(
-    module: nn.Module, name: str, parameter: Tensor, by: GroupBy
+    module: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    by: GroupBy,
+    heads: dict[str, HeadRows],
 ) -> tuple[list[str], int, int]:
     """Names the group of every row; says in which dimension the rows lie, in how many blocks."""
-    stem = layer_of(name)
+    if not isinstance(by, str):
+        return [_label(by, name, parameter)], 0, 1
     if by == "parameter":
         return [name], 0, 1
-    if by == "layer":
-        return [stem], 0, 1
+    if name in heads:
+        return heads[name].labels, heads[name].dim, 1
+    if by != "neuron":
+        depth = _DEPTH.fullmatch(by)
+        parts = layer_of(name).split(".")
+        return [".".join(parts[: int(depth[1])] if depth else parts)], 0, 1
+    stem = stem_of(name)
     leaf = name.rpartition(".")[2]
-    owner = submodule(module, _module_of(name))
+    owner = submodule(module, module_of(name))
     if isinstance(owner, nn.RNNBase):
         stem += "." + leaf.split("_", 2)[-1]  # weight_ih_l0 and bias_hh_l0 share the rows of l0.
     if isinstance(owner, nn.modules.conv._ConvTransposeNd) and parameter.dim() > 1:
@@ -443,10 +476,21 @@ def _rows_of(
     return [f"{stem}/{i}" for i in range(rows)], 0, 1
 
 
+def _label(by: Callable[[str, nn.Parameter], str], name: str, parameter: nn.Parameter) -> str:
+    """Asks a function for the group of a parameter."""
+    label = by(name, parameter)
+    remedy = "Return the name of its group, a text such as 'encoder'."
+    if not isinstance(label, str):
+        raise TypeError(f"group_by gave {label!r} for {name}, a {type(label).__name__}. {remedy}")
+    if not label.strip():
+        raise ValueError(f"group_by gave an empty text for {name}. {remedy}")
+    return label
+
+
 def _kind(module: nn.Module, name: str) -> str:
     """Tells kernels from biases and from what normalizations learn."""
     leaf = name.rpartition(".")[2]
-    owner = submodule(module, _module_of(name))
+    owner = submodule(module, module_of(name))
     if "norm" in type(owner).__name__.lower():
         return "norm"
     return "bias" if "bias" in leaf else "kernel"

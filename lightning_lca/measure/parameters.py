@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
+from lightning_lca.measure.selection import EVERYTHING, Selection
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -34,17 +35,19 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {_plain(module, name): p for name, p in module.named_parameters()}
 
 
-def live_weights(module: nn.Module) -> dict[str, Tensor]:
+def live_weights(module: nn.Module, selection: Selection = EVERYTHING) -> dict[str, Tensor]:
     """Names the parameters that are being trained now: {name: [*shape]}, tied ones once."""
-    return {n: p for n, p in named_parameters(module).items() if p.requires_grad}
+    named = named_parameters(module)
+    return {n: p for n, p in named.items() if p.requires_grad and n in selection}
 
 
 class LiveWeights:
     """The parameters that are being trained now, resolved anew only when the module has changed."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Looks at nothing yet."""
+    def __init__(self, module: nn.Module, selection: Selection = EVERYTHING) -> None:
+        """Looks at nothing yet; what the selection leaves out is none of them."""
         self._module = module
+        self._selection = selection
         self._tables: list[dict[str, Any]] = []
         self._parameters: list[nn.Parameter] = []
         self._seen: object = None
@@ -56,7 +59,7 @@ class LiveWeights:
             modules = list(self._module.modules())
             self._tables = [t for m in modules for t in (m._modules, m._parameters) if t]
             self._parameters = list(self._module.parameters())
-            self._weights = live_weights(self._module)
+            self._weights = live_weights(self._module, self._selection)
             self._seen = self._look()
         return self._weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -92,15 +92,21 @@ def set_mode(module: nn.Module, mode: ProbeMode) -> None:
 
 
 def surroundings(
-    module: nn.Module, mode: ProbeMode, device: torch.device
+    module: nn.Module, mode: ProbeMode, device: torch.device, constants: Sequence[Tensor]
 ) -> tuple[tuple[bool, ...], Tensor]:
-    """Fingerprints what a loss reads beside the trained weights: training flags and tensors.
+    """Fingerprints what a loss reads beside the measured weights: training flags and tensors.
 
     BatchNorm's running statistics do not count where the mode normalises by the batch.
+
+    Args:
+        module: Whose loss.
+        mode: In which it is evaluated.
+        device: Where the fingerprint goes.
+        constants: Its parameters that are not measured.
     """
     modules = list(module.modules())
     flags = tuple(m.training for m in modules)
-    read: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
+    read: list[Tensor] = list(constants)
     for m in modules:
         by_batch = isinstance(m, nn.modules.batchnorm._NormBase) and (m.training and mode != "eval")
         read += [b for b in m._buffers.values() if b is not None and not by_batch]

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Position, Sample, Segment, Weights
 from lightning_lca.measure.parameters import (
@@ -23,6 +23,7 @@ from lightning_lca.measure.parameters import (
     local_gradient,
     parts,
 )
+from lightning_lca.measure.selection import EVERYTHING, Selection
 from lightning_lca.measure.tensors import HALF, bundles, pieces, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
@@ -73,6 +74,7 @@ class Probe:
         seed: int = 0,
         ranks: Ranks | None = None,
         whole: bool = False,
+        selection: Selection = EVERYTHING,
     ) -> None:
         """Looks at nothing yet but the module.
 
@@ -87,6 +89,7 @@ class Probe:
                 which add up to the whole.
             whole: Adds them up at each evaluation, so that all ranks know loss and gradient of the
                 whole probe.
+            selection: Which weights are measured; to the loss the others are constants.
         """
         self._trainer = trainer
         self._module = module
@@ -102,7 +105,7 @@ class Probe:
         half = {p.dtype for p in module.parameters()} | {_autocast_type(trainer)}
         self._scale = LossScale(self.device) if torch.float16 in half else None
         self._watching = True
-        self._written: set[int] = set()  # Frozen parameters that the loss was seen to write to.
+        self._written: set[int] = set()  # Constant parameters that the loss was seen to write to.
         self._by_backward = self._is_cut  # autograd.grad gives their gradients to nobody.
         self._unreached = 0  # Weights that the last loss did not depend on.
         self._batches: dict[int, Any] = {}
@@ -110,7 +113,7 @@ class Probe:
         self._recordings: dict[int, Recording] = {}
         self._taken: dict[int, Recording] | None = None  # While the user's code is recorded.
         self._form: list[tuple[str, torch.Size, torch.dtype]] = []  # Of the recorded weights.
-        self._live = LiveWeights(module)
+        self._live = LiveWeights(module, selection)
         self._modules: list[Any] = []
         self._tables: list[Any] = []
         self._hooks: list[Any] = []
@@ -341,9 +344,8 @@ class Probe:
             yield lambda loss, gradients: None
             return
         module = self._module
-        frozen = [p for p in module.parameters() if not p.requires_grad]
         try:
-            recorder = Recorder(weights, [*frozen, *module.buffers()])
+            recorder = Recorder(weights, [*self._constants(), *module.buffers()])
         except NotRecordableError as error:
             self.why_not = str(error)
             yield lambda loss, gradients: None
@@ -413,7 +415,7 @@ class Probe:
                 "The model has no trainable weight: every parameter has requires_grad=False. "
                 "LCA needs weights that move; unfreeze some before training starts."
             )
-        frozen = [p for p in self._module.parameters() if not p.requires_grad]
+        frozen = self._constants()
         before = [local(p).detach().clone() for p in frozen]
         self._watching = False
         try:
@@ -461,7 +463,12 @@ class Probe:
         if self._recordings:
             read = [t for r in self._recordings.values() for t in r.live]
             return self._structure(), fingerprint(read, self.device)
-        return surroundings(self._module, self._mode, self.device)
+        return surroundings(self._module, self._mode, self.device, self._constants())
+
+    def _constants(self) -> list[nn.Parameter]:
+        """Lists the parameters that are not measured: frozen ones, and those left out."""
+        measured = set(map(id, self._live().values()))
+        return [p for p in self._module.parameters() if id(p) not in measured]
 
     # -- one evaluation ---------------------------------------------------------------------------
 
@@ -473,7 +480,7 @@ class Probe:
             loss = loss * (share * self._factor)
         if self._scale is not None:
             loss = loss * self._scale.factor
-        drop_gradient_hooks(weights)  # Those that the step itself registered.
+        drop_gradient_hooks(self._module.parameters())  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
                 weight.grad = None
@@ -528,16 +535,16 @@ class Probe:
     def _spare(self) -> list[Tensor]:
         """Lists the parameters that the fence need not copy.
 
-        The trained ones are put back from the segment. A forward may write to frozen ones, too,
-        such as a teacher that follows its student: they are copied, unless they are most of the
-        model. Then only those that were written to at the first evaluation are.
+        The measured ones are put back from the segment. A forward may write to others, too, such as
+        a teacher that follows its student: they are copied, unless they are most of the model. Then
+        only those that were written to at the first evaluation are.
         """
         parameters = list(self._module.parameters())
-        frozen = [p for p in parameters if not p.requires_grad]
-        if self._watching and 2 * sum(map(Tensor.numel, frozen)) <= sum(
+        constants = self._constants()
+        if self._watching and 2 * sum(map(Tensor.numel, constants)) <= sum(
             map(Tensor.numel, parameters)
         ):
-            return [p for p in parameters if p.requires_grad]
+            return list(self._live().values())
         return [p for p in parameters if id(p) not in self._written]
 
     def _moved(self, batches: Mapping[int, Any]) -> dict[int, Any]:

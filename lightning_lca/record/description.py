@@ -18,8 +18,8 @@ from lightning_lca.record.tables import LARGEST, Columns, declared
 
 VERSION = 1  # Of the format, as far as it is known here.
 STEADY = "steady"  # A writer's clock that never steps back.
-_GROUPINGS = ("layer", "parameter", "neuron")
 _LONGEST_NAME = 10_000  # Characters.
+_LONGEST_GROUPING = 100
 _DEEPEST = 8  # Lists and objects within one another in the settings.
 _COLUMNS = 2**22  # Groups times probes.
 
@@ -45,7 +45,8 @@ class Description:
         probes: Names of the probes; "" for a single unnamed one.
         groups: Name of every group (G,).
         sizes: Number of weights of every group (G,).
-        group_by: What a group is: "layer", "parameter" or "neuron".
+        group_by: What a group is: "layer", "parameter", "neuron", "head", "module:2", "custom", or
+            a text that a later version knows.
         first_step: The session measured what comes after this step.
         layers: The layer of every group (G,); None where the record does not say.
         callback: Tells callbacks apart; None where the record does not say.
@@ -109,8 +110,9 @@ class Description:
         if sum(sizes) > LARGEST:
             raise DescriptionError(f"its sizes add up to {sum(sizes)} weights")
         group_by = metadata.get("group_by", "layer")
-        if group_by not in _GROUPINGS:
-            raise DescriptionError(f"group_by is {_show(group_by)}, expected one of {_GROUPINGS}")
+        if not isinstance(group_by, str) or not 0 < len(group_by) <= _LONGEST_GROUPING:
+            raise DescriptionError(f"group_by is {_show(group_by)}, expected a short text")
+        _name("group_by", group_by)
         callback = metadata.get("callback")
         if callback is not None and not isinstance(callback, str):
             raise DescriptionError(f"callback is {_show(callback)}, expected a text")

@@ -35,7 +35,8 @@ class History:
     Attributes:
         groups: Name of every group (G,).
         sizes: Number of weights of every group [G].
-        group_by: What a group is: "layer", "parameter" or "neuron".
+        group_by: What a group is: "layer", "parameter", "neuron", "head", "module:2" and so on, or
+            "custom".
         layers: The layer that every group belongs to (G,).
         settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
@@ -299,7 +300,7 @@ class History:
 
     @property
     def drift(self) -> Floats:
-        """Loss change between segments, by other code than the optimizer [T]."""
+        """Loss change between segments, by other code or weights left out [T]."""
         return self.rows.drift
 
     @property

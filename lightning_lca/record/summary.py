@@ -75,6 +75,17 @@ class Trust:
         return self.unexplained is not None and self.unexplained > LARGE
 
     @property
+    def _leaves_out(self) -> bool:
+        """Whether some weights were not measured."""
+        return bool(self.settings.get("include") or self.settings.get("exclude"))
+
+    @property
+    def cause_of_drift(self) -> str:
+        """What drift may come from."""
+        others = "weights left out, or by " if self._leaves_out else ""
+        return f"changes by {others}other code than the optimizer"
+
+    @property
     def remarks(self) -> list[str]:
         """What a reader must be told, a sentence each."""
         remarks = []
@@ -245,8 +256,7 @@ def text(history: History) -> str:
         f"  allocated        {ledger.show(ledger.allocated)}",
         f"  residual         {ledger.show(ledger.residual)}   (Σ|residual| is {ledger.unexplained} "
         f"of Σ|LCA|; largest in one step {ledger.largest:.2g})",
-        f"  drift            {ledger.show(ledger.drift)}   (changes by other code than the "
-        "optimizer)",
+        f"  drift            {ledger.show(ledger.drift)}   ({trust.cause_of_drift})",
         f"  unconverged      {trust.unconverged} of {trust.measured} steps (beyond the "
         "tolerance, if one was set, or not finite)",
     ]
@@ -332,7 +342,7 @@ def markdown(history: History) -> str:
         f"| allocated | {ledger.show(ledger.allocated)} | sum of the LCA above |",
         f"| residual | {ledger.show(ledger.residual)} | Σ\\|residual\\| is {ledger.unexplained} of "
         f"Σ\\|LCA\\|; largest in one step {ledger.largest:.2g} |",
-        f"| drift | {ledger.show(ledger.drift)} | changes by other code than the optimizer |",
+        f"| drift | {ledger.show(ledger.drift)} | {trust.cause_of_drift} |",
         f"| unconverged | {trust.unconverged} | of {trust.measured} steps |",
         *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],
         "",

@@ -353,7 +353,7 @@ def layer_of(name: str, what: str) -> str:
 
     Args:
         name: Of a group.
-        what: "layer", "parameter" or "neuron".
+        what: "parameter" or "neuron"; other groups are layers themselves.
 
     Example:
         >>> layer_of("conv.parametrizations.weight.original", "parameter")

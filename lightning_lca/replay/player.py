@@ -88,7 +88,9 @@ class ReplayCallback(LCACallback):
             **terms,
             "probes": [name or "" for name in settings.sources],
             "loss_fn": getattr(settings.loss_fn, "__qualname__", None),
-            "group_by": settings.group_by,
+            "group_by": settings.grouping,
+            "include": list(settings.selection.include),
+            "exclude": list(settings.selection.exclude),
             "neurons": settings.neurons,
             "track_parameters": settings.track_parameters,
         }
@@ -100,7 +102,7 @@ class ReplayCallback(LCACallback):
             self._start_afresh(f"{self._file} cannot be read ({one_line(error)})")
             return True
         for name, value in self._terms.items():
-            if (before := state["terms"].get(name)) != value:
+            if (before := state["terms"].get(name, [] if value == [] else None)) != value:
                 raise ReplayError(
                     f"{self._file.parent} was measured with {name}={before!r}, and now "
                     f"{name}={value!r} is asked for. Move it away, or put the new record "

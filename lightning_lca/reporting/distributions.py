@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,9 @@ class Distribution:
 class Distributions:
     """Takes the distributions of a module's layers, at most thirty; of coarser modules beyond."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Names the layers as the scalars do."""
-        layers = Grouping(module, "layer")
+    def __init__(self, module: nn.Module, only: Collection[str] | None = None) -> None:
+        """Names the layers as the scalars do; with ``only`` those of some parameters."""
+        layers = Grouping(module, "layer", only=only)
         panels = dict(zip(layers.names, panels_of(layers.names), strict=True))
         order = list(dict.fromkeys(panels.values()))
         self._members: dict[str, list[str]] = {}

@@ -45,7 +45,7 @@ class Table:
 
     @property
     def group_by(self) -> str:
-        """What a group is: "layer", "parameter" or "neuron"."""
+        """What a group is: "layer", "parameter", "neuron" and so on."""
         return self.history.group_by
 
     @property

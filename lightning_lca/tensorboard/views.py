@@ -93,10 +93,13 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
             "LCACallback(neurons=True) to see the channels of a layer."
         )
     place = table.find(layer)
-    # The channels of a parameter are those of its layer.
-    owner = table.history.layers[place] if table.group_by == "parameter" else layer
+    # The channels of a parameter or head are those of its layer.
+    is_finer = table.group_by in ("parameter", "head")
+    owner = table.history.layers[place] if is_finer else layer
     own = np.flatnonzero([name == owner for name in layers])
-    if not len(own):  # Older records name the channels of a recurrent network rnn.l0, rnn.l1.
+    # Coarser groups have those of all layers within. Older records name the channels of a recurrent
+    # network rnn.l0, rnn.l1.
+    if not len(own):
         own = np.flatnonzero([name.startswith(f"{owner}.") for name in layers])
     if not len(own):
         raise QueryError(f"Layer {show(layer)} has no channels. Choose another one.")

@@ -63,7 +63,16 @@ class LCACallback(LightningCallback):
             same.
         max_splits: Most panels of a refinement, a power of two; a step that needs more is flagged
             in ``history.converged``.
-        group_by: What history and dashboards resolve: "parameter", "layer" or "neuron".
+        include: What is measured: a pattern of names or a list of them, as "encoder.*", matched
+            with the full names of parameters and of the modules around them; None: everything.
+        exclude: What is left out of that, likewise. What is left out is neither copied nor
+            credited: cost and memory follow the rest. To the loss it is a constant at each
+            measurement, with the value it has there, and what its own training does to the loss
+            from one measurement to the next is booked as drift (the start of a step is then
+            evaluated afresh: one gradient more).
+        group_by: What history and dashboards resolve: "layer", "parameter", "neuron", "head"
+            (attention heads, and all else by layer), "module:2" (modules to that depth), or a
+            function (name, parameter) -> name of the group.
         log_every_n_steps: Interval of the scalars; None: that of the Trainer.
         seed: Draws the probe's batches and seeds its random numbers.
         track_parameters: Keeps ``totals`` and ``last``, at two more copies of the weights, and
@@ -105,6 +114,8 @@ class LCACallback(LightningCallback):
         tolerance: float | None = None,
         max_splits: int = 32,
         group_by: GroupBy = "layer",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         log_every_n_steps: int | None = None,
         seed: int = 0,
         track_parameters: bool = False,
@@ -128,6 +139,8 @@ class LCACallback(LightningCallback):
             tolerance=tolerance,
             max_splits=max_splits,
             group_by=group_by,
+            include=include,
+            exclude=exclude,
             log_every_n_steps=log_every_n_steps,
             seed=seed,
             track_parameters=track_parameters,

@@ -127,7 +127,7 @@ class Meter:
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
         self._grouping = grouping
-        self._distributions = Distributions(module)
+        self._distributions = Distributions(module, grouping.parameters)
         self._spread: dict[str, Distribution] = {}
         self._rule = settings.rule
         self._tolerance = settings.tolerance

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_lca.measure.groups import GroupBy
+from lightning_lca.measure.groups import CUSTOM, GroupBy, check_group_by
 from lightning_lca.measure.quadrature import SIMPSON, Quadrature, as_quadrature
+from lightning_lca.measure.selection import Selection
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
@@ -41,6 +42,7 @@ class Settings:
     Attributes:
         sources: {name: source} of every probe; the name of a single one is None.
         rule: The quadrature rule.
+        selection: Which weights are measured.
     """
 
     sources: dict[str | None, Any]
@@ -54,6 +56,7 @@ class Settings:
     tolerance: float | None
     max_splits: int
     group_by: GroupBy
+    selection: Selection
     log_every_n_steps: int | None
     seed: int
     track_parameters: bool
@@ -70,7 +73,14 @@ class Settings:
 
     @classmethod
     def check(
-        cls, *, probe: Any, quadrature: Any, breakdown: Any = (), **arguments: Any
+        cls,
+        *,
+        probe: Any,
+        quadrature: Any,
+        include: Any,
+        exclude: Any,
+        breakdown: Any = (),
+        **arguments: Any,
     ) -> Settings:
         """Builds the settings from what was typed.
 
@@ -82,10 +92,11 @@ class Settings:
             sources=_sources(probe),
             rule=as_quadrature(quadrature),
             breakdown=_breakdowns(breakdown),
+            selection=Selection(_patterns("include", include), _patterns("exclude", exclude)),
             **arguments,
         )
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
-        _one_of("group_by", settings.group_by, get_args(GroupBy))
+        check_group_by(settings.group_by)
         _one_of("segments", settings.segments, get_args(Segments))
         for name in ("track_parameters", "neurons", "figures", "custom_scalars", "oscillation"):
             _switch(name, getattr(settings, name))
@@ -140,6 +151,9 @@ class Settings:
         probes = [n or (s if isinstance(s, str) else "own") for n, s in self.sources.items()]
         budget = "" if self.max_overhead is None else f"max_overhead={self.max_overhead}, "
         budget += 'segments="step", ' if self.segments == "step" else ""
+        parts = "".join(
+            f", {argument}={'+'.join(patterns)}" for argument, patterns in self._parts.items()
+        )
         rest = ""
         if whole:
             loss_fn = getattr(self.loss_fn, "__qualname__", self.loss_fn and "own")
@@ -151,8 +165,21 @@ class Settings:
         return (
             f"LCACallback(probe={'+'.join(probes)}, probe_mode={self.probe_mode}, "
             f"{budget}every_n_steps={self.every_n_steps}, quadrature={self.rule.name}, "
-            f"group_by={self.group_by}{rest})"
+            f"group_by={self.grouping}{parts}{rest})"
         )
+
+    @property
+    def grouping(self) -> str:
+        """What the groups are, as text; a function goes by its name."""
+        if isinstance(self.group_by, str):
+            return self.group_by
+        return f"{CUSTOM} {getattr(self.group_by, '__qualname__', type(self.group_by).__name__)}"
+
+    @property
+    def _parts(self) -> dict[str, list[str]]:
+        """The patterns that were given, by argument."""
+        given = {"include": self.selection.include, "exclude": self.selection.exclude}
+        return {argument: list(patterns) for argument, patterns in given.items() if patterns}
 
     def describe(self) -> dict[str, Any]:
         """Returns what the record keeps, as plain values."""
@@ -168,6 +195,7 @@ class Settings:
             "seed": self.seed,
             "breakdown": list(self.breakdown),
             "oscillation": self.oscillation,
+            **self._parts,
         }
 
 
@@ -247,6 +275,32 @@ def _check_breakdown(settings: Settings, *, chords: bool) -> None:
             f"max_overhead={settings.max_overhead} and segments={settings.segments!r}. "
             'breakdown=["order"] splits chords, too.'
         )
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Checks one pattern of names, or several; None: there is none."""
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) else value
+    example = f'{name}="encoder.*" or {name}=["encoder.*", "*.bias"]'
+    if not isinstance(patterns, Sequence) or isinstance(patterns, bytes):
+        raise TypeError(
+            f"{name} must be a pattern of names or a list of patterns, e.g. {example}; got "
+            f"{type(value).__name__}."
+        )
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{name} holds {pattern!r}, which is no text. Patterns are text, e.g. {example}."
+            )
+        if not pattern.strip():
+            raise ValueError(f"{name} holds an empty pattern. Write, for example, {example}.")
+    if not patterns:
+        raise ValueError(
+            f"{name} is empty: got no pattern. Leave it out ({name}=None), or write, for example, "
+            f"{example}."
+        )
+    return tuple(patterns)
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -85,6 +85,10 @@ class Snapshots:
         self._marked_at = []
         self.is_open = True
 
+    def drop(self) -> None:
+        """Forgets an open segment whose weights are not trained any more."""
+        self.is_open = self._closed_before = False
+
     @property
     def start(self) -> Weights:
         """Where the open segment began {name: [*shape]}."""

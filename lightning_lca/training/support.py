@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_lca.measure.parameters import any_cut, is_cut, is_even, live_weights
+from lightning_lca.measure.parameters import (
+    any_cut,
+    is_cut,
+    is_even,
+    live_weights,
+    named_parameters,
+)
 from lightning_lca.runtime.lightnings import (
     LightningModule,
     MisconfigurationException,
@@ -35,8 +41,8 @@ def check_trainer(trainer: Trainer, module: LightningModule, settings: Settings)
 
     Raises:
         MisconfigurationException: Manual optimization without loss_fn, lazy modules that have seen
-            no batch, a strategy that hides the weights, or weights that are cut in a way that
-            cannot be followed.
+            no batch, patterns of names that leave nothing to measure, a strategy that hides the
+            weights, or weights that are cut in a way that cannot be followed.
     """
     if not module.automatic_optimization and settings.loss_fn is None:
         raise MisconfigurationException(
@@ -51,7 +57,9 @@ def check_trainer(trainer: Trainer, module: LightningModule, settings: Settings)
             "modules that have seen no batch. Pass one through them before training, e.g. in "
             "setup or configure_model: with torch.no_grad(): self.net(example)."
         )
-    odd = [f"{n} ({p.dtype})" for n, p in live_weights(module).items() if p.is_complex()]
+    _check_selection(module, settings)
+    live = live_weights(module, settings.selection)
+    odd = [f"{n} ({p.dtype})" for n, p in live.items() if p.is_complex()]
     if odd:
         raise MisconfigurationException(
             f"{len(odd)} parameters are complex, {odd[0]} the first, and credits are real numbers "
@@ -92,6 +100,30 @@ def distinct_key(mine: Settings, others: Sequence[Settings]) -> str:
     return key
 
 
+def _check_selection(module: LightningModule, settings: Settings) -> None:
+    """Looks for patterns that match nothing, and for those that leave out all that is trained."""
+    selection, names = settings.selection, list(named_parameters(module))
+    if selection.is_everything or not names:
+        return
+    if complaint := selection.complaint(names):
+        raise MisconfigurationException(complaint)
+    if live_weights(module, selection) or not live_weights(module):
+        return
+    left = [n for n in names if n in selection]
+    found = f"the {len(left)} parameters that are left have requires_grad=False, {left[:1]} first"
+    if not left:
+        found = f"nothing is left of {len(names)} parameters"
+    given = ", ".join(
+        f"{argument}={list(patterns)}"
+        for argument, patterns in (("include", selection.include), ("exclude", selection.exclude))
+        if patterns
+    )
+    raise MisconfigurationException(
+        f"{given} leaves no trained weight to measure: {found}. Include some that are trained "
+        f"when training starts, such as {next(iter(live_weights(module)))!r}."
+    )
+
+
 def _check_strategy(strategy: Any) -> None:
     bases = [cls.__name__ for cls in type(strategy).__mro__]
     for base in bases:
@@ -118,6 +150,11 @@ def _check_cut(trainer: Trainer, module: LightningModule, settings: Settings) ->
         raise MisconfigurationException(
             f"{', '.join(settings.splits)} (breakdown, oscillation) needs whole weights, and these "
             'are cut over processes. Leave it out here, or train with strategy="ddp".'
+        )
+    if settings.group_by == "head":
+        raise MisconfigurationException(
+            'group_by="head" needs whole weights, and these are cut over processes, also within '
+            'heads. Use group_by="layer", or "neuron", which resolves every output channel.'
         )
     whole = [n for n, p in module.named_parameters() if p.requires_grad and not is_cut(p)]
     shares = getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("num_replicas", 1)

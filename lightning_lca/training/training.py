@@ -82,7 +82,8 @@ class Training:
         self._is_cut = any_cut(module)
         self._rounding = Rounding(module)
         self._ranks = Ranks.of(trainer)
-        self._grouping = Grouping(module, settings.group_by, trainer.global_rank)
+        names = [n for n in named_parameters(module) if n in settings.selection]
+        self._grouping = Grouping(module, settings.group_by, trainer.global_rank, names)
         self.snapshots = Snapshots()
         self._steps = Steps(trainer.optimizers if "part" in settings.breakdown else ())
         self.meters: dict[str | None, Meter] = {
@@ -108,7 +109,7 @@ class Training:
             custom_scalars=settings.custom_scalars,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
-        self._live = LiveWeights(module)
+        self._live = LiveWeights(module, settings.selection)
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
         # Each with an optimizer of its own, which steps as soon as the gradient is there.
@@ -179,6 +180,8 @@ class Training:
     @defer_signals()
     def open(self) -> None:
         """Starts a segment where the weights are, unless one is open: only copies."""
+        if not self._trained and not self._settings.selection.is_everything:
+            return  # What is measured rests, while other weights are trained.
         if self._catches_up:
             self.snapshots.mark(self._trained, self._counter.done)
         if not self.snapshots.is_open:
@@ -198,6 +201,8 @@ class Training:
         """
         done = self._counter.done
         live = self._live()
+        if not live and not self._settings.selection.is_everything:
+            self.snapshots.drop()
         if not (self._is_prepared or self._prepare(trainer, live)):
             return
         if self._budget is not None and not last:
@@ -367,6 +372,7 @@ class Training:
             seed=settings.seed,
             ranks=self._ranks,
             whole=settings.tolerance is not None,  # All ranks must refine alike.
+            selection=settings.selection,
         )
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
@@ -380,7 +386,7 @@ class Training:
             "version": 1,
             "callback": key,
             "probes": list(self._settings.sources),
-            "group_by": self._settings.group_by,
+            "group_by": self._grouping.by,
             "groups": self._grouping.names,
             "sizes": self._grouping.sizes,
             "layers": self._grouping.layers,

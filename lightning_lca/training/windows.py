@@ -5,6 +5,7 @@ Every step of every neuron would be gigabytes; a window per log interval is what
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lca.measure.allocation import Weights
-from lightning_lca.measure.groups import Grouping, layer_of
-from lightning_lca.measure.parameters import named_parameters
+from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.naming import layer_of
+from lightning_lca.measure.parameters import live_weights, named_parameters
 from lightning_lca.measure.tensors import wide
 from lightning_lca.record.tables import WindowTable, window_tables
 
@@ -51,8 +53,9 @@ class FineSums:
             process: Number of this process, where parameters are cut over several.
         """
         finer = neurons and grouping.by != "neuron"
-        self._neurons = Grouping(module, "neuron", process) if finer else None
-        self._sample = _draw(module, seed) if weights else {}
+        names = grouping.parameters
+        self._neurons = Grouping(module, "neuron", process, names) if finer else None
+        self._sample = _draw(module, seed, names) if weights else {}
         self.metadata = self._describe(module, grouping)
         shapes = {n: p.shape for n, p in named_parameters(module).items()}
         self.tables = window_tables(self.metadata, shapes)
@@ -122,8 +125,10 @@ class FineSums:
             }
         if self._sample:
             indices = {n: i.tolist() for n, i in self._sample.items()}
-            weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            metadata["weights"] = {"indices": indices, "of": weights}
+            metadata["weights"] = {
+                "indices": indices,
+                "of": grouping.count(live_weights(module)),
+            }
         return metadata
 
     def _add(self, name: str, values: Tensor, finite: Tensor | None = None) -> None:
@@ -151,9 +156,9 @@ class FineSums:
         return torch.cat(picked)
 
 
-def _draw(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Draws single weights evenly from all that train: {parameter: flat indices, ascending}."""
-    parameters = [(n, p) for n, p in named_parameters(module).items() if p.requires_grad]
+def _draw(module: nn.Module, seed: int, names: Collection[str]) -> dict[str, Tensor]:
+    """Draws single weights evenly from those that train: {parameter: flat indices, ascending}."""
+    parameters = [(n, p) for n, p in live_weights(module).items() if n in names]
     ends = np.cumsum([p.numel() for _, p in parameters])
     count = min(SAMPLE, int(ends[-1]))
     drawn = np.sort(np.random.default_rng(seed).choice(int(ends[-1]), count, replace=False))

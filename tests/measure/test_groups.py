@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_lca.measure.groups import Grouping
+from lightning_lca.measure.naming import layer_of as layer_told
+from lightning_lca.measure.naming import stem_of
 from lightning_lca.measure.sums import in_few_kernels, in_the_cache, pieces_of
 from lightning_lca.measure.tensors import Flat, bundles
 
@@ -129,9 +131,10 @@ def test_groups_without_values_are_zero_and_nan_counts_as_neither():
 
 def test_an_unknown_grouping_is_refused():
     with pytest.raises(
-        ValueError, match="group_by must be one of 'parameter', 'layer', 'neuron'; got 'head'"
+        ValueError,
+        match=r"must be one of 'parameter', 'layer', 'neuron', 'head'; .* Got 'unit'",
     ):
-        Grouping(nn.Linear(1, 1), "head")
+        Grouping(nn.Linear(1, 1), "unit")
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["one by one", "side by side"])
@@ -153,3 +156,73 @@ def test_a_layer_that_grew_keeps_its_credit_and_counts_no_weight(flat):
         sums = by_neuron.sums(values)
     assert sums.credit.tolist() == [-4.0] * 4 + [0.0] * 2
     assert by_neuron.leaves_out
+
+
+def test_a_function_names_the_groups_in_network_order():
+    module = Zoo()
+
+    def by_size(name, parameter):
+        return "scalars" if parameter.dim() == 0 else f"{parameter.dim()} dimensions"
+
+    grouping, values = Grouping(module, by_size), random_values(module)
+    expected = in_numpy(lambda name, _: by_size(name, values[name]), values)
+    assert grouping.names == grouping.layers == list(expected)
+    assert grouping.by == "custom"
+    credit = [column[0] for column in expected.values()]
+    assert np.allclose(grouping.sums(values).credit.numpy(), credit, atol=1e-12)
+    assert grouping.sizes == [column[3] for column in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("label", "error", "message"),
+    [
+        (None, TypeError, r"group_by gave None for 0\.bias, a NoneType. Return the name of its"),
+        (3, TypeError, r"group_by gave 3 for 0\.bias, a int"),
+        (" ", ValueError, r"group_by gave an empty text for 0\.bias"),
+    ],
+)
+def test_a_label_that_is_no_text_is_an_error_that_names_the_parameter(label, error, message):
+    with pytest.raises(error, match=message):
+        Grouping(nn.Sequential(nn.Linear(1, 1)), lambda n, p: label if "bias" in n else "w")
+
+
+def test_modules_are_grouped_to_a_depth():
+    layer = nn.TransformerEncoderLayer(4, 2, 8)
+    module = nn.ModuleDict(
+        {"enc": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "out": nn.Linear(4, 1)}
+    )
+    values = {n: torch.full_like(p, -1.0).detach() for n, p in module.named_parameters()}
+    for depth in (1, 2, 3, 9):
+        grouping = Grouping(module, f"module:{depth}")
+
+        def owner(name, _, depth=depth):
+            return ".".join(name.split(".")[:-1][:depth])
+
+        expected = in_numpy(owner, values)
+        assert grouping.names == list(expected)
+        assert grouping.sums(values).credit.tolist() == [c for c, *_ in expected.values()]
+
+
+def test_parameters_that_are_left_out_are_in_no_group():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    grouping = Grouping(module, "layer", only={"0.bias", "1.weight"})
+    assert (grouping.names, grouping.sizes) == (["0", "1"], [3, 3])
+    assert grouping.parameters == ["0.bias", "1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "neurons"),
+    [
+        ("base_model.model.fc.lora_A.default.weight", "fc.lora", "fc.lora_A"),
+        ("net.base_model.model.fc.lora_B.default.weight", "net.fc.lora", "net.fc.lora_B"),
+        ("net.base_model.model.fc.lora_B.other.weight", "net.fc.lora.other", "net.fc.lora_B.other"),
+        ("net.base_model.model.emb.lora_embedding_A.default", "net.emb.lora", None),
+        ("net.base_model.model.fc.base_layer.weight", "net.fc", "net.fc"),
+        ("net.fc.lora_A", "net.fc.lora", "net.fc.lora_A"),
+        ("net.base_layer.weight", "net.base_layer", "net.base_layer"),
+        ("base_model.model.weight", "weight", "weight"),
+    ],
+)
+def test_adapters_have_a_readable_name_for_both_matrices(name, layer, neurons):
+    assert layer_told(name) == layer
+    assert neurons is None or stem_of(name) == neurons

@@ -25,6 +25,7 @@ DEFAULTS = {
     "enable_model_summary": False,
 }
 LOSS = f"{__name__}.mean_squares"
+LABEL = f"{__name__}.kind_of_weight"
 RULE = {"name": "thirds", "nodes": [0.25, 0.75], "weights": [0.5, 0.5], "degree": 1}
 
 # What is typed for every argument, and what it means to Python.
@@ -39,7 +40,15 @@ CASES = {
     "quadrature": [("boole", "boole"), (json.dumps(RULE), RULE)],
     "tolerance": [("1e-3", 1e-3), ("0.5", 0.5)],
     "max_splits": [("8", 8)],
-    "group_by": [("parameter", "parameter"), ("neuron", "neuron")],
+    "group_by": [
+        ("parameter", "parameter"),
+        ("neuron", "neuron"),
+        ("module:2", "module:2"),
+        ("head", "head"),
+        (LABEL, "kind_of_weight"),
+    ],
+    "include": [("net.0", ("net.0",)), ("[net.0, '*.bias']", ("net.0", "*.bias"))],
+    "exclude": [("net.*.bias", ("net.*.bias",)), ("[net.2, 'net.4.*']", ("net.2", "net.4.*"))],
     "log_every_n_steps": [("7", 7)],
     "seed": [("5", 5)],
     "track_parameters": [("true", True)],
@@ -54,6 +63,11 @@ def mean_squares(module, batch):
     """A loss that a user names by its import path."""
     x, y = batch
     return F.mse_loss(module.net(x), F.one_hot(y, 4).float())
+
+
+def kind_of_weight(name, parameter):
+    """A grouping that a user names by its import path."""
+    return "biases" if parameter.dim() == 1 else "matrices"
 
 
 class Net(Validated):
@@ -103,8 +117,8 @@ def run(*typed, kind=cli.LightningCLI, path=None, fit=False):
 
 def meant(name, value):
     """Builds the same callback in Python."""
-    if name == "loss_fn":
-        value = importlib.import_module(__name__).mean_squares
+    if value in ("mean_squares", "kind_of_weight"):
+        value = getattr(importlib.import_module(__name__), value)
     if isinstance(value, dict) and name == "quadrature":
         rule = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
         value = Quadrature(**rule)
@@ -146,7 +160,7 @@ def test_an_argument_written_in_yaml_means_what_it_means_in_python(tmp_path, nam
 
 ALL = {name: cases[-1][0] for name, cases in CASES.items()}
 ALL |= {"quadrature": "simpson", "every_n_steps": "1", "group_by": "layer", "probe_mode": "eval"}
-ALL |= {"segments": "batch"}
+ALL |= {"segments": "batch", "include": "[net.0, net.2]"}
 del ALL["max_overhead"]  # It goes by the clock.
 
 
@@ -189,7 +203,8 @@ def test_the_config_that_the_cli_saves_repeats_the_run(tmp_path):
         ("tolerance", "-1", "tolerance must be a positive number in loss units"),
         # These jsonargparse refuses by their types, in its own words.
         ("probe_mode", "test", "probe_mode.*'no_dropout', 'eval', 'train'.*Got value: test"),
-        ("group_by", "head", "group_by.*'parameter', 'layer', 'neuron'.*Got value: head"),
+        ("group_by", "unit", "group_by must be one of 'parameter', 'layer', 'neuron', 'head'"),
+        ("include", "[]", "include is empty: got no pattern. Leave it out (include=None)"),
         ("every_n_steps", "2.5", "every_n_steps.*int.*Got value: 2.5"),
         ("loss_fn", f"{__name__}.nothing", "loss_fn.*has no attribute 'nothing'"),
         ("figures", "perhaps", "figures.*bool.*Got value: perhaps"),
