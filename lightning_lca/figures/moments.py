@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lca.analysis import synchrony as core
 from lightning_lca.analysis.bins import Bins
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import credit, timeline
+from lightning_lca.record import synchrony as core
 from lightning_lca.record.history import History
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import numpy as np
 
 from lightning_lca.analysis.bins import Bins, accumulated, counted
 from lightning_lca.analysis.scale import colour_limit
-from lightning_lca.analysis.synchrony import rates
-from lightning_lca.analysis.synchrony import synchrony as measure
 from lightning_lca.record.summary import Trust
+from lightning_lca.record.synchrony import rates
+from lightning_lca.record.synchrony import synchrony as measure
 from lightning_lca.record.tables import Floats, Ints
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table

@@ -11,8 +11,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle, StepPatch
 
 from lightning_lca import History, figures
-from lightning_lca.analysis import synchrony as core
 from lightning_lca.figures import style
+from lightning_lca.record import synchrony as core
 from lightning_lca.record.tables import StepTable, WindowTable
 
 NAMES = ("conv1", "norm1", "conv2", "fc")
