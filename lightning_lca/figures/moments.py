@@ -32,7 +32,7 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
     iteration (a measured step). Grey is what chance gives: the same series, each shifted by one or
     two iterations at random (mean plus two standard deviations, or the 97.5 % quantile, with the
     mean as a line). Bars that rise above the grey coincide more than chance. The p value is for the
-    number of coincident pairs in the whole run.
+    excess of coincident pairs of layers over chance, in the whole run.
 
     Args:
         history: The record.
@@ -102,9 +102,12 @@ def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
 
 def _finding(found: core.Synchrony) -> tuple[str, str]:
     layers = found.moments.shape[1]
+    low, high = found.excess_range
     detail = (
-        f"Coincident pairs of moments: {found.pairs:,}; by chance {found.null_pairs.mean():,.0f} "
-        f"(p = {found.p_pairs:.2g})"
+        "No two layers have a moment at once, by chance either"
+        if found.excess is None
+        else f"Moments coincide {abs(found.excess):.0%} {'more' if found.excess > 0 else 'less'} "
+        f"often than by chance, which gives {low:+.0%} to {high:+.0%} (p = {found.p_pairs:.2g})"
     )
     if layers < _ENOUGH:
         return "Too few layers to tell whether they learn together", detail

@@ -77,7 +77,7 @@ class Finding:
         where: The layer's name, "network", or the first of several layers and how many more.
         statement: What was found, with numbers, and in a last sentence what it does not show.
         effect: How large it is.
-        interval: 95 % interval of the effect, which respects that steps depend on one another and
+        interval: 95% interval of the effect, which respects that steps depend on one another and
             that many layers are tested; of synchrony, the effect against the range of chance. None
             where nothing was tested.
         p: Corrected for all tests of the list, at most 0.05; None where nothing was tested.
@@ -255,7 +255,7 @@ class _Run:
             layer = self.layers.names[place]
             low, high = (float(end[place]) for end in mean.interval(tail))
             effect = float(mean.mean[place])
-            numbers = f"{effect:+.2g} a step (95 % interval {low:+.2g} to {high:+.2g}, {_p(p)})"
+            numbers = f"{effect:+.2g} a step (95% interval {low:+.2g} to {high:+.2g}, {_p(p)})"
             said, advice = words(_name(layer), numbers, float(series[:, place].sum()), self)
             return Finding(kind, layer, self._on(said), effect, (low, high), p, advice)
 
@@ -277,7 +277,7 @@ class _Run:
             effect = float(mean.mean[place])
             statement = (
                 f"Of the weights that move the loss, {0.5 + effect:.1%} help in a step on average: "
-                f"{'more' if effect > 0 else 'less'} than half (95 % interval {0.5 + low:.1%} to "
+                f"{'more' if effect > 0 else 'less'} than half (95% interval {0.5 + low:.1%} to "
                 f"{0.5 + high:.1%}, {_p(p)}). "
                 f"{self.limits('that each layer does so, or that it holds on other data')}"
             )
@@ -308,7 +308,7 @@ class _Run:
             limits = self.limits("a cause, and that another run or other data would show it")
             statement = (
                 "Layers have their moments of learning together "
-                f"{effect:.0%} more often than by chance (by chance, 95 % of draws lie within "
+                f"{effect:.0%} more often than by chance (by chance, 95% of draws lie within "
                 f"{low:+.0%} to {high:+.0%}; {_p(p)}). {limits}"
             )
             chance = effect - high, effect - low
@@ -453,7 +453,7 @@ def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
         limits = val.limits("that it overfits on other validation data or in another run")
         statement = (
             f"{_name(layer)} overfits: on train it lowers the loss ({on_train.mean[place]:+.2g} a "
-            f"step), on val it raises it ({effect:+.2g} a step, 95 % interval {low:+.2g} to "
+            f"step), on val it raises it ({effect:+.2g} a step, 95% interval {low:+.2g} to "
             f"{high:+.2g}, {_p(p)}). {limits}"
         )
         advice = f"Give {_name(layer)} more weight decay, and see whether it still hurts on val."

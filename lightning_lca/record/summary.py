@@ -297,7 +297,7 @@ def together(histories: Mapping[str, History] | Mapping[str | None, History]) ->
 
 
 def how_sure(findings: Sequence[Finding], steps: int = LEAST) -> list[str]:
-    """Tells at most five findings, a line each, and what to try.
+    """Tells at most five findings, an item each, and what to try.
 
     Args:
         findings: Most important first.
@@ -313,7 +313,7 @@ def how_sure(findings: Sequence[Finding], steps: int = LEAST) -> list[str]:
     more = f", {len(told)} of {len(findings)}" if len(told) < len(findings) else ""
     return [
         f"How sure (findings{more}; level {LEVEL:.0%} over all tests):",
-        *(f"- {finding.statement} Try: {finding.try_this}" for finding in told),
+        *(f"- {finding.statement}\n  Try: {finding.try_this}" for finding in told),
     ]
 
 

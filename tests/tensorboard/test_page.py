@@ -322,7 +322,7 @@ def test_the_verdict_tells_what_happened(page, history):
     assert f"Steps 1–{STEPS}" in page.text("verdict-loss")
     assert "3 layers helped, 1 hurt" in page.text("verdict-layers")
     assert "planted" in page.text("verdict-layers")
-    assert "times; chance would give" in page.text("verdict-together")
+    assert "often than by chance" in page.text("verdict-together")
     assert page.data("verdict-trust")["warn"] == "false"
 
 
