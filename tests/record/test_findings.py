@@ -245,6 +245,14 @@ def test_steps_that_are_not_finite_are_left_out_and_counted():
     assert hurts.p == pytest.approx(3 * holm(Mean.of(kept).above())[2])
 
 
+def test_steps_whose_loss_alone_is_not_finite_are_left_out_too():
+    run = noisy(planted=at(2, 0.8), converged=np.ones(200, bool))
+    run.rows.loss_after[30:40] = np.nan
+    broken, hurts = run.findings()
+    assert broken.effect == 10 / 200
+    assert hurts.effect == pytest.approx(np.delete(run.allocated[:, 2], range(30, 40)).mean())
+
+
 def test_no_sign_is_told_that_the_residual_may_turn():
     planted = at(2, 0.8)
     sure = noisy(planted=planted)

@@ -140,11 +140,9 @@ export function synchronyWords(data) {
   if (!moments)
     return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
   // The excess: with many layers a count of pairs is large whatever the layers do.
-  const over = (value) => `${value < mean ? "" : "+"}${percent(value / mean - 1, 0)}`;
   const often = pairs < mean ? "less often" : "more often";
   const facts = mean
-    ? `Layers peak on the same step ${percent(Math.abs(pairs / mean - 1), 0)} ${often} than by chance, ` +
-      `which alone gives ${over(data.pairs_null_low)} to ${over(data.pairs_null_high)}`
+    ? `Layers peak on the same step ${percent(Math.abs(pairs / mean - 1), 0)} ${often} than by chance`
     : `Layers peak on the same step ${pairs ? "where by chance they never would" : "at no time"}`;
   return p < 0.05
     ? { together: true, head: "Layers learn together", words: `${facts} (${pWords(data)}).` }
@@ -156,12 +154,17 @@ export function synchronyWords(data) {
 }
 
 /**
- * How many moments have company, as a sentence.
+ * What chance alone would give, and how many moments have company, as sentences.
  * @param {SynchronyAnswer} data
  */
-export function sharedWords({ synchronized, moments, null_low: low, null_high: high }) {
+export function sharedWords(data) {
+  const { synchronized, moments, null_low: low, null_high: high, pairs_null_mean: mean } = data;
+  const over = (value) => `${value < mean ? "" : "+"}${percent(value / mean - 1, 0)}`;
+  const alone = mean
+    ? `Chance alone gives ${over(data.pairs_null_low)} to ${over(data.pairs_null_high)}. `
+    : "";
   const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
-  return `${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
+  return `${alone}${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
 }
 
 const HEADS = {

@@ -20,17 +20,24 @@ export function findingsView(app) {
   const summary = el("summary");
   const more = el("details", { "data-testid": "findings-more" }, summary, rest);
   section.plot.append(first, more);
+  /** @type {FindingsAnswer} */
+  let shown = null;
   return {
     section,
     source: "findings",
     /** @param {FindingsAnswer} data */
     draw(data, { state }) {
-      const items = data.kind.map((kind, i) => item(app, data, i, state.layer));
-      first.replaceChildren(...items.slice(0, FIRST));
-      rest.replaceChildren(...items.slice(FIRST));
-      more.hidden = items.length <= FIRST;
-      summary.textContent = `${items.length - FIRST} more`;
-      section.note.textContent = sureWords(data);
+      if (data !== shown) {
+        const items = data.kind.map((_, i) => item(app, data, i));
+        first.replaceChildren(...items.slice(0, FIRST));
+        rest.replaceChildren(...items.slice(FIRST));
+        more.hidden = items.length <= FIRST;
+        summary.textContent = `${items.length - FIRST} more`;
+        section.note.textContent = sureWords(data);
+        shown = data;
+      }
+      for (const button of section.plot.querySelectorAll("button"))
+        button.setAttribute("aria-pressed", String(button.dataset.layer === state.layer));
     },
   };
 }
@@ -40,7 +47,7 @@ export function findingsView(app) {
  * @param {FindingsAnswer} data
  * @param {number} i
  */
-function item(app, data, i, selected) {
+function item(app, data, i) {
   const { head, mood, size } = findingWords(data, i);
   const layer = data.layer[i];
   const name =
@@ -48,7 +55,7 @@ function item(app, data, i, selected) {
       ? el("strong", {}, head)
       : el(
           "button",
-          { type: "button", title: `Select ${layer}`, "aria-pressed": layer === selected },
+          { type: "button", title: `Select ${layer}`, "data-layer": layer },
           head,
         );
   if (layer !== null) name.addEventListener("click", () => app.act.onSelect(layer));
