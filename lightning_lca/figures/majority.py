@@ -68,7 +68,7 @@ def helping(history: History) -> Figure:
         style.headline(
             figure,
             finding if moved.any() else "No weight has moved the loss",
-            f"{_between(history)}{max(idle, 0):.0%} are idle; curve: mean {time.unit}",
+            f"{_between(history)}{max(idle, 0):.0%} idle; curve: mean {time.unit}",
         )
     return figure
 
@@ -161,7 +161,7 @@ def _between(history: History) -> str:
     if len(share) < LEAST:
         return ""
     (low,), (high,) = Mean.of(share[:, None]).interval(0.025)
-    return f"95% interval of the mean step {low:.1f}–{high:.1f}%; "
+    return f"95% interval {low:.1f}–{high:.1f}%; "
 
 
 def _bars(axes: Axes, counts: Array, edges: Floats, sign: Floats) -> None:

@@ -102,12 +102,11 @@ def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
 
 def _finding(found: core.Synchrony) -> tuple[str, str]:
     layers = found.moments.shape[1]
-    low, high = found.excess_range
     detail = (
         "No two layers have a moment at once, by chance either"
         if found.excess is None
         else f"Moments coincide {abs(found.excess):.0%} {'more' if found.excess > 0 else 'less'} "
-        f"often than by chance, which gives {low:+.0%} to {high:+.0%} (p = {found.p_pairs:.2g})"
+        f"often than by chance (p = {found.p_pairs:.2g})"
     )
     if layers < _ENOUGH:
         return "Too few layers to tell whether they learn together", detail

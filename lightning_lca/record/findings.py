@@ -132,7 +132,9 @@ def _find(
     found = [fact for run in asked for fact in run.facts()] + list(_answers(questions))
     doubted = {(run.probe, layer) for run in runs.values() for layer in run.doubted}
     order = {kind: place for place, kind in enumerate(KINDS)}
-    kept = [finding for probe, finding in found if _stands(finding, probe, doubted)]
+    # Of a layer that overfits it is known already that it hurts on val.
+    told = {("val", finding.where) for _, finding in found if finding.kind == "overfits"}
+    kept = [finding for probe, finding in found if _stands(finding, probe, doubted, told)]
     return sorted(kept, key=lambda finding: (order[finding.kind], -abs(finding.effect)))
 
 
@@ -178,9 +180,17 @@ def _answers(questions: Sequence[_Question]) -> Iterator[_Told]:
             yield question.probe, question.tell(place, float(corrected[place]), tail)
 
 
-def _stands(finding: Finding, probe: str, doubted: Collection[tuple[str, str]]) -> bool:
-    """Whether the residual leaves the sign that a finding rests on."""
-    return finding.kind not in ("hurts", "overfits") or (probe, finding.where) not in doubted
+def _stands(
+    finding: Finding,
+    probe: str,
+    doubted: Collection[tuple[str, str]],
+    told: Collection[tuple[str, str]],
+) -> bool:
+    """Whether the residual leaves the sign that a finding rests on, and no other one tells it."""
+    place = probe, finding.where
+    if finding.kind == "overfits":
+        return place not in doubted and ("train", finding.where) not in doubted
+    return finding.kind != "hurts" or (place not in doubted and place not in told)
 
 
 class _Run:

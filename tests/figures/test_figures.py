@@ -235,7 +235,7 @@ def test_helping_is_the_share_of_moving_weights_with_the_interval_of_its_mean():
     assert not left.collections  # No band: coins are no chance that weights are like.
     share = 100 * helping.sum(1) / (helping + hurting).sum(1)
     (low,), (high,) = Mean.of(share[:, None]).interval(0.025)
-    assert f"interval of the mean step {low:.1f}–{high:.1f}%" in figure.get_suptitle()
+    assert f"95% interval {low:.1f}–{high:.1f}%" in figure.get_suptitle()
     assert "interval" not in figures.helping(history(steps=49)).get_suptitle()
     dots = right.collections[1].get_offsets()
     np.testing.assert_allclose(dots[:, 0], 100 * helping.sum(0) / (helping + hurting).sum(0))

@@ -130,11 +130,21 @@ def test_overfitting_needs_the_two_probes_by_name_and_steps_of_both():
     assert find({"train": train, "val": val}) == []
 
 
+def test_a_residual_that_may_turn_a_sign_on_either_probe_is_no_ground_for_overfitting():
+    for doubted in ("train", "val"):
+        both = {"train": noisy(1, planted=at(3, -1)), "val": noisy(2, planted=at(3, 1))}
+        both[doubted].rows.residual[:] = 3 * np.abs(both[doubted].allocated).sum(1)
+        found = {finding.kind for finding in find(both)}
+        assert "residual" in found
+        assert "overfits" not in found
+
+
 def test_what_compares_probes_is_told_beside_one_of_them():
     assert kinds(overfitting(at(3, -1), at(3, 1), about=())) == {("overfits", "layer3")}
-    about_val = overfitting(at(3, -1), at(3, 1), about=("val",))
-    assert kinds(about_val) == {("overfits", "layer3"), ("hurts", "layer3")}
-    assert about_val[1].statement.startswith("Probe val: layer3 raises the loss")
+    # That it hurts on val is said already; not so of another one.
+    about_val = overfitting(at(3, -1), at(3, 1) + at(5, 2), about=("val",))
+    assert kinds(about_val) == {("overfits", "layer3"), ("hurts", "layer5")}
+    assert about_val[1].statement.startswith("Probe val: layer5 raises the loss")
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.52, "more"), (0.48, "less")])
@@ -143,6 +153,11 @@ def test_a_majority_of_weights_is_one_over_steps(share, said):
     assert (finding.kind, finding.where) == ("helping", "network")
     assert finding.effect == pytest.approx(share - 0.5, abs=0.01)
     assert f"{said} than half" in finding.statement
+    votes = noisy(share=share).rows
+    mean = Mean.of((votes.helping / (votes.helping + votes.hurting)).mean(1, keepdims=True) - 0.5)
+    assert finding.p == pytest.approx(3 * mean.apart()[0])
+    ends = [end[0] for end in mean.interval(LEVEL / 3 / 2)]  # Of three questions, on either side.
+    assert finding.interval == pytest.approx(ends)
 
 
 def test_a_majority_of_weights_is_no_majority_of_coins():
