@@ -111,8 +111,8 @@ def _cosines(table: Floats, count: int) -> Floats:
 def holm(p: npt.ArrayLike) -> Floats:
     """Corrects the p-values of many tests for their number. [L] -> [L].
 
-    What is at most 5 % afterwards is significant, and of all tests together one or more are so by
-    chance in at most 5 % of cases, however they depend on one another.
+    Where what is at most 5 % afterwards counts as significant, chance makes one or more of all
+    tests so in at most 5 % of cases, however they depend on one another.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
 

@@ -293,7 +293,8 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
 
 def together(histories: Mapping[str, History] | Mapping[str | None, History]) -> str:
     """Tells what only several probes show together; empty where they show nothing."""
-    return "\n".join(how_sure(found)) if (found := find(histories, about=())) else ""
+    found = find(histories, about=())
+    return "\n".join(["probes 'train' and 'val' together", *how_sure(found)]) if found else ""
 
 
 def how_sure(findings: Sequence[Finding], steps: int = LEAST) -> list[str]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.noise import SPREAD, autoregressive, noisy
+from support.records import command
 
 import lightning_lca
 from lightning_lca import History
@@ -361,6 +362,18 @@ def test_the_summary_ends_with_at_most_five_findings_and_what_to_try():
         line for f in shown for line in (f"- {f.statement}", f"  Try: {f.try_this}")
     ]
     assert "nothing here is beyond chance (level 5% over all tests)" in noisy().summary()
+
+
+def test_what_two_probes_show_together_comes_last(monkeypatch, capsys):
+    both = {"train": noisy(1, planted=at(3, -1)), "val": noisy(2, planted=at(3, 1))}
+    told = summary.together(both)
+    assert told.startswith("probes 'train' and 'val' together\nHow sure")
+    assert "layer3 overfits" in told
+    reader = SimpleNamespace(histories=both)
+    monkeypatch.setattr("lightning_lca.cli.main._runs", lambda logdir: {"": reader})
+    assert command(capsys, "summary", ".")[1].endswith(f"\n\n{told}\n")
+    assert told not in command(capsys, "summary", ".", "--probe", "val")[1]
+    assert summary.together({"train": both["train"], "val": both["train"]}) == ""
 
 
 def test_names_are_text_in_the_terminal_and_in_markdown():

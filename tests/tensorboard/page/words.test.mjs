@@ -160,5 +160,5 @@ test("no finding is told apart from too few steps to find one", () => {
   const data = { kind: [], steps: 230, least: 50, level: 0.05 };
   assert.match(sureWords(data), /^Nothing in these 230 measured steps is beyond chance/);
   assert.match(sureWords({ ...data, steps: 49 }), /^Findings need 50 .* here are 49\.$/);
-  assert.match(sureWords({ ...data, kind: ["hurts"] }), /^From 230 .* at most 5\u202f% of runs/);
+  assert.match(sureWords({ ...data, kind: ["hurts"] }), /^From 230 .* about 5\u202f% of runs/);
 });

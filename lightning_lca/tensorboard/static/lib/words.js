@@ -222,7 +222,7 @@ function smallP(p) {
 export function sureWords({ kind, steps: measured, least, level }) {
   if (measured < least)
     return `Findings need ${count(least)} finite measured steps or more; here are ${count(measured)}.`;
-  const tests = `noise gives a finding in at most ${percent(level, 0)} of runs, over all tests`;
+  const tests = `noise gives a finding in about ${percent(level, 0)} of runs, over all tests`;
   return kind.length
     ? `From ${count(measured)} measured steps; ${tests}.`
     : `Nothing in these ${count(measured)} measured steps is beyond chance (${tests}).`;
