@@ -300,6 +300,8 @@ def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
         return {
             "share": plain(helped / moved),
             "mean": plain(helped.sum() / moved.sum()),
+            # For programs that ask for it, as fields stay; weights are no coins: nothing is drawn.
+            "sd": plain(0.5 / np.sqrt(moved)),
             "helping": plain(helped / trained),
             "hurting": plain(hurt / trained),
         }

@@ -283,6 +283,7 @@ def test_helping_is_counted_over_all_weights_of_a_bin(server, logs):
             helped = int(rows.helping[mask][:, columns].sum(dtype=int))
             hurt = int(rows.hurting[mask][:, columns].sum(dtype=int))
             assert told["share"][k] == helped / (helped + hurt)
+            assert told["sd"][k] == 0.5 / np.sqrt(helped + hurt)
             assert (told["helping"][k], told["hurting"][k]) == (helped / trained, hurt / trained)
     assert server.lca("helping", run="two", probe="own")["layer"] is None
 
