@@ -396,6 +396,7 @@ class _Run:
         still = self.layers.sums(np.where(credited, 0, 1)) == self.layers.sums(
             np.ones(len(self.history.groups), np.int64)
         )
+        still &= self.layers.sums(self.history.sizes) > 0
         names = [name for name, at_rest in zip(self.layers.names, still, strict=True) if at_rest]
         limits = self.limits("that they would rest on other data")
         if names:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.noise import SPREAD, autoregressive, noisy
+from support.noise import SIZE, SPREAD, autoregressive, noisy
 from support.records import command
 
 import lightning_lca
@@ -220,6 +220,9 @@ def test_layers_and_weights_that_never_move_are_told():
         1.0,
         None,
     )
+    run.sizes[1] = 0  # What has no weights has none that could move.
+    assert run.findings() == []
+    run.sizes[1] = SIZE
     run.rows.helping[77, 1] = 1
     assert run.findings() == []
     credit = np.ones((2, 100))
