@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_lca.measure.groups import Grouping
     from lightning_lca.measure.metrics import GroupCredit, HelpingFraction, HurtingFraction
     from lightning_lca.measure.quadrature import Quadrature
+    from lightning_lca.record.findings import Finding
     from lightning_lca.record.history import History
     from lightning_lca.training.callback import LCACallback
 
@@ -30,6 +31,7 @@ __version__ = "0.1.0"  # The one place: pyproject.toml reads it here.
 __all__ = [
     "Allocation",
     "Field",
+    "Finding",
     "GroupCredit",
     "Grouping",
     "HelpingFraction",
@@ -56,6 +58,7 @@ _HOME = {
     ),
     "training.callback": ("LCACallback",),
     "measure.groups": ("Grouping",),
+    "record.findings": ("Finding",),
     "record.history": ("History",),
     "measure.metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
     "measure.quadrature": ("Quadrature",),

@@ -19,6 +19,7 @@ from lightning_lca.cli.terminal import InputError, progress, say
 from lightning_lca.record import export
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
+from lightning_lca.record.summary import together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +93,8 @@ def _summary(options: argparse.Namespace) -> None:
         for probe, history in _histories(reader, options.probe, name).items():
             title = " ".join([name] * several + [f"probe {probe!r}"] * (len(reader.histories) > 1))
             print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary())
+        if options.probe is None and (told := together(reader.histories)):
+            print(f"\n{told}")
 
 
 def _figures(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import Array, Shown, check, sample, timeline
 from lightning_lca.record.history import History
+from lightning_lca.record.statistics import LEAST, Mean
 from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ def helping(history: History) -> Figure:
     """Draws the share of moving weights that help, over time and by layer. Needs T ≥ 1 rows.
 
     How to read it: of the weights that moved the loss at all, how many lowered it? Left, over time,
-    for the whole network: one half would be a draw, and the grey band is where tosses of fair
-    coins, one per weight and step, would stay (two standard deviations; real weights are not
-    independent, so that excursions beyond it are to be expected). Right, per layer over the whole
-    run, the first on top: blue where a majority helped, red where it hurt.
+    for the whole network; one half would be a draw. Single steps lie far on either side of it,
+    since weights move together: whether the mean over steps is beyond chance is told by its
+    interval in the line on top (from 50 steps on), or by `History.findings`. Right, per layer over
+    the whole run, the first on top: blue where a majority helped, red where it hurt.
 
     Raises:
         ValueError: Nothing was measured yet.
@@ -37,19 +38,11 @@ def helping(history: History) -> Figure:
     helped, hurt = _votes(history)
     each, moved = time.sums(helped.values), time.sums(helped.values + hurt.values)
     share = _percent(each.sum(1), moved.sum(1))
-    band = 100 / np.sqrt(np.where(moved.sum(1) > 0, moved.sum(1), np.nan))
     by_layer = _percent(each.sum(0), moved.sum(0))
     overall = float(_percent(each.sum(), moved.sum()))
     trained = float(history.trained[history.rows.finite].sum(dtype=np.float64))
     with style.page(style.tall(len(helped))) as figure:
         axes, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
-        axes.fill_between(
-            time.edges,
-            *(50 + np.append(s * band, s * band[-1:]) for s in (-1, 1)),
-            step="post",
-            color=style.CHANCE,
-            linewidth=0,
-        )
         axes.axhline(50, color="0.3", linewidth=0.8)
         axes.stairs(share, time.edges, baseline=None, color=style.HELPS, linewidth=1.6)
         axes.set_ylabel("weights that help")
@@ -75,7 +68,7 @@ def helping(history: History) -> Figure:
         style.headline(
             figure,
             finding if moved.any() else "No weight has moved the loss",
-            f"{max(idle, 0):.0%} are idle; curve: mean {time.unit}; grey band: fair coins",
+            f"{_between(history)}{max(idle, 0):.0%} idle; curve: mean {time.unit}",
         )
     return figure
 
@@ -157,6 +150,18 @@ def helping_per_weight(history: History) -> Figure:
             f"{len(share):,} weights{left_out}; line: fair coins",
         )
     return figure
+
+
+def _between(history: History) -> str:
+    """Tells the 95% interval of the mean share in a step, where there are steps enough."""
+    rows = history.rows[history.rows.finite]
+    helped, hurt = (counts.sum(1, dtype=np.int64) for counts in (rows.helping, rows.hurting))
+    share = _percent(helped, helped + hurt)
+    share = share[np.isfinite(share)]
+    if len(share) < LEAST:
+        return ""
+    (low,), (high,) = Mean.of(share[:, None]).interval(0.025)
+    return f"95% interval {low:.1f}–{high:.1f}%; "
 
 
 def _bars(axes: Axes, counts: Array, edges: Floats, sign: Floats) -> None:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lca.analysis import synchrony as core
 from lightning_lca.analysis.bins import Bins
 from lightning_lca.figures import style
 from lightning_lca.figures.timeline import credit, timeline
+from lightning_lca.record import synchrony as core
 from lightning_lca.record.history import History
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def synchrony(history: History, strongest: int = 20) -> Figure:
     iteration (a measured step). Grey is what chance gives: the same series, each shifted by one or
     two iterations at random (mean plus two standard deviations, or the 97.5 % quantile, with the
     mean as a line). Bars that rise above the grey coincide more than chance. The p value is for the
-    number of coincident pairs in the whole run.
+    excess of coincident pairs of layers over chance, in the whole run.
 
     Args:
         history: The record.
@@ -103,8 +103,10 @@ def _binned(axes: Axes, found: core.Synchrony, history: History) -> None:
 def _finding(found: core.Synchrony) -> tuple[str, str]:
     layers = found.moments.shape[1]
     detail = (
-        f"Coincident pairs of moments: {found.pairs:,}; by chance {found.null_pairs.mean():,.0f} "
-        f"(p = {found.p_pairs:.2g})"
+        "No two layers have a moment at once, by chance either"
+        if found.excess is None
+        else f"Moments coincide {abs(found.excess):.0%} {'more' if found.excess > 0 else 'less'} "
+        f"often than by chance (p = {found.p_pairs:.2g})"
     )
     if layers < _ENOUGH:
         return "Too few layers to tell whether they learn together", detail

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record import summary
+from lightning_lca.record import findings, summary
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
     Breakdown,
@@ -361,4 +361,11 @@ class History:
 
     def summary(self) -> str:
         """Tells per group its share of the loss change, and how the ledger closes, as text."""
-        return summary.text(self)
+        return summary.text(self, self.findings())
+
+    def findings(self) -> list[findings.Finding]:
+        """Lists what the run shows beyond chance, most important first, and what to do about it.
+
+        Fewer than 50 finite steps are too few to tell: an empty list, and `summary` says so.
+        """
+        return findings.find({"": self})

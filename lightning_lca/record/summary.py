@@ -9,14 +9,16 @@ against Σ over steps and layers of |A|.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_lca.record.findings import LEVEL, Finding, find, short
 from lightning_lca.record.layers import Layers
+from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
@@ -232,8 +234,8 @@ class Ledger:
         return f"{share:.2%}" if math.isfinite(share) else "all"
 
 
-def text(history: History) -> str:
-    """Draws the table for a terminal."""
+def text(history: History, findings: Sequence[Finding] = ()) -> str:
+    """Draws the table for a terminal, and the most important findings below it."""
     if not len(history):
         return "LCA: no step was measured yet."
     with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
@@ -261,7 +263,8 @@ def text(history: History) -> str:
         "tolerance, if one was set, or not finite)",
     ]
     split = [line for name in history.breakdowns for line in _split(history, name, width, ledger)]
-    return "\n".join([head, *lines, "", *sums, *split, SIGN, *trust.remarks])
+    sure = ["", *how_sure(findings, trust.measured - trust.not_finite)]
+    return "\n".join([head, *lines, "", *sums, *split, SIGN, *trust.remarks, *sure])
 
 
 _SPLIT = {
@@ -317,8 +320,8 @@ def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
     ]
 
 
-def markdown(history: History) -> str:
-    """Draws the same table for TensorBoard's Text tab."""
+def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
+    """Draws the same for TensorBoard's Text tab."""
     if not len(history):
         return "LCA: no step was measured yet."
     with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
@@ -348,8 +351,37 @@ def markdown(history: History) -> str:
         "",
         SIGN,
         *trust.remarks,
+        "",
+        *map(_escape_line, how_sure(findings, trust.measured - trust.not_finite)),
     ]
     return "\n".join(lines)
+
+
+def together(histories: Mapping[str, History] | Mapping[str | None, History]) -> str:
+    """Tells what only several probes show together; empty where they show nothing."""
+    found = find(histories, about=())
+    return "\n".join(["probes 'train' and 'val' together", *how_sure(found)]) if found else ""
+
+
+def how_sure(findings: Sequence[Finding], steps: int = LEAST) -> list[str]:
+    """Tells at most five findings, an item each, and what to try.
+
+    Args:
+        findings: Most important first.
+        steps: Finite measured steps that they were looked for in.
+    """
+    if steps < LEAST:
+        return [
+            f"How sure: findings need at least {LEAST} finite measured steps, here are {steps}."
+        ]
+    if not findings:
+        return [f"How sure: nothing here is beyond chance (level {LEVEL:.0%} over all tests)."]
+    told = short(findings)
+    more = f", {len(told)} of {len(findings)}" if len(told) < len(findings) else ""
+    return [
+        f"How sure (findings{more}; level {LEVEL:.0%} over all tests):",
+        *(f"- {finding.statement}\n  Try: {finding.try_this}" for finding in told),
+    ]
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -363,6 +395,12 @@ def _printable(name: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
+
+
+def _escape_line(line: str) -> str:
+    """Keeps what a line says from being read as Markdown, but not that it is an item of a list."""
+    item = line.startswith("- ")
+    return "- " * item + _escape(line[2 * item :])
 
 
 def _escape(name: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lca.record import summary
 from lightning_lca.record.eventfile import EventFile
+from lightning_lca.record.findings import Finding
 from lightning_lca.record.history import History
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.loggers import file_writer, is_a
@@ -75,6 +76,7 @@ class Gallery:
         history: History,
         distributions: Mapping[str, Distribution],
         step: int,
+        findings: Callable[[], Sequence[Finding]] | None = None,
     ) -> None:
         """Shows all there is but figures: the summary and the distributions.
 
@@ -83,12 +85,14 @@ class Gallery:
             history: What was measured.
             distributions: Of the latest step, by layer.
             step: Where on the x axis.
+            findings: Looks for those below the summary; by default the history's own.
         """
         if not len(history):
             return
-        text = summary.markdown(history)
+        text = ""
         for logger in list(self._tensorboard):
             try:
+                text = text or summary.markdown(history, (findings or history.findings)())
                 logger.experiment.add_text(f"{probe}/summary", text, step)
                 for label, d in distributions.items():
                     logger.experiment.add_histogram_raw(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_lca.measure.groups import Grouping
+from lightning_lca.record.findings import find
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable, WindowTable
@@ -277,9 +279,12 @@ class Reporter:
         """Shows the figures and tables of an occasion, or of the end."""
         self.collect()
         histories = {self._scalars[n].prefix: m.history for n, m in self._meters.items()}
+        names = {self._scalars[n].prefix: n for n in self._meters}
+        named = {n: m.history for n, m in self._meters.items()}
         spreads = [meter.take_distributions() for meter in self._meters.values()]
         for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
-            self._gallery.show(prefix, history, spread, self._x)
+            look = partial(find, named, about=(names[prefix],))
+            self._gallery.show(prefix, history, spread, self._x, look)
         self._gallery.draw(histories, self._x, last=last)
         self._gallery.turn(step)
 

@@ -89,6 +89,15 @@ def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
     return views.synchrony(table, asked, strongest)
 
 
+def _findings(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, probe, asked = _common(query)
+    query.done()
+    shown = store.run(source, run)
+    table = shown.table(probe)
+    name = next(name for name, one in shown.tables.items() if one is table)
+    return views.findings(shown.tables, name, asked)
+
+
 def _export(store: Store, source: Source, query: Query) -> Download:
     run, probe, asked = _common(query)
     query.done()
@@ -132,5 +141,6 @@ ANSWERS: dict[str, Answer] = {
     "shares": _shares,
     "compare": _compare,
     "synchrony": _synchrony,
+    "findings": _findings,
     "export": _export,
 }

@@ -6,15 +6,18 @@ place of what is not finite. Credit is in loss units; negative = helped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lightning_lca.analysis.bins import Bins, accumulated, counted
 from lightning_lca.analysis.scale import colour_limit
-from lightning_lca.analysis.synchrony import rates
-from lightning_lca.analysis.synchrony import synchrony as measure
+from lightning_lca.record.findings import LEVEL, find
+from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.summary import Trust
+from lightning_lca.record.synchrony import rates
+from lightning_lca.record.synchrony import synchrony as measure
 from lightning_lca.record.tables import Floats, Ints
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table
@@ -194,6 +197,27 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
     }
 
 
+def findings(tables: Mapping[str, Table], probe: str, asked: Range) -> dict[str, Any]:
+    """What one probe shows beyond chance in the range, and what all of them show together."""
+    first, last = asked.of(tables[probe])
+    span = asked.tile(tables[probe]).rows
+    found = find({name: t.history for name, t in tables.items()}, (probe,), first, last)
+    return {
+        "steps": int(tables[probe].finite[span].sum()),
+        "least": LEAST,
+        "level": LEVEL,
+        "kind": [one.kind for one in found],
+        "where": [one.where for one in found],
+        "layer": [one.where if tables[probe].has(one.where) else None for one in found],
+        "statement": [one.statement for one in found],
+        "try_this": [one.try_this for one in found],
+        "effect": plain([one.effect for one in found]),
+        "low": plain([np.nan if one.interval is None else one.interval[0] for one in found]),
+        "high": plain([np.nan if one.interval is None else one.interval[1] for one in found]),
+        "p": plain([np.nan if one.p is None else one.p for one in found]),
+    }
+
+
 def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     """Credit of the layers that two tables share, on common bins, and b minus a."""
     first, last = asked.of(a, b)
@@ -302,6 +326,7 @@ def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
         return {
             "share": plain(helped / moved),
             "mean": plain(helped.sum() / moved.sum()),
+            # For programs that ask for it, as fields stay; weights are no coins: nothing is drawn.
             "sd": plain(0.5 / np.sqrt(moved)),
             "helping": plain(helped / trained),
             "hurting": plain(hurt / trained),

@@ -13,6 +13,8 @@ from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import Quadrature
 from lightning_lca.probe.loss import ProbeMode
+from lightning_lca.record import summary
+from lightning_lca.record.findings import Finding, find
 from lightning_lca.record.history import History
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
@@ -200,7 +202,16 @@ class LCACallback(LightningCallback):
             history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
             for name, history in self.histories.items()
         ]
+        texts += filter(None, [summary.together(self.histories)])
         return "\n\n".join(texts) or "LCA: training has not started."
+
+    def findings(self) -> list[Finding]:
+        """Lists what all probes show beyond chance, most important first, and what to do about it.
+
+        With probes named "train" and "val" also the layers that overfit. Fewer than 50 finite steps
+        are too few to tell: an empty list.
+        """
+        return find(self.histories)
 
     @property
     def state_key(self) -> str:

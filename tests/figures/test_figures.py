@@ -7,12 +7,12 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle, StepPatch
 
 from lightning_lca import History, figures
-from lightning_lca.analysis import synchrony as core
 from lightning_lca.figures import style
+from lightning_lca.record import synchrony as core
+from lightning_lca.record.statistics import Mean
 from lightning_lca.record.tables import StepTable, WindowTable
 
 NAMES = ("conv1", "norm1", "conv2", "fc")
@@ -222,20 +222,21 @@ def test_totals_without_parameters_are_plain_bars():
     assert [colour(p) for p in bars(axes)] == [style.HELPS] * 3 + [style.HURTS]
 
 
-def test_helping_is_the_share_of_moving_weights_within_the_band_of_fair_coins():
+def test_helping_is_the_share_of_moving_weights_with_the_interval_of_its_mean():
     run = history(steps=250)
     helping, hurting = (c.astype(int) for c in (run.rows.helping, run.rows.hurting))
-    left, right = figures.helping(run).axes
+    figure = figures.helping(run)
+    left, right = figure.axes
     (curve,) = (p for p in left.patches if isinstance(p, StepPatch))
     first = slice(0, 3)
     moved = helping[first].sum() + hurting[first].sum()
     assert curve.get_data().values[0] == pytest.approx(100 * helping[first].sum() / moved)
     assert len(curve.get_data().values) == 84
-    (band,) = (c for c in left.collections if isinstance(c, PolyCollection))
-    vertices = band.get_paths()[0].vertices
-    at_first = vertices[vertices[:, 0] == 0, 1]
-    sd = 100 * 0.5 / np.sqrt(moved)
-    assert (at_first.min(), at_first.max()) == pytest.approx((50 - 2 * sd, 50 + 2 * sd))
+    assert not left.collections  # No band: coins are no chance that weights are like.
+    share = 100 * helping.sum(1) / (helping + hurting).sum(1)
+    (low,), (high,) = Mean.of(share[:, None]).interval(0.025)
+    assert f"95% interval {low:.1f}–{high:.1f}%" in figure.get_suptitle()
+    assert "interval" not in figures.helping(history(steps=49)).get_suptitle()
     dots = right.collections[1].get_offsets()
     np.testing.assert_allclose(dots[:, 0], 100 * helping.sum(0) / (helping + hurting).sum(0))
     np.testing.assert_array_equal(dots[:, 1], range(4))
@@ -335,7 +336,8 @@ def test_moments_of_learning_and_their_coincidences_are_drawn_over_what_chance_g
     np.testing.assert_array_equal(heights, found.coincidences)
     (band,) = (p for p in below.patches if isinstance(p, StepPatch))
     np.testing.assert_allclose(band.get_data().values, found.band)
-    assert f"pairs of moments: {found.pairs}; by chance" in figure.get_suptitle()
+    much = f"{abs(found.excess):.0%} {'more' if found.excess > 0 else 'less'} often than by chance"
+    assert f"Moments coincide {much}" in figure.get_suptitle()
     assert f"p = {found.p_pairs:.2g}" in figure.get_suptitle()
 
 

@@ -24,7 +24,17 @@ from lightning_lca.tensorboard.plugin import LCAPlugin
 
 GROUPS = ("conv", "head")
 SIZES = np.array([100, 7])
-ROUTES = ("bins", "helping", "channels", "table", "compare", "synchrony", "export")
+ROUTES = (
+    "bins",
+    "helping",
+    "channels",
+    "table",
+    "compare",
+    "synchrony",
+    "findings",
+    "shares",
+    "export",
+)
 
 
 def description(**more: Any) -> bytes:

@@ -19,6 +19,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 from support.models import Classifier, toy_data, toy_loader, unrecorded
+from support.noise import noisy
 from support.processes import PATIENCE, environment, tensorboard, wait_for
 from support.training import fit
 from torch import nn
@@ -26,6 +27,8 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_lca import History
 from lightning_lca.record import writer as board
+from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard.snapshot import Range, Table
 
 pytestmark = pytest.mark.slow
 
@@ -323,8 +326,61 @@ def test_the_verdict_tells_what_happened(page, history):
     assert f"Steps 1–{STEPS}" in page.text("verdict-loss")
     assert "3 layers helped, 1 hurt" in page.text("verdict-layers")
     assert "planted" in page.text("verdict-layers")
-    assert "times; chance would give" in page.text("verdict-together")
+    assert "often than by chance" in page.text("verdict-together")
     assert page.data("verdict-trust")["warn"] == "false"
+
+
+@contextlib.contextmanager
+def answering(page, route, answer):
+    """Gives the page an answer of one's own, whatever the server says."""
+    given, body = json.dumps(f"/lca/{route}?"), json.dumps(json.dumps(answer))
+    script = f"""
+        const real = window.fetch;
+        window.fetch = (url, ...more) => String(url).includes({given})
+            ? Promise.resolve(new Response({body})) : real(url, ...more);
+    """
+    add = "Page.addScriptToEvaluateOnNewDocument"
+    key = page.driver.execute_cdp_cmd(add, {"source": script})
+    try:
+        yield
+    finally:
+        page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", key)
+
+
+def test_findings_tell_what_hurts_how_sure_that_is_and_what_to_try(page, history):
+    layers = history["train"].groups
+    planted = np.array([0, 2, 1, 0])
+    run = History(layers, np.full(4, 1000))
+    run.append(noisy(layers=4, planted=planted, share=0.53, converged=np.arange(200) > 5).rows)
+    told = run.findings()
+    assert [f.kind for f in told] == ["not_converged", "hurts", "hurts", "helping"]
+    with answering(page, "findings", views.findings({"": Table.of(run)}, "", Range())):
+        page.open(run="run_1")
+    items = page.driver.find_elements(By.CSS_SELECTOR, "[data-testid=findings-list] > li")
+    assert [item.get_attribute("data-kind") for item in items] == [f.kind for f in told]
+    for item, finding in zip(items, told):
+        assert f"Try: {finding.try_this}" in item.text
+        assert finding.statement in item.text
+    assert f"{layers[1]} hurts" in items[1].text  # Its name is text, whatever it is.
+    assert f"{told[1].effect:+.2g} a step" in items[1].text
+    assert "From 200 measured steps" in page.text("findings-note")
+    assert not page.find("findings-more").is_displayed()
+    page.click("findings-list", "[data-kind=hurts] button")
+    assert page.hash()["p.lca.layer"] == layers[1]
+    # The one that was clicked keeps the focus.
+    pressed = page.js("return document.activeElement.getAttribute('aria-pressed')")
+    assert (pressed, page.js("return document.activeElement.innerText")) == (
+        "true",
+        f"{layers[1]} hurts",
+    )
+
+
+def test_findings_follow_the_range(page):
+    page.open(run="run_0")
+    assert "In 6 of 60 steps loss or credit was not finite" in page.text("findings-list")
+    page.open(run="run_0", start=1, stop=40)
+    assert "here are 34" in page.text("findings-note")
+    assert page.text("findings-list") == ""
 
 
 def test_dragging_zooms_and_the_numbers_follow(page, history):

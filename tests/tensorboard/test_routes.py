@@ -26,10 +26,10 @@ from torch import nn
 
 import lightning_lca.tensorboard
 from lightning_lca import History
-from lightning_lca.analysis.synchrony import rates, synchrony
 from lightning_lca.record import eventfile as record
 from lightning_lca.record import writer as board
 from lightning_lca.record.export import wide
+from lightning_lca.record.synchrony import rates, synchrony
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,7 @@
 """What a user types, sees and reads: arguments, errors, scalars, messages."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lca import History, LCACallback
+from lightning_lca.record.findings import find
 from lightning_lca.reporting.scalars import panels_of
 from lightning_lca.training.budget import cost_line
 
@@ -411,6 +413,21 @@ def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
     rough = fit(tmp_path, every_n_steps=20, steps=40).lca
     assert "A chord of 20 steps cuts across the bends of the path" in rough.summary()
     assert "The residual is large" not in fit(tmp_path, steps=40).lca.summary()
+
+
+def test_findings_are_over_all_probes(tmp_path):
+    assert LCACallback().findings() == []
+    still = partial(Validated, optimizer=partial(torch.optim.SGD, lr=0.0))
+    val = DataLoader(toy_data(), batch_size=16)
+    data, probe = (toy_loader(), val), {"train": "train", "val": "val"}
+    lca = fit(tmp_path, steps=60, model=still, data=data, probe=probe).lca
+    assert {f.statement.split(":")[0] for f in lca.findings()} == {"Probe train", "Probe val"}
+    assert {f.kind for f in lca.findings()} == {"never_moves"}
+    assert lca.findings() == find(lca.histories)
+    kept = History.load(lca.log_dir, "val").findings()
+    assert kept == lca.histories["val"].findings()
+    (told,) = kept
+    assert f"- {told.statement}\n  Try: {told.try_this}" in lca.summary()
 
 
 def test_the_summary_shows_every_layer_and_the_ledger(tmp_path):

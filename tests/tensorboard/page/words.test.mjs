@@ -8,7 +8,9 @@ import {
   lossWords,
   pairNames,
   sharedWords,
+  sureWords,
   synchronyWords,
+  findingWords,
   trustWords,
 } from "../../../lightning_lca/tensorboard/static/lib/words.js";
 
@@ -105,19 +107,58 @@ test("layers learn together where pairs are more than chance gives", () => {
     null_low: 4.2,
     null_high: 9.8,
     pairs: 15,
-    pairs_null_low: 2,
-    pairs_null_high: 5,
+    pairs_null_mean: 10,
+    pairs_null_low: 8,
+    pairs_null_high: 12,
     p_pairs: 1 / 1001,
     draws: 1000,
   };
   assert.deepEqual(synchronyWords(data), {
     together: true,
     head: "Layers learn together",
-    words: "Two layers peak on the same step 15 times; chance would give 2–5 (p < 0.001).",
+    words: "Layers peak on the same step 50\u202f% more often than by chance (p < 0.001).",
   });
   assert.equal(synchronyWords({ ...data, p_pairs: 0.31 }).together, false);
   assert.match(synchronyWords({ ...data, p_pairs: 0.314 }).words, /\(p = 0.31\)/);
   assert.equal(synchronyWords({ ...data, layers: ["a"] }).together, null);
   assert.equal(synchronyWords({ ...data, moments: 0 }).together, null);
-  assert.match(sharedWords(data), /^30 of 40 moments .* chance would give 4–10.$/);
+  assert.match(synchronyWords({ ...data, pairs: 8 }).words, /peak .* 20\u202f% less often than/);
+  assert.match(
+    sharedWords(data),
+    /^Chance alone gives \u221220\u202f% to \+20\u202f%. 30 of 40 moments /,
+  );
+  assert.match(sharedWords(data), /moments .* chance would give 4–10.$/);
+});
+
+test("a finding has a headline and its size at a glance", () => {
+  const data = {
+    kind: ["hurts", "helping", "synchrony", "residual", "never_moves"],
+    where: ["conv2", "network", "network", "fc", "network"],
+    effect: [0.0031, 0.012, 0.4, 3, 0.31],
+    low: [0.001, 0.002, 0.3, null, null],
+    high: [0.0052, 0.02, 0.5, null, null],
+    p: [0.004, 0.0001, 0.03, null, null],
+  };
+  const told = data.kind.map((_, i) => findingWords(data, i));
+  assert.deepEqual(told[0], {
+    head: "conv2 hurts",
+    mood: "hurts",
+    size: "+0.0031 a step (+0.0010 to +0.0052, p = 0.004)",
+  });
+  assert.equal(told[1].size, "51.2\u202f% (50.2\u202f% to 52.0\u202f%, p < 0.001)");
+  assert.match(told[2].size, /^\+40\u202f% over chance \(\+30\u202f% to \+50\u202f%/);
+  assert.deepEqual(told[3], { head: "The sign of fc is open", mood: "doubt", size: "" });
+  assert.equal(told[4].size, "31.0\u202f%");
+  const fewer = { ...data, effect: [0, -0.01] };
+  assert.deepEqual(
+    [findingWords(fewer, 1).head, findingWords(fewer, 1).mood],
+    ["Fewer than half of the weights help", "hurts"],
+  );
+});
+
+test("no finding is told apart from too few steps to find one", () => {
+  const data = { kind: [], steps: 230, least: 50, level: 0.05 };
+  assert.match(sureWords(data), /^Nothing in these 230 measured steps is beyond chance/);
+  assert.match(sureWords({ ...data, steps: 49 }), /^Findings need 50 .* here are 49\.$/);
+  assert.match(sureWords({ ...data, kind: ["hurts"] }), /^From 230 .* about 5\u202f% of runs/);
 });

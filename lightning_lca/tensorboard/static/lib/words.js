@@ -133,15 +133,17 @@ function pWords({ p_pairs: p, draws }) {
  * @param {SynchronyAnswer} data
  */
 export function synchronyWords(data) {
-  const { layers, moments, pairs, pairs_null_low: low, pairs_null_high: high, p_pairs: p } = data;
+  const { layers, moments, pairs, pairs_null_mean: mean, p_pairs: p } = data;
   const unknown = "Learning together: unknown";
   if (layers.length < 2)
     return { together: null, head: unknown, words: "One layer has no other to learn with." };
   if (!moments)
     return { together: null, head: unknown, words: "No moment of learning lies in these steps." };
-  const chance =
-    low === high ? count(Math.round(low)) : `${count(Math.round(low))}–${count(Math.round(high))}`;
-  const facts = `Two layers peak on the same step ${count(pairs)} times; chance would give ${chance}`;
+  // The excess: with many layers a count of pairs is large whatever the layers do.
+  const often = pairs < mean ? "less often" : "more often";
+  const facts = mean
+    ? `Layers peak on the same step ${percent(Math.abs(pairs / mean - 1), 0)} ${often} than by chance`
+    : `Layers peak on the same step ${pairs ? "where by chance they never would" : "at no time"}`;
   return p < 0.05
     ? { together: true, head: "Layers learn together", words: `${facts} (${pWords(data)}).` }
     : {
@@ -152,10 +154,76 @@ export function synchronyWords(data) {
 }
 
 /**
- * How many moments have company, as a sentence.
+ * What chance alone would give, and how many moments have company, as sentences.
  * @param {SynchronyAnswer} data
  */
-export function sharedWords({ synchronized, moments, null_low: low, null_high: high }) {
+export function sharedWords(data) {
+  const { synchronized, moments, null_low: low, null_high: high, pairs_null_mean: mean } = data;
+  const over = (value) => `${value < mean ? "" : "+"}${percent(value / mean - 1, 0)}`;
+  const alone = mean
+    ? `Chance alone gives ${over(data.pairs_null_low)} to ${over(data.pairs_null_high)}. `
+    : "";
   const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
-  return `${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
+  return `${alone}${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
+}
+
+const HEADS = {
+  residual: (where) => `The sign of ${where} is open`,
+  not_converged: () => "Some steps are not measured well",
+  overfits: (where) => `${where} overfits`,
+  hurts: (where) => `${where} hurts`,
+  curvature: (where) => `${where} steps too far`,
+  against_gradient: (where) => `${where} moves up the gradient`,
+  momentum: (where) => `Momentum hurts in ${where}`,
+  weight_decay: (where) => `Weight decay hurts in ${where}`,
+  never_moves: (where) => (where === "network" ? "Many weights never move" : `${where} never moves`),
+  synchrony: () => "Layers learn together",
+};
+const DOUBTS = ["residual", "not_converged", "never_moves"];
+const SHARES = ["never_moves", "not_converged"];
+
+/**
+ * Finding i in a glance: {head, mood, size}; the mood is "doubt", "hurts" or "good to know".
+ * @param {FindingsAnswer} data
+ * @param {number} i
+ */
+export function findingWords({ kind: kinds, where, effect, low, high, p: ps }, i) {
+  const kind = kinds[i];
+  const head =
+    kind === "helping"
+      ? `${effect[i] > 0 ? "Most" : "Fewer than half of the"} weights help`
+      : HEADS[kind](where[i]);
+  const mood = DOUBTS.includes(kind)
+    ? "doubt"
+    : kind === "synchrony" || (kind === "helping" && effect[i] > 0)
+      ? "good"
+      : "hurts";
+  const show = (value) =>
+    kind === "helping"
+      ? percent(0.5 + value)
+      : kind === "synchrony"
+        ? `${value < 0 ? "" : "+"}${percent(value, 0)}`
+        : signed(value, 2);
+  if (low[i] === null || ps[i] === null)
+    return { head, mood, size: SHARES.includes(kind) ? percent(effect[i]) : "" };
+  const unit = { helping: "", synchrony: " over chance" }[kind] ?? " a step";
+  const size = `${show(effect[i])}${unit} (${show(low[i])} to ${show(high[i])}, ${smallP(ps[i])})`;
+  return { head, mood, size };
+}
+
+function smallP(p) {
+  return p < 0.001 ? "p < 0.001" : `p = ${Number(p.toPrecision(2))}`;
+}
+
+/**
+ * What the list of findings rests on, in a line.
+ * @param {FindingsAnswer} data
+ */
+export function sureWords({ kind, steps: measured, least, level }) {
+  if (measured < least)
+    return `Findings need ${count(least)} finite measured steps or more; here are ${count(measured)}.`;
+  const tests = `noise gives a finding in about ${percent(level, 0)} of runs, over all tests`;
+  return kind.length
+    ? `From ${count(measured)} measured steps; ${tests}.`
+    : `Nothing in these ${count(measured)} measured steps is beyond chance (${tests}).`;
 }

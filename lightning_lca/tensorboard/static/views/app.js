@@ -11,6 +11,7 @@ import { followTheme } from "../lib/theme.js";
 import { channelsView } from "./channels.js";
 import { compareView } from "./compare.js";
 import { cumulativeView } from "./cumulative.js";
+import { findingsView } from "./findings.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
 import { ledgerView } from "./ledger.js";
@@ -22,7 +23,16 @@ import { Verdict } from "./verdict.js";
 
 const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
-const NAMES = ["bins", "table", "helping", "shares", "synchrony", "channels", "compare"];
+const NAMES = [
+  "bins",
+  "table",
+  "helping",
+  "shares",
+  "synchrony",
+  "findings",
+  "channels",
+  "compare",
+];
 
 export class App {
   constructor(parent) {
@@ -53,6 +63,7 @@ export class App {
     parent.append(head, this.banner, this.main);
     this.verdict = new Verdict(this.main);
     this.views = [
+      findingsView,
       layersView,
       channelsView,
       cumulativeView,
@@ -152,6 +163,7 @@ export class App {
     want("shares", null);
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
+    want("findings", null);
     if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);

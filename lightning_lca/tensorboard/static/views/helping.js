@@ -1,7 +1,7 @@
-/** How narrow the majority of helping weights is, against what chance would give. */
+/** How narrow the majority of helping weights is. */
 
 import { Chart } from "../charts/chart.js";
-import { extent, rule, steppedBand } from "../charts/marks.js";
+import { extent, rule } from "../charts/marks.js";
 import { binAt } from "../lib/edges.js";
 import { percent, percentLabels, steps } from "../lib/format.js";
 import { colors } from "../lib/theme.js";
@@ -12,7 +12,7 @@ export function helpingView(app) {
     id: "helping",
     title: "Share of weights that help",
     caption:
-      "Of the weights that moved the loss, how many helped? Beyond the grey band it is more than chance.",
+      "Of the weights that moved the loss, how many helped? Steps differ widely: “How sure?” tells whether the mean does.",
     ...app.sectionHooks("helping"),
   });
   const chart = new Chart(section.plot, {
@@ -28,8 +28,6 @@ export function helpingView(app) {
     draw({ edges, network, layer }, { state }) {
       const middle = edges.slice(1).map((e, i) => (e + edges[i]) / 2);
       const name = layer ? state.layer : null;
-      const edge = (part, side) => part.sd.map((sd) => (sd === null ? null : 0.5 + side * 2 * sd));
-      const near = layer ?? network; // Whose band matters: the one with fewer weights is wider.
       const lines = [{ values: network.share, color: colors.text, width: 1.75 }];
       if (layer) lines.push({ values: layer.share, color: colors.selected, width: 1.75 });
       const means = [["network", network.mean, colors.text]];
@@ -61,19 +59,12 @@ export function helpingView(app) {
         ),
         title: "helping / moving",
         labels: percentLabels,
-        below: [
-          steppedBand(edges, edge(near, -1), edge(near, 1), colors.band),
-          rule(0.5, colors.muted, [4, 3]),
-        ],
+        below: [rule(0.5, colors.muted, [4, 3])],
         names,
         describe(at) {
           const k = binAt(edges, at);
-          const tell = (part) =>
-            part.share[k] === null
-              ? "–"
-              : `${percent(part.share[k])}  (chance: 50 ± ${percent(2 * part.sd[k], 2)})`;
-          const rows = [["network", tell(network)]];
-          if (layer) rows.push([name, tell(layer)]);
+          const rows = [["network", percent(network.share[k])]];
+          if (layer) rows.push([name, percent(layer.share[k])]);
           rows.push([
             "weights that help / hurt",
             `${percent(network.helping[k])} / ${percent(network.hurting[k])}`,
@@ -89,8 +80,7 @@ export function helpingView(app) {
             (layer && means[1][1] !== null
               ? `, and ${percent(means[1][1])} of ${name}'s. `
               : ". ") +
-            `Grey: 50 % ± 2 sd, were each moving weight ${layer ? `of ${name} ` : ""}a coin toss` +
-            (layer ? "." : "; select a layer above to compare.");
+            (layer ? "" : "Select a layer above to compare.");
     },
   };
 }

@@ -62,6 +62,19 @@ class Synchrony:
     p_pairs: float
     correlation: Floats
 
+    @property
+    def excess(self) -> float | None:
+        """Coincident pairs over those by chance, minus 1; None where chance gives none."""
+        chance = float(self.null_pairs.mean())
+        return self.pairs / chance - 1 if chance else None
+
+    @property
+    def excess_range(self) -> tuple[float, float]:
+        """What `excess` would be by chance, in 95 % of draws; (0, 0) where chance gives none."""
+        low, high = np.quantile(self.null_pairs, [0.025, 0.975])
+        chance = float(self.null_pairs.mean())
+        return (float(low / chance - 1), float(high / chance - 1)) if chance else (0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Rates:

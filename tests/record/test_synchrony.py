@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lightning_lca.analysis.synchrony import moments_of_learning, rates, synchrony
+from lightning_lca.record.synchrony import moments_of_learning, rates, synchrony
 
 SHIFTS = [-2, -1, 1, 2]
 
@@ -149,7 +149,7 @@ def test_adding_a_constant_or_scaling_changes_nothing_and_waiting_moves_everythi
 def test_what_is_drawn_does_not_depend_on_how_it_is_cut_into_blocks(monkeypatch):
     table = together(0, 200, 5)
     whole = synchrony(table)
-    monkeypatch.setattr("lightning_lca.analysis.synchrony._CELLS", 1000)
+    monkeypatch.setattr("lightning_lca.record.synchrony._CELLS", 1000)
     np.testing.assert_array_equal(synchrony(table).null, whole.null)
     assert (synchrony(table, seed=1).null != whole.null).any()
 
