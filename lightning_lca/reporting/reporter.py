@@ -279,7 +279,8 @@ class Reporter:
         spreads = [meter.take_distributions() for meter in self._meters.values()]
         for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
             self._gallery.show(prefix, history, spread, self._x)
-        self._gallery.draw(histories, self._x, last=last)
+        probes = {name: meter.history for name, meter in self._meters.items()}
+        self._gallery.draw(histories, self._x, last=last, probes=probes)
         self._gallery.turn(step)
 
     def _close_windows(self) -> None:

@@ -13,6 +13,7 @@ from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import Quadrature
 from lightning_lca.probe.loss import ProbeMode
+from lightning_lca.record import overfitting
 from lightning_lca.record.history import History
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
@@ -171,12 +172,16 @@ class LCACallback(LightningCallback):
         return first.last
 
     def summary(self) -> str:
-        """Tells per layer the share of the loss change, and how the ledger closes, as text."""
+        """Tells per layer the share of the loss change, and how the ledger closes, as text.
+
+        Where probes are named "train" and "val", a table tells which layers overfit.
+        """
         texts = [
             history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
             for name, history in self.histories.items()
         ]
-        return "\n\n".join(texts) or "LCA: training has not started."
+        texts += [overfitting.text(self.histories)]
+        return "\n\n".join(filter(None, texts)) or "LCA: training has not started."
 
     @property
     def state_key(self) -> str:
