@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_lca.measure.groups import Grouping
     from lightning_lca.measure.metrics import GroupCredit, HelpingFraction, HurtingFraction
     from lightning_lca.measure.quadrature import Quadrature
+    from lightning_lca.probe.classes import per_class
     from lightning_lca.record.findings import Finding
     from lightning_lca.record.history import History
     from lightning_lca.training.callback import LCACallback
@@ -43,6 +44,7 @@ __all__ = [
     "Sample",
     "Segment",
     "allocate",
+    "per_class",
     "refine",
 ]
 
@@ -59,6 +61,7 @@ _HOME = {
     "training.callback": ("LCACallback",),
     "measure.groups": ("Grouping",),
     "record.findings": ("Finding",),
+    "probe.classes": ("per_class",),
     "record.history": ("History",),
     "measure.metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
     "measure.quadrature": ("Quadrature",),

@@ -7,7 +7,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,16 @@ def _figures(options: argparse.Namespace) -> None:
             directory = options.out / name if len(runs) > 1 else options.out
             directory = directory / _as_file(probe) if len(histories) > 1 else directory
             directory.mkdir(parents=True, exist_ok=True)
-            for file, make in progress(figures.available(history).items(), "figure"):
+            drawn: dict[str, Callable[[], Any]] = {}
+            for file, draw in figures.available(history).items():
+                drawn[file] = partial(draw, history)
+            if probe == "val":
+                drawn |= figures.between(histories)
+            for file, make in progress(drawn.items(), "figure"):
                 path = directory / f"{file.replace('/', '_')}.png"
                 try:
                     with np.errstate(all="ignore"):  # Numbers that are not finite leave gaps.
-                        make(history).savefig(path, dpi=options.dpi)
+                        make().savefig(path, dpi=options.dpi)
                 except OSError as error:
                     why = error.strerror or error
                     raise InputError(f"{path} cannot be written: {why}.") from error

@@ -12,14 +12,15 @@ neither leak in nor are changed, and matplotlib is imported when the first figur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_lca.analysis.oscillation import LAGS
 from lightning_lca.figures.closeup import distribution, neurons, trajectories
+from lightning_lca.figures.generalization import generalization
 from lightning_lca.figures.layers import cumulative, heatmap, ledger, stack, totals
 from lightning_lca.figures.majority import helping, helping_per_step, helping_per_weight
 from lightning_lca.figures.moments import synchrony
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "available",
+    "between",
     "breakdown",
     "cumulative",
     "distribution",
+    "generalization",
     "heatmap",
     "helping",
     "helping_per_step",
@@ -89,3 +92,15 @@ def available(history: History) -> dict[str, Callable[[History], Figure]]:
         figures["distribution"] = distribution
         figures["trajectories"] = trajectories
     return figures
+
+
+def between(histories: Mapping[Any, History]) -> dict[str, Callable[[], Figure]]:
+    """Lists the figures that probes of a run have together, by name; each is drawn by a call.
+
+    Args:
+        histories: Of a run, by probe. "train" and "val" are drawn against one another.
+    """
+    train, val = histories.get("train"), histories.get("val")
+    if train is None or val is None or not (len(train) and len(val) and train.groups):
+        return {}
+    return {"generalization": partial(generalization, train, val)}

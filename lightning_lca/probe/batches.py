@@ -623,16 +623,56 @@ class _Passing:
             yield from enumerate(islice(passing, self.start, self.stop))
 
 
-_Reading = _Drawing | _Passing
+@dataclass(frozen=True)
+class _Choosing:
+    """What a function makes of a loader's dataset."""
+
+    loader: DataLoader[Any]
+    choose: Callable[[], Iterator[Any]]
+    seed: int
+
+    def read(self, aside: bool = False) -> Iterator[tuple[int, Any]]:
+        """Reads it, with numbers from 0 on; ``aside``: in a process of its own."""
+        loader, in_worker = self.loader, self.loader.num_workers > 0
+        if aside:
+            start = loader.worker_init_fn if in_worker else None
+            _be_worker(loader.dataset, in_worker, start, self.seed)
+        held = _generators_of(loader.dataset, loader.collate_fn, self.choose)
+        with fence(held, seed=self.seed):
+            yield from enumerate(self.choose())
+
+
+_Reading = _Drawing | _Passing | _Choosing
+
+
+def choose_from(
+    loader: DataLoader[Any], choose: Callable[[], Iterator[Any]], seed: int
+) -> list[Any]:
+    """Reads from a loader's dataset by a function of the caller's, and leaves no trace in training.
+
+    Args:
+        loader: Whose dataset, workers' start and collate function count; it is not iterated.
+        choose: Reads and gives values that can be pickled, at least one every few seconds.
+        seed: Of the random streams on which it runs.
+
+    Returns:
+        What it gave.
+    """
+    return _read_apart(_Choosing(loader, choose, seed), loader)
 
 
 def _read_own(loader: DataLoader[Any], seed: int) -> list[Any]:
-    """Reads a loader given by the user, whole: aside if that works, here behind a fence if not."""
-    reading, context = _Passing(loader, seed), _context([loader])
+    """Reads a loader given by the user, whole."""
+    return _read_apart(_Passing(loader, seed), loader)
+
+
+def _read_apart(reading: _Reading, loader: DataLoader[Any]) -> list[Any]:
+    """Reads for the user's own probe: aside if that works, here behind a fence if not."""
+    context = _context([loader])
     if context is not None and _shared(loader.dataset) is None:
         with suppress(_ReadingError):
-            return [batch for _, batch in _aside(reading, context)]
-    return [batch for _, batch in reading.read()]
+            return [value for _, value in _aside(reading, context)]
+    return [value for _, value in reading.read()]
 
 
 def _context(loaders: list[Any]) -> Any:

@@ -6,8 +6,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lightning_lca.record import summary
@@ -113,13 +115,21 @@ class Gallery:
                     "TensorBoard gets no more summaries and distributions."
                 )
 
-    def draw(self, histories: Mapping[str, History], step: int, *, last: bool) -> None:
+    def draw(
+        self,
+        histories: Mapping[str, History],
+        step: int,
+        *,
+        last: bool,
+        probes: Mapping[Any, History] = MappingProxyType({}),
+    ) -> None:
         """Draws the figures, unless that would hold up training by more than a twentieth.
 
         Args:
             histories: By first part of the tags.
             step: Where on the x axis.
             last: Whether this is the end, where they are drawn in any case.
+            probes: The same histories by the probes' names, for what they show together.
         """
         began = time.monotonic()
         allowed = self._spent + self._last <= MOST_TIME * (began - self._began)
@@ -127,22 +137,28 @@ class Gallery:
             return
         from lightning_lca import figures  # Matplotlib is not loaded before there is a need.
 
-        for probe, history in histories.items():
-            for name, make in figures.available(history).items() if len(history) else ():
-                try:
-                    self._hang(f"{probe}_figures/{name}", make(history), step)
-                except OSError as error:  # The disk is full: none of the others would do better.
-                    self._draws = False
-                    warn(
-                        f"LCA: the figures could not be written: {error}. There will be no more. "
-                        "Try `lightning-lca figures` on the record."
-                    )
-                    return
-                except Exception as error:  # A picture is never worth a training.
-                    warn(
-                        f"LCA: the figure {name} could not be made, {type(error).__name__}: "
-                        f"{error}. Try `lightning-lca figures` on the record."
-                    )
+        drawn: list[tuple[str, str, Callable[[], Figure]]] = [
+            (probe, name, partial(make, history))
+            for probe, history in histories.items()
+            if len(history)
+            for name, make in figures.available(history).items()
+        ]
+        drawn += [("lca", name, make) for name, make in figures.between(probes).items()]
+        for probe, name, make in drawn:
+            try:
+                self._hang(f"{probe}_figures/{name}", make(), step)
+            except OSError as error:  # The disk is full: none of the others would do better.
+                self._draws = False
+                warn(
+                    f"LCA: the figures could not be written: {error}. There will be no more. "
+                    "Try `lightning-lca figures` on the record."
+                )
+                return
+            except Exception as error:  # A picture is never worth a training.
+                warn(
+                    f"LCA: the figure {name} could not be made, {type(error).__name__}: "
+                    f"{error}. Try `lightning-lca figures` on the record."
+                )
         self._last = time.monotonic() - began
         self._spent += self._last
 

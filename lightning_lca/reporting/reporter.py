@@ -285,7 +285,7 @@ class Reporter:
         for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
             look = partial(find, named, about=(names[prefix],))
             self._gallery.show(prefix, history, spread, self._x, look)
-        self._gallery.draw(histories, self._x, last=last)
+        self._gallery.draw(histories, self._x, last=last, probes=named)
         self._gallery.turn(step)
 
     def _close_windows(self) -> None:

@@ -13,7 +13,7 @@ from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
 from lightning_lca.measure.quadrature import Quadrature
 from lightning_lca.probe.loss import ProbeMode
-from lightning_lca.record import summary
+from lightning_lca.record import overfitting, summary
 from lightning_lca.record.findings import Finding, find
 from lightning_lca.record.history import History
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
@@ -197,13 +197,16 @@ class LCACallback(LightningCallback):
         return first.last
 
     def summary(self) -> str:
-        """Tells per layer the share of the loss change, and how the ledger closes, as text."""
+        """Tells per layer the share of the loss change, and how the ledger closes, as text.
+
+        Where probes are named "train" and "val", a table tells which layers overfit.
+        """
         texts = [
             history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
             for name, history in self.histories.items()
         ]
-        texts += filter(None, [summary.together(self.histories)])
-        return "\n\n".join(texts) or "LCA: training has not started."
+        texts += [overfitting.text(self.histories), summary.together(self.histories)]
+        return "\n\n".join(filter(None, texts)) or "LCA: training has not started."
 
     def findings(self) -> list[Finding]:
         """Lists what all probes show beyond chance, most important first, and what to do about it.

@@ -518,7 +518,7 @@ def test_what_can_be_drawn_is_listed_under_names_that_are_safe_in_paths():
 
 def test_missing_data_are_named_with_the_remedy():
     empty, bare = History(["a"], [1]), history(detail=False)
-    for name in set(figures.__all__) - {"available", "neurons"}:
+    for name in set(figures.__all__) - {"available", "between", "generalization", "neurons"}:
         with pytest.raises(ValueError, match=r"no step was measured|no single weights"):
             getattr(figures, name)(empty)
     for name in ("helping_per_weight", "distribution", "trajectories"):

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from support.figures import drawn
+from support.models import Validated, toy_loader
 from support.training import fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -140,6 +141,22 @@ def test_without_a_logger_for_figures_they_are_files(tmp_path):
     assert files >= {f"{name}.png" for name in CORE}
     assert files >= {f"b_.._x_{name}.png" for name in CORE}
     assert {p.parent.name for p in lca.log_dir.rglob("*.png")} == {"lca_figures"}
+
+
+def test_train_and_val_are_drawn_against_one_another(tmp_path):
+    data, probes = (toy_loader(), toy_loader(shuffle=False)), {"train": "train", "val": "val"}
+    logger = TensorBoardLogger(tmp_path, version="v")
+    with drawn():
+        lca = fit(
+            tmp_path,
+            model=Validated,
+            data=data,
+            probe=probes,
+            figures=True,
+            trainer={"logger": logger},
+        ).lca
+    images = read(lca.log_dir).Tags()["images"]
+    assert [tag for tag in images if "generalization" in tag] == ["lca_figures/generalization"]
 
 
 def test_figures_can_be_declined(tmp_path):
