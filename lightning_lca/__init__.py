@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_lca.record.findings import Finding
     from lightning_lca.record.history import History
     from lightning_lca.training.callback import LCACallback
+    from lightning_lca.training.freezing import LCAFreeze
 
 __version__ = "0.1.0"  # The one place: pyproject.toml reads it here.
 
@@ -39,6 +40,7 @@ __all__ = [
     "History",
     "HurtingFraction",
     "LCACallback",
+    "LCAFreeze",
     "Position",
     "Quadrature",
     "Sample",
@@ -59,6 +61,7 @@ _HOME = {
         "refine",
     ),
     "training.callback": ("LCACallback",),
+    "training.freezing": ("LCAFreeze",),
     "measure.groups": ("Grouping",),
     "record.findings": ("Finding",),
     "probe.classes": ("per_class",),
