@@ -44,6 +44,24 @@ def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
 
 
 @pytest.mark.slow
+def test_what_to_do_about_a_layer_is_compared_seed_by_seed():
+    result = run("freeze_or_slow.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"The layer that helped least, in 2 runs: \w+ \(\d\)", result.stdout)
+    rows = re.findall(r"^(\S.*?) +(\d\.\d+) ± \d\.\d+", result.stdout, re.M)
+    names = [name for name, _ in rows]
+    assert names == [
+        "baseline",
+        "frozen from the start",
+        "10x smaller rate",
+        "momentum 0.8",
+        "LCAFreeze",
+    ]
+    losses = dict(rows)
+    assert len({losses[n] for n in names[:4]}) == 4, "each way trains differently"
+
+
+@pytest.mark.slow
 def test_the_loop_without_lightning_closes_its_ledger():
     result = run("plain_torch.py")
     assert result.returncode == 0, result.stderr
