@@ -55,6 +55,8 @@ CASES = {
     "neurons": [("true", True)],
     "figures": [("false", False)],
     "custom_scalars": [("true", True)],
+    "breakdown": [("true", ("part", "order")), ("order", ("order",)), ("[part]", ("part",))],
+    "oscillation": [("true", True)],
 }
 EVERY = [(name, *case) for name, cases in CASES.items() for case in cases]
 
