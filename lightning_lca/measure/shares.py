@@ -109,7 +109,7 @@ class Shares:
             self._add(total, stretch, gradient, segment, live)
         # In the place of noise the whole steps were summed.
         total[3] -= total[0] + total[1] + total[2]
-        return total[:, :-1]
+        return total[:, :-1].contiguous()
 
     def first_order(self, segment: Segment) -> Tensor:
         """Sums the gradient at the start times the motion: [groups]; the gradient is used up."""

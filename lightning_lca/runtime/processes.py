@@ -63,7 +63,7 @@ class Ranks:
         """Sums tensors of one dtype over all processes, in place, in one reduction."""
         if self.processes == 1:
             return
-        if len(tensors) == 1:
+        if len(tensors) == 1 and tensors[0].is_contiguous():  # Of others gloo sums the wrong part.
             dist.all_reduce(tensors[0])
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])

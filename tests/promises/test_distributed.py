@@ -29,6 +29,7 @@ OPTIONS = (
     "ddp+single",
     "ddp+drawn",
     "ddp+budget",
+    "ddp+split",
 )
 CUT = (
     *(
@@ -100,7 +101,9 @@ def assert_unchanged(directory, case):
     assert not torch.equal(
         measured["points"][0]["net.0.weight"], measured["points"][-1]["net.0.weight"]
     )
-    for column in set(ranks[0]) - {"seconds"}:
+    for name, shares in ranks[0]["shares"].items():
+        assert np.array_equal(shares, ranks[1]["shares"][name], equal_nan=True), name
+    for column in set(ranks[0]) - {"seconds", "shares"}:
         assert np.array_equal(ranks[0][column], ranks[1][column]), f"{column} differs over ranks"
 
 
@@ -158,6 +161,49 @@ def simpson(points, batches, panels=1):
 )
 def test_the_shared_probe_gives_the_history_of_the_whole_one(trained, case, batches, exact):
     assert_history_of_the_whole_probe(load(trained, case, "measured", 0), batches, exact)
+
+
+def test_shares_are_those_of_the_whole_probe(trained):
+    """Replayed on the whole probe: SGD with momentum 0.9, whose first step has none."""
+    measured = load(trained, "ddp+split", "measured", 0)
+    batches, shares = probe_batches(torch.float64), measured["rows"]["shares"]
+    assert_history_of_the_whole_probe(measured, batches, True)
+    x, y = (torch.cat(part) for part in zip(*batches))
+    net, allocated = mlp().double(), measured["rows"]["allocated"]
+
+    def gradient(weights):
+        weights = {n[4:]: w.detach().clone().requires_grad_() for n, w in weights.items()}
+        loss = F.cross_entropy(torch.func.functional_call(net, weights, (x,)), y)
+        return torch.autograd.grad(loss, list(weights.values()))
+
+    def by_layer(parts):
+        return [sum(float(p.sum()) for p in parts[i : i + 2]) for i in (0, 2, 4)]
+
+    momentum = 0.0  # What is left of the steps before: 0.9 times the last motion, at one rate.
+    for t, (start, stop) in enumerate(pairwise(measured["points"])):
+        motion = [(stop[n] - start[n]).double() for n in start]
+        middle = {n: (start[n] + stop[n]) / 2 for n in start}
+        g0, g1, g2 = (gradient(dict(w)) for w in (start, middle, stop))
+        mean = [(a + 4 * b + c) / 6 for a, b, c in zip(g0, g1, g2)]
+        signal = by_layer([-0.1 * a * m for a, m in zip(g0, mean)])
+        tight = {"rtol": 1e-9, "atol": 1e-12}
+        np.testing.assert_allclose(shares["part"][t, :, 0], signal, **tight)
+        if t:
+            carried = by_layer([m * b for m, b in zip(mean, momentum)])
+            np.testing.assert_allclose(shares["part"][t, :, 1], carried, **tight)
+        assert np.abs(shares["part"][t, :, 4]).max() < 1e-12
+        first = by_layer([a * d for a, d in zip(g0, motion)])
+        np.testing.assert_allclose(shares["order"][t, :, 0], first, **tight)
+        for column, slope in ((2, g0), (3, g2)):
+            dots = zip(
+                by_layer([s * d for s, d in zip(slope, motion)]),
+                by_layer([s * s for s in slope]),
+                by_layer([d * d for d in motion]),
+            )
+            cosines = [-dot / (a * b) ** 0.5 for dot, a, b in dots]
+            np.testing.assert_allclose(shares["oscillation"][t, :, column], cosines, **tight)
+        momentum = [0.9 * d for d in motion]
+    np.testing.assert_allclose(shares["part"].sum(2), allocated, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("fixture", "case"), [("trained", "ddp"), ("cut", "fsdp")])
