@@ -181,7 +181,7 @@ def test_shares_are_those_of_the_whole_probe(trained):
 
     momentum = 0.0  # What is left of the steps before: 0.9 times the last motion, at one rate.
     for t, (start, stop) in enumerate(pairwise(measured["points"])):
-        motion = [(stop[n] - start[n]).double() for n in start]
+        motion = [(stop[n] - start[n]).detach() for n in start]
         middle = {n: (start[n] + stop[n]) / 2 for n in start}
         g0, g1, g2 = (gradient(dict(w)) for w in (start, middle, stop))
         mean = [(a + 4 * b + c) / 6 for a, b, c in zip(g0, g1, g2)]
