@@ -11,7 +11,7 @@ function that gives the loss and its gradient at a position.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,10 +45,13 @@ class Sample:
         loss: Loss [] in float64 where the device has it, detached.
         gradient: {name: [*shape]}, read and never written by this module; None where it was not
             asked for.
+        terms: The gradient of each term of the loss but the last, which the others leave of
+            ``gradient``; none where the loss is not split.
     """
 
     loss: Tensor
     gradient: Weights | None
+    terms: Sequence[Weights] = ()
 
 
 @dataclass(frozen=True)
@@ -154,16 +157,44 @@ class Buffer:
             may lie in ``sums``.
         add_up: Sums what single tensors explain: [weights] -> []. Where they are parts of larger
             ones, over all who hold parts, so that all come to the same end.
+        terms: Tensors that receive the mean gradient of each term but the last.
     """
 
     sums: Weights
     first: Sample | None = None
     add_up: Callable[[Tensor], Tensor] = torch.sum
+    terms: Sequence[Weights] = ()
 
     @classmethod
-    def of(cls, segment: Segment) -> Buffer:
-        """Makes tensors for a segment: float32 at least."""
-        return cls(Flat(segment.start, sums=True))
+    def of(cls, segment: Segment, terms: int = 0) -> Buffer:
+        """Makes tensors for a segment: float32 at least.
+
+        Args:
+            segment: The segment.
+            terms: How many terms of the loss are integrated by themselves, too.
+        """
+        sums, *others = (Flat(segment.start, sums=True) for _ in range(1 + terms))
+        return cls(sums, terms=others)
+
+    def add(self, sample: Sample, weight: float, *, fresh: bool = False) -> None:
+        """Adds weight · gradient to the sums, those of terms too; ``fresh`` replaces them."""
+        add(self.sums, _gradient(sample), weight, fresh=fresh)
+        for into, more in zip(self.terms, sample.terms, strict=True):
+            add(into, more, weight, fresh=fresh)
+
+    def keep(self, last: Sample) -> Sample:
+        """Copies the gradients of a sample where the sums are."""
+        if last.gradient is None:
+            return Sample(last.loss, None)
+        gradients = zip((self.sums, *self.terms), (last.gradient, *last.terms), strict=True)
+        for into, gradient in gradients:
+            names = list(into)
+            torch._foreach_copy_([into[n] for n in names], [gradient[n] for n in names])
+        return Sample(last.loss, self.sums, self.terms)
+
+    def as_sample(self) -> Sample:
+        """Shows the sums as gradients; the loss is of no use."""
+        return Sample(torch.empty(()), self.sums, self.terms)
 
     def take_first(self) -> Sample | None:
         """Returns the sample at the start away, so that its memory can be freed."""
@@ -215,7 +246,7 @@ def mean_gradient(
     last: Sample | None = None
     for i, (s, weight) in enumerate(zip(rule.nodes, rule.weights, strict=True)):
         sample = first if s == 0.0 and first is not None else field(segment.at(s))
-        add(buffer.sums, _gradient(sample), weight, fresh=i == 0)
+        buffer.add(sample, weight, fresh=i == 0)
         last = sample if s == 1.0 else None
         sample, first = None, None  # Only one gradient is alive beside the sums.
     if last is None:
@@ -249,19 +280,18 @@ def refined_gradient(
     if first is None or first.gradient is None:
         first = field(segment.at(0.0))
     # Over 6 n: panel ends count 2 (the two outermost 1), panel middles 4.
-    ends = buffer.sums
-    add(ends, _gradient(first), 1.0, fresh=True)
+    buffer.add(first, 1.0, fresh=True)
     loss_before, first = first.loss, None
     last = field(segment.at(1.0))
-    add(ends, _gradient(last), 1.0)
-    middles = Flat(segment.start, sums=True)
+    buffer.add(last, 1.0)
+    middles = Buffer.of(segment, len(buffer.terms))
     panels, still, before = 1, 0, math.inf
     while True:
         for panel in range(panels):
             sample = field(segment.at((2 * panel + 1) / (2 * panels)))
-            add(middles, _gradient(sample), 1.0, fresh=panel == 0)
+            middles.add(sample, 1.0, fresh=panel == 0)
             del sample
-        explained = buffer.add_up(_explained(ends, middles, segment)) / (6 * panels)
+        explained = buffer.add_up(_explained(buffer.sums, middles.sums, segment)) / (6 * panels)
         left = float(last.loss - loss_before - explained)
         residual = abs(left)
         still = still + 1 if abs(left - before) < _SETTLED * residual else 0
@@ -271,10 +301,10 @@ def refined_gradient(
             break
         if still == 2:
             break
-        add(ends, middles, 2.0)
+        buffer.add(middles.as_sample(), 2.0)
         panels *= 2
-    add(ends, middles, 4.0)
-    add(ends, ends, 1 / (6 * panels), fresh=True)
+    buffer.add(middles.as_sample(), 4.0)
+    buffer.add(buffer.as_sample(), 1 / (6 * panels), fresh=True)
     converged = residual <= tolerance
     # Where rounding is all that is left, nothing can be said of the gradient.
     settled = still > 0 and not converged and residual > _ROUNDING * abs(float(last.loss))
@@ -298,7 +328,7 @@ def halve(
     segment: Segment,
     values: Weights,
     add_up: Callable[[Tensor], None],
-    also: Callable[[Weights, float], None] | None = None,
+    also: Callable[[Sample, float], None] | None = None,
 ) -> None:
     """Turns credits by Simpson's rule into those by the same rule on both halves, in place.
 
@@ -310,14 +340,15 @@ def halve(
         segment: As for `mean_gradient`.
         values: Credits {name: [*shape]} by `SIMPSON`.
         add_up: Sums products [*shape] over processes that share the field, in place.
-        also: Gets every gradient with its weight; what it sums is to be halved before, too.
+        also: Gets every sample with its weight; what it sums is to be halved before, too.
     """
     for value in values.values():
         value.mul_(0.5)
     for s, weight in ((0.25, 4 / 12), (0.5, -2 / 12), (0.75, 4 / 12)):
-        gradient = _gradient(field(segment.at(s)))
+        sample = field(segment.at(s))
+        gradient = _gradient(sample)
         if also is not None:
-            also(gradient, weight)
+            also(sample, weight)
         for name, start in segment.start.items():
             stop, slope, value = segment.stop[name], gradient[name], values[name]
             for start_, stop_, slope_, value_ in pieces(start, stop, slope, value):
@@ -325,7 +356,7 @@ def halve(
                 product = (stop_.to(value_.dtype) - start_).mul_(slope_)
                 add_up(product)
                 value_.add_(product, alpha=weight)
-        del gradient
+        del gradient, sample
 
 
 def credit(gradient: Weights, segment: Segment) -> Weights:

@@ -58,23 +58,26 @@ class Shares:
 
     Attributes:
         names: By breakdown, the names of its shares.
+        needs_start: Whether the gradient at the start is needed.
     """
 
     def __init__(self, breakdowns: Sequence[str], grouping: Grouping, steps: Steps) -> None:
         """Splits nothing yet.
 
         Args:
-            breakdowns: "part", "order", "oscillation".
+            breakdowns: "part", "order", "term", "oscillation".
             grouping: The groups.
             steps: What optimizers did.
         """
+        self.needs_start = bool({"part", "order", "oscillation"} & {*breakdowns})
         unknown = (STEP,) if steps.unknown else ()
         names = {
             "part": (*PARTS[:-1], *unknown, PARTS[-1]),
             "order": ORDERS,
             "oscillation": OSCILLATION,
         }
-        self.names = {name: names[name] for name in breakdowns}
+        self.names = {name: names[name] for name in breakdowns if name in names}
+        self._takes_terms = "term" in breakdowns
         self.start = Flat({})
         self._steps = steps
         self._grouping = grouping
@@ -82,6 +85,11 @@ class Shares:
         self._block = 1
         self._spans: object = None
         self._before = Flat({})  # The sign of the motion before [elements], as int8.
+
+    def learn(self, terms: Sequence[str]) -> None:
+        """Takes the names of the terms of the loss, which its first evaluation tells."""
+        if self._takes_terms and terms:
+            self.names["term"] = tuple(terms)
 
     def begin(self, gradient: Weights) -> None:
         """Copies the gradient at the start of a segment {name: [*shape]}."""
@@ -110,6 +118,19 @@ class Shares:
         # In the place of noise the whole steps were summed.
         total[3] -= total[0] + total[1] + total[2]
         return total[:, :-1].contiguous()
+
+    def terms(self, gradients: Sequence[Weights], segment: Segment) -> Tensor:
+        """Sums what terms are credited: [terms - 1, groups]; their mean gradients are used up.
+
+        Args:
+            gradients: Of every term but the last {name: [*shape]}.
+            segment: The segment.
+        """
+        found = []
+        for gradient in gradients:
+            times_motion(gradient, segment.start, segment.stop)
+            found.append(self._grouping.sums(gradient).credit)
+        return torch.stack(found)
 
     def first_order(self, segment: Segment) -> Tensor:
         """Sums the gradient at the start times the motion: [groups]; the gradient is used up."""

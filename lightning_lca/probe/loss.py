@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,19 @@ class NoLossError(MisconfigurationException):
     """There is no loss on a batch, or none that is finite: another batch may have one."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch.
+
+    Attributes:
+        total: [], with a gradient.
+        terms: {term: [] or a number} that add up to it; empty where it is one number.
+    """
+
+    total: Tensor
+    terms: Mapping[str, Any]
+
+
 class TrainingLoss:
     """The loss of a LightningModule on a batch, evaluated as training does it."""
 
@@ -28,16 +42,18 @@ class TrainingLoss:
         self._loss_fn = loss_fn
         self._arguments = _step_arguments(module) if loss_fn is None else _both
 
-    def __call__(self, batch: Any, j: int) -> Tensor:
-        """Evaluates the loss [] on batch j.
+    def __call__(self, batch: Any, j: int) -> Loss:
+        """Evaluates the loss on batch j.
 
         Raises:
             NoLossError: Nothing came.
             MisconfigurationException: What came is not a scalar tensor with a gradient.
         """
+        terms: Mapping[str, Any] = {}
         if self._loss_fn is not None:
             result, source = self._loss_fn(self._module, batch), "loss_fn"
             if isinstance(result, Mapping):
+                terms = {str(name): term for name, term in result.items()}
                 result = sum(result.values())
         else:
             result = self._module.training_step(*self._arguments(batch, j))
@@ -60,7 +76,7 @@ class TrainingLoss:
                 f"The loss that {source} returned on the probe has no gradient. Compute it from "
                 "the module's trainable weights, without detach() or torch.no_grad()."
             )
-        return result.squeeze() if result.dim() else result
+        return Loss(result.squeeze() if result.dim() else result, terms)
 
 
 def _step_arguments(module: LightningModule) -> Callable[[Any, int], tuple[Any, ...]]:

@@ -30,6 +30,7 @@ from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks, seeded
 from lightning_lca.probe.loggers import silent
 from lightning_lca.probe.loss import (
+    Loss,
     LossFn,
     NoLossError,
     ProbeMode,
@@ -39,7 +40,12 @@ from lightning_lca.probe.loss import (
 )
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.probe.recording import NotRecordableError, Recorder, Recording
-from lightning_lca.runtime.lightnings import LightningModule, MisconfigurationException, Trainer
+from lightning_lca.runtime.lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    warn,
+)
 from lightning_lca.runtime.processes import Ranks
 
 
@@ -62,6 +68,7 @@ class Probe:
         gradients: Evaluations with a gradient so far.
         why_not: Why the loss is not recorded, in a few words; None while it is.
         is_lost: Whether the user's code gave no loss when it ran last.
+        terms: Names of the terms whose gradients are taken, known from the first look on.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Probe:
         ranks: Ranks | None = None,
         whole: bool = False,
         selection: Selection = EVERYTHING,
+        splits: bool = False,
     ) -> None:
         """Looks at nothing yet but the module.
 
@@ -90,10 +98,13 @@ class Probe:
             whole: Adds them up at each evaluation, so that all ranks know loss and gradient of the
                 whole probe.
             selection: Which weights are measured; to the loss the others are constants.
+            splits: Also takes the gradient of each term, where loss_fn gives several.
         """
         self._trainer = trainer
         self._module = module
         self._mode = mode
+        self._splits = splits
+        self._other_terms: set[str] = set()  # That loss_fn did not return at first.
         self._objective = TrainingLoss(module, loss_fn)
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
@@ -120,6 +131,7 @@ class Probe:
         self._held: list[Tensor] = []
         self._has_begun = False
         self.is_lost = False
+        self.terms: tuple[str, ...] = ()
         self.gradients = 0
         self.why_not: str | None = "it was not tried yet"
 
@@ -195,17 +207,19 @@ class Probe:
                                 if not self._has_begun:
                                     raise
                                 self.is_lost = True
-                                loss = torch.full((), torch.nan, device=self.device)
+                                loss = Loss(torch.full((), torch.nan, device=self.device), {})
                                 gradients = [torch.full_like(w, torch.nan) for w in held.values()]
+                                gradients *= max(1, len(self.terms))
                             # Layers gathered on the way forward are let go of on the way back.
                             if (at.needs_gradient or self._is_cut) and not self.is_lost:
                                 gradients = self._differentiate(loss, share, list(live.values()))
-                            done(loss, gradients)
-                    loss = loss.detach()
-                    if self._fits(gradients, loss):
+                            done(loss.total, gradients)
+                    value = loss.total.detach()
+                    del loss
+                    if self._fits(gradients, value):
                         break
                     moves = True
-                total, sums = self._added(total, sums, loss, gradients, share)
+                total, sums = self._added(total, sums, value, gradients, share)
         assert total is not None
         return self._sample(at, total, sums, list(live))
 
@@ -282,7 +296,13 @@ class Probe:
                 sums = [g.contiguous() for g in sums]
                 self._ranks.sum(sums)
         self.gradients += at.needs_gradient or self._is_cut
-        return Sample(total, None if sums is None else dict(zip(names, sums, strict=True)))
+        if sums is None:
+            return Sample(total, None)
+        count = len(names)
+        gradient, *terms = (
+            dict(zip(names, sums[i : i + count], strict=True)) for i in range(0, len(sums), count)
+        )
+        return Sample(total, gradient, terms)
 
     # -- recording --------------------------------------------------------------------------------
 
@@ -472,27 +492,73 @@ class Probe:
 
     # -- one evaluation ---------------------------------------------------------------------------
 
-    def _differentiate(self, loss: Tensor, share: float, weights: list[Tensor]) -> list[Tensor]:
-        """Takes the scaled gradient [*shape] of every weight; zeros where the loss has none."""
+    def _differentiate(self, loss: Loss, share: float, weights: list[Tensor]) -> list[Tensor]:
+        """Takes the scaled gradient [*shape] of every weight; zeros where the loss has none.
+
+        Of a loss that is split, after these the gradients of each term but the last.
+        """
+        drop_gradient_hooks(self._module.parameters())  # Those that the step itself registered.
+        terms = self._terms_of(loss) if self._splits else []
+        scalars = terms if len(terms) > 1 else [loss.total]
+        found = [
+            self._gradients_of(scalar, share, weights, again=i + 1 < len(scalars))
+            for i, scalar in enumerate(scalars)
+        ]
+        self._unreached = sum(all(g is None for g in taken) for taken in zip(*found, strict=True))
+        plain = [[_plain(g, w) for g, w in zip(f, weights, strict=True)] for f in found]
+        total = plain[0]
+        for more in plain[1:]:
+            total = list(torch._foreach_add(total, more))
+        return [g for gradients in (total, *plain[:-1]) for g in gradients]
+
+    def _terms_of(self, loss: Loss) -> list[Any]:
+        """Lists the terms of a loss in the order of their names; the last takes up strange ones."""
+        if not self._has_begun and not self.terms:
+            self.terms = tuple(loss.terms)
+        if not self.terms:
+            return []
+        given = loss.terms or {"a single number": loss.total}
+        if strange := [name for name in given if name not in self.terms]:
+            if not self._has_begun:
+                raise MisconfigurationException(
+                    f"loss_fn returned the terms {list(self.terms)} on one batch of the probe and "
+                    f"{list(given)} on another. Return the same ones on every batch, zero where "
+                    "one is off."
+                )
+            if not self._other_terms.issuperset(strange):
+                self._other_terms.update(strange)
+                warn(
+                    f"LCA: loss_fn returned {strange}, which it did not return at first: the "
+                    f"credit is counted with {self.terms[-1]!r}. Return every term from the first "
+                    "step on, zero where it is off."
+                )
+        *names, last = self.terms
+        rest = sum(term for name, term in given.items() if name in {last, *strange})
+        return [*(given.get(name, 0.0) for name in names), rest]
+
+    def _gradients_of(
+        self, loss: Any, share: float, weights: list[Tensor], *, again: bool
+    ) -> list[Tensor | None]:
+        """Takes the scaled gradient of a scalar; ``again``: its graph is needed again."""
         gradients: list[Tensor | None]
+        if not isinstance(loss, Tensor) or not loss.requires_grad:  # A term may be a constant.
+            return [None] * len(weights)
         loss = loss.float() if loss.dtype in HALF else loss
         if share * self._factor != 1:
             loss = loss * (share * self._factor)
         if self._scale is not None:
             loss = loss * self._scale.factor
-        drop_gradient_hooks(self._module.parameters())  # Those that the step itself registered.
         if self._by_backward:
             for weight in weights:
                 weight.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
             gradients = [w.grad for w in weights]
         else:
             # The step itself may have frozen some.
             needed = [w for w in weights if w.requires_grad]
-            taken = iter(torch.autograd.grad(loss, needed, allow_unused=True))
+            taken = iter(torch.autograd.grad(loss, needed, allow_unused=True, retain_graph=again))
             gradients = [next(taken) if w.requires_grad else None for w in weights]
-        self._unreached = sum(g is None for g in gradients)
-        return [_plain(g, w) for g, w in zip(gradients, weights, strict=True)]
+        return gradients
 
     # -- surroundings of an evaluation ------------------------------------------------------------
 
@@ -610,7 +676,10 @@ def agree(kept: Sample, fresh: Sample) -> Tensor:
     same = same | (kept.loss == fresh.loss) | (kept.loss.isnan() & fresh.loss.isnan())
     if kept.gradient and fresh.gradient:
         names = list(fresh.gradient)
-        old, new = [kept.gradient[n] for n in names], [fresh.gradient[n] for n in names]
+        old, new = (
+            [gradient[n] for gradient in (s.gradient, *s.terms) if gradient for n in names]
+            for s in (kept, fresh)
+        )
         differences: list[Tensor] = []
         sizes: list[Tensor] = []
         for some, others in _side_by_side(new, old):

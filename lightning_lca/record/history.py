@@ -69,12 +69,15 @@ class History:
         )
         self.settings: dict[str, Any] = {}
         self.lost = 0
-        self._shares: dict[str, tuple[str, ...]] = {
-            name: tuple(names) for name, names in (breakdowns or {}).items()
-        }
+        self._shares: dict[str, tuple[str, ...]] = {}
+        self.split_into(breakdowns or {})
         self._parts: list[StepTable] = [StepTable.none(len(groups))]
         self._windows: dict[str, list[WindowTable]] = {}
         self._declared: dict[str, Columns] = {}
+
+    def split_into(self, breakdowns: Mapping[str, Sequence[str]]) -> None:
+        """Says what credit is split into, before rows are appended."""
+        self._shares = {name: tuple(names) for name, names in breakdowns.items()}
 
     def append(self, rows: StepTable) -> None:
         """Adds measured steps at the end."""

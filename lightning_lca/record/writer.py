@@ -45,7 +45,6 @@ class RecordWriter:
         sizes: Ints,
         stream: Callable[[], Any] | None,
         warn: Callable[[str], None],
-        shares: int = 0,
     ) -> None:
         """Writes nothing yet.
 
@@ -55,7 +54,6 @@ class RecordWriter:
             stream: Finds the writer of events (``add_event``, ``flush``) of an open file there;
                 None: a file of our own.
             warn: Says what went wrong.
-            shares: How many numbers of every group breakdowns hold in a step, at most.
         """
         self._log_dir = log_dir
         self._sizes = sizes
@@ -70,8 +68,13 @@ class RecordWriter:
         self._windows: dict[tuple[str, str | None], list[WindowTable]] = {}
         self._wrote = time.monotonic()
         self._latest = -math.inf  # Wall time of the latest event; before the first, not known.
+        self.chunk_steps = 1
+        self.hold(0)
+
+    def hold(self, shares: int) -> None:
+        """Takes how many numbers of every group the widest breakdown has in a step."""
         # An event of moderate size never holds the writer's thread for long.
-        numbers = max(1, len(sizes)) * max(1, shares)
+        numbers = max(1, len(self._sizes)) * max(1, shares)
         self.chunk_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (8 * numbers)))
 
     def describe(self, metadata: Mapping[str, Any], step: int | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,8 +96,8 @@ class Reporter:
             # The event file of a logger lies in the run's own directory.
             None if own else self._loggers.stream,
             lambda text: warn(f"LCA: {text}"),
-            max(map(len, next(iter(meters.values())).history.split_columns.values()), default=0),
         )
+        self._writer.hold(_widest(metadata["breakdowns"]))
         self._scalars = {
             probe: Scalars(grouping.names, grouping.sizes, f"{name}_{probe}" if i else name)
             for i, probe in enumerate(meters)
@@ -225,6 +225,15 @@ class Reporter:
         if self._writer is not None:
             self._writer.describe(self._metadata)
 
+    def note_breakdowns(self, breakdowns: Mapping[str, Sequence[str]]) -> None:
+        """Records the names of shares, which the first look at the loss may tell of."""
+        if self._metadata["breakdowns"] != breakdowns:
+            self._metadata["breakdowns"] = dict(breakdowns)
+            if self._writer is not None:
+                self._writer.hold(_widest(breakdowns))
+                if "first_step" in self._metadata:  # It has begun.
+                    self._writer.describe(self._metadata)
+
     def log(self, x: int, step: int) -> None:
         """Logs scalars on their interval, and shows figures on their occasions.
 
@@ -294,6 +303,11 @@ class Reporter:
             windows = meter.take_windows()
             if self._writer is not None:
                 self._writer.add_windows(name, windows)
+
+
+def _widest(breakdowns: Mapping[str, Sequence[str]]) -> int:
+    """Counts the shares of the breakdown that has most."""
+    return max(map(len, breakdowns.values()), default=0)
 
 
 def x_axis(trainer: Trainer) -> int:

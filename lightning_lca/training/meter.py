@@ -126,6 +126,7 @@ class Meter:
         self.windows = self._fine.metadata
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
+        self._terms = 0  # Of the loss, but the last, whose gradients are taken, too.
         self._grouping = grouping
         self._distributions = Distributions(module, grouping.parameters)
         self._spread: dict[str, Distribution] = {}
@@ -156,10 +157,10 @@ class Meter:
         began = time.perf_counter()
         first = self._reuse.start(segment)
         if not alike(self._buffer.sums, segment.start):
-            self._buffer = Buffer.of(segment)
+            self._buffer = Buffer.of(segment, self._terms)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
-        if self._shares is not None:
+        if self._shares is not None and self._shares.needs_start:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         if self._tolerance is None:
@@ -172,7 +173,7 @@ class Meter:
             )
             if tries:
                 self._note_futile(ends.settled)
-        split = self._parts_of(gradient, segment)
+        split = self._linear_shares(gradient, self._buffer.terms, segment)
         values = credit(gradient, segment)
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
@@ -195,7 +196,7 @@ class Meter:
             change = losses[1] - losses[0]
             self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
         self._track(values, ends, finite)
-        self._reuse.keep(ends.last, self._buffer.sums)
+        self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
         self._pending.append(
             _Pending(
@@ -221,6 +222,13 @@ class Meter:
     def breakdowns(self) -> dict[str, tuple[str, ...]]:
         """Names of the shares that credit is split into, by breakdown."""
         return {} if self._shares is None else self._shares.names
+
+    def learn(self, terms: Sequence[str]) -> None:
+        """Takes the names of the terms of the loss, which its first evaluation tells."""
+        if self._shares is not None:
+            self._shares.learn(terms)
+            self.history.split_into(self._shares.names)
+            self._terms = max(0, len(self._shares.names.get("term", ())) - 1)
 
     @property
     def audits(self) -> int:
@@ -298,6 +306,7 @@ class Meter:
             "loss": None if loss is None else torch.as_tensor(loss, dtype=torch.float64),
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
+            "terms": list(self.breakdowns.get("term", ())),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
@@ -362,17 +371,17 @@ class Meter:
         segment: Segment,
         sums: _Sums,
         losses: Tensor,
-        split: Tensor | None,
+        split: dict[str, Tensor],
     ) -> _Sums:
         """Measures a segment in two halves, its credits in place, and goes on watching."""
-        also = None
-        if split is not None:
-            split.mul_(0.5)
+        for shares in split.values():
+            shares.mul_(0.5)
 
-            def also(gradient: Weights, weight: float) -> None:
-                more = self._parts_of(gradient, segment)
-                if more is not None:
-                    split.add_(more, alpha=weight)
+        def also(sample: Sample, weight: float) -> None:
+            if split and sample.gradient is not None:
+                copies = [{n: g.clone() for n, g in term.items()} for term in sample.terms]
+                for name, more in self._linear_shares(sample.gradient, copies, segment).items():
+                    split[name].add_(more, alpha=weight)
 
         change = losses[1] - losses[0]
         before = (change - sums.credit.sum()).abs()
@@ -399,14 +408,27 @@ class Meter:
             self._ranks.sum(shares.start.wholes)
         return first
 
-    def _parts_of(self, gradient: Weights, segment: Segment) -> Tensor | None:
-        """Sums what the parts of a step are credited by a gradient [parts - 1, groups]."""
-        if self._shares is None or "part" not in self._shares.names:
-            return None
-        return self._shares.parts(gradient, segment, self.probe.live)
+    def _linear_shares(
+        self, gradient: Weights, terms: Sequence[Weights], segment: Segment
+    ) -> dict[str, Tensor]:
+        """Sums what shares that are linear in a gradient are credited: [shares - 1, groups] each.
+
+        Args:
+            gradient: Of the loss {name: [*shape]}.
+            terms: Of its terms but the last; they are used up.
+            segment: The segment.
+        """
+        found: dict[str, Tensor] = {}
+        if self._shares is None:
+            return found
+        if "part" in self._shares.names:
+            found["part"] = self._shares.parts(gradient, segment, self.probe.live)
+        if terms:
+            found["term"] = self._shares.terms(terms, segment)
+        return found
 
     def _with_shares(
-        self, row: Tensor, split: Tensor | None, segment: Segment, last: Sample
+        self, row: Tensor, split: dict[str, Tensor], segment: Segment, last: Sample
     ) -> Tensor:
         """Adds to a row what shares are credited, but for the last of each breakdown."""
         if self._shares is None:
@@ -418,11 +440,12 @@ class Meter:
         for name in self._shares.names:
             if name == "oscillation":
                 found += turns
-            elif name == "part":
-                assert split is not None
+            elif name in split:
                 if self._tolerance is None:
-                    self._ranks.sum([split])
-                found.append(split.reshape(-1))
+                    self._ranks.sum([split[name]])
+                found.append(split[name].reshape(-1))
+            elif name == "term":  # There is but one.
+                continue
             else:
                 order = self._shares.first_order(segment)
                 if self._tolerance is None and self._shares.names.keys() == {"order"}:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_lca.measure.allocation import Sample, Segment, Weights
+from lightning_lca.measure.allocation import Buffer, Sample, Segment
 from lightning_lca.measure.tensors import DeferredBool
 from lightning_lca.probe.probe import Probe, agree
 from lightning_lca.runtime.lightnings import warn
@@ -60,12 +59,9 @@ class Reuse:
         self._missed: tuple[Sample, Sample] | None = None
         self._has_told = False
 
-    def keep(self, last: Sample, into: Weights) -> None:
-        """Keeps the sample at the end of a segment, its gradient in existing tensors."""
-        if last.gradient is not None:
-            names = list(into)
-            torch._foreach_copy_([into[n] for n in names], [last.gradient[n] for n in names])
-        self._kept = Sample(last.loss, None if last.gradient is None else into)
+    def keep(self, last: Sample, into: Buffer) -> None:
+        """Keeps the sample at the end of a segment, its gradients in existing tensors."""
+        self._kept = into.keep(last)
 
     def start(self, segment: Segment) -> Sample | None:
         """Returns the sample at the start of a segment if one is known that can be trusted.
@@ -157,7 +153,7 @@ class Reuse:
         self.apart += self._probe.gradients - before
         losses = _loss_of(kept), _loss_of(fresh)
         self._audit = (DeferredBool(agree(kept, fresh)), *losses)
-        self.keep(fresh, kept.gradient or {})
+        self.keep(fresh, Buffer(kept.gradient or {}, terms=kept.terms))
 
     def _give_up(self) -> None:
         self.on = False

@@ -15,7 +15,7 @@ from lightning_lca.measure.selection import Selection
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
-BREAKDOWNS = ("part", "order")
+BREAKDOWNS = ("part", "order", "term")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Settings:
         sources: {name: source} of every probe; the name of a single one is None.
         rule: The quadrature rule.
         selection: Which weights are measured.
+        needs_terms: Whether loss_fn must return several terms; else it may.
     """
 
     sources: dict[str | None, Any]
@@ -65,6 +66,7 @@ class Settings:
     custom_scalars: bool
     breakdown: tuple[str, ...]
     oscillation: bool
+    needs_terms: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ class Settings:
         settings = cls(
             sources=_sources(probe),
             rule=as_quadrature(quadrature),
-            breakdown=_breakdowns(breakdown),
+            breakdown=_breakdowns(breakdown, has_terms=arguments["loss_fn"] is not None),
+            needs_terms=not isinstance(breakdown, bool) and "term" in _breakdowns(breakdown),
             selection=Selection(_patterns("include", include), _patterns("exclude", exclude)),
             **arguments,
         )
@@ -247,10 +250,10 @@ def _source(source: Any, what: str = "probe") -> Any:
     return source
 
 
-def _breakdowns(breakdown: Any) -> tuple[str, ...]:
-    """Lists what credit is split into, each once."""
+def _breakdowns(breakdown: Any, *, has_terms: bool = True) -> tuple[str, ...]:
+    """Lists what credit is split into, each once; terms are those of a loss_fn."""
     if isinstance(breakdown, bool):
-        return BREAKDOWNS if breakdown else ()
+        return BREAKDOWNS[: 3 if has_terms else 2] if breakdown else ()
     names = [breakdown] if isinstance(breakdown, str) else breakdown
     if not isinstance(names, list | tuple):
         raise TypeError(
@@ -263,7 +266,12 @@ def _breakdowns(breakdown: Any) -> tuple[str, ...]:
 
 
 def _check_breakdown(settings: Settings, *, chords: bool) -> None:
-    if not settings.rule.first_is_start:
+    if settings.needs_terms and settings.loss_fn is None:
+        raise ValueError(
+            'breakdown="term" splits credit over the terms of a loss, and training_step gives one '
+            "number. Pass loss_fn=(module, batch) -> {term: scalar}."
+        )
+    if settings.splits != ("term",) and not settings.rule.first_is_start:
         raise ValueError(
             "breakdown and oscillation need the gradient at the start of a step, which "
             f'quadrature={settings.rule.name!r} does not take. Choose quadrature="simpson".'

@@ -138,6 +138,10 @@ class Training:
             measured = [state["last_step"] for state in kept["probes"].values()]
             first_step = min([started_at, *measured])
         histories = self.reporter.resume(kept, started_at, first_step) if kept else {}
+        for name, state in kept["probes"].items() if kept else ():
+            if name or None in self.meters:
+                self.meters[name or None].learn(state.get("terms", ()))
+        self._note_breakdowns()
         self.reporter.begin(first_step)
         opened = kept["open"] if kept else None
         if kept:
@@ -273,6 +277,7 @@ class Training:
         for name, meter in self.meters.items():
             if not (meter.probe.is_prepared or self._look_at(meter.probe, name, segment)):
                 return False
+        self._note_terms()
         for name, way in self._note_ways().items():
             which = "the probe" if name is None else f"probe {name!r}"
             tell(trainer, f"LCA: the loss on {which} is evaluated {_WAYS.get(way, way)}.")
@@ -373,12 +378,15 @@ class Training:
             ranks=self._ranks,
             whole=settings.tolerance is not None,  # All ranks must refine alike.
             selection=settings.selection,
+            splits="term" in settings.breakdown,
         )
 
     def _meter(self, module: LightningModule, probe: Probe) -> Meter:
         splits = self._settings.splits
         shares = Shares(splits, self._grouping, self._steps) if splits else None
-        return Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
+        meter = Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
+        meter.learn(probe.terms)
+        return meter
 
     def _metadata(self, module: LightningModule, key: str) -> dict[str, Any]:
         """Returns what a reader of the record must know, as JSON."""
@@ -456,6 +464,28 @@ class Training:
             meter.history.settings["evaluated"] = ways[name]
         self.reporter.note(evaluated=next(iter(ways.values())))
         return ways
+
+    def _note_terms(self) -> None:
+        """Takes what the first look at the loss told of its terms.
+
+        Raises:
+            MisconfigurationException: There are none, and they were asked for.
+        """
+        before = next(iter(self.meters.values())).breakdowns
+        for meter in self.meters.values():
+            if self._settings.needs_terms and not meter.probe.terms:
+                raise MisconfigurationException(
+                    'breakdown="term" splits credit over the terms of a loss, and loss_fn returned '
+                    "a single number. Return {term: scalar}, such as "
+                    '{"cross_entropy": ..., "penalty": ...}.'
+                )
+            meter.learn(meter.probe.terms)
+        if next(iter(self.meters.values())).breakdowns != before:
+            self._note_breakdowns()
+
+    def _note_breakdowns(self) -> None:
+        """Records the names of shares."""
+        self.reporter.note_breakdowns(next(iter(self.meters.values())).breakdowns)
 
     def _settle(self, every: int) -> None:
         """Goes on with an every_n_steps, and records it."""
