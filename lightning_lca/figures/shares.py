@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _WHAT = {
     "part": "What the steps were made of",
     "order": "What the gradient foretold, and what curvature changed",
+    "term": "LCA by term of the loss",
 }
 _PANEL = 1.15  # Inches, next to the names.
 
@@ -31,7 +32,7 @@ def breakdown(history: History, name: str | None = None) -> Figure:
 
     Args:
         history: The run.
-        name: Which breakdown, "part" or "order"; by default the first that there is.
+        name: Which breakdown, "part", "order" or "term"; by default the first that there is.
 
     Raises:
         ValueError: Nothing was measured yet, or not with that breakdown.

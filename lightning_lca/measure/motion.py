@@ -23,7 +23,8 @@ torch.optim's documentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,9 +141,18 @@ class Steps:
         """Forgets what was noted: a segment begins."""
         self._noted = {}
 
-    def of(self, parameter: Tensor) -> Step | None:
+    def of(self, parameter: Tensor | None) -> Step | None:
         """Finds what was noted of a parameter; None if no optimizer stepped it."""
         return self._noted.get(id(parameter))
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Shows nothing within: what was noted belongs to a later segment."""
+        noted, self._noted = self._noted, {}
+        try:
+            yield
+        finally:
+            self._noted = noted
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:

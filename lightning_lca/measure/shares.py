@@ -6,7 +6,7 @@ shares that add up to the credit of every weight, and of every group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -54,11 +54,12 @@ class Shares:
     """Splits the credit of one segment after the other over named shares, per group.
 
     Holds one copy of the weights, for the gradient at the start, and pieces of a few hundred
-    thousand elements.
+    thousand elements. Parts of chords take four more: the motion by each.
 
     Attributes:
         names: By breakdown, the names of its shares.
         needs_start: Whether the gradient at the start is needed.
+        in_chord: Whether parts of steps were added up since a chord began.
     """
 
     def __init__(self, breakdowns: Sequence[str], grouping: Grouping, steps: Steps) -> None:
@@ -81,6 +82,8 @@ class Shares:
         self.start = Flat({})
         self._steps = steps
         self._grouping = grouping
+        self._moved: list[Flat] = []  # By each part but the last, since a chord began.
+        self.in_chord = False
         self._index: list[Tensor] = []
         self._block = 1
         self._spans: object = None
@@ -99,8 +102,49 @@ class Shares:
                 self.start = Flat(gradient, sums=True)
         torch._foreach_copy_([self.start[n] for n in gradient], list(gradient.values()))
 
+    def add_step(self, step: Segment, live: Weights) -> None:
+        """Adds what one step of a chord was made of to its motion; `begin` took the gradient.
+
+        Args:
+            step: Where the weights were before that step, and after it.
+            live: The parameters {name: [*shape]}.
+        """
+        count = len(self.names["part"]) - 1
+        if not self.in_chord and [f.spans for f in self._moved] != [self.start.spans] * count:
+            self._moved = [Flat(self.start) for _ in range(count)]
+        elif not self.in_chord:
+            for whole in (w for moved in self._moved for w in moved.wholes):
+                whole.zero_()
+        self.in_chord = True
+        places = self.names["part"]
+        for at in self._stretches(live):
+            one = torch.ones_like(self.start.wholes[at.memory][at.begin : at.end])
+            for name, values, scale in self._terms(one, at, step, live):
+                into = self._moved[places.index(name)].wholes[at.memory][at.begin : at.end]
+                if isinstance(scale, Tensor):
+                    into.addcmul_(values, scale)
+                else:
+                    into.add_(values, alpha=scale)
+
+    def chord(self) -> list[dict[str, Tensor]]:
+        """Returns the gradient and the motion of a chord by parts, for a checkpoint; [] in none."""
+        flats = [self.start, *self._moved] if self.in_chord else []
+        return [{n: w.cpu().clone() for n, w in flat.items()} for flat in flats]
+
+    def resume_chord(self, chord: Sequence[Weights], device: torch.device) -> None:
+        """Goes on with what `chord` returned."""
+        if len(chord) != len(self.names.get("part", ())):
+            return
+        flats = [Flat({n: w.to(device) for n, w in weights.items()}) for weights in chord]
+        for flat, weights in zip(flats, chord, strict=True):
+            torch._foreach_copy_(list(flat.values()), [weights[n] for n in flat])
+        self.start, *self._moved = flats
+        self.in_chord = True
+
     def parts(self, gradient: Weights, segment: Segment, live: Weights) -> Tensor:
         """Sums what the parts of a step were credited, all but the last: [parts - 1, groups].
+
+        Those of a chord were noted by `add_step`.
 
         Args:
             gradient: The mean gradient along the segment {name: [*shape]}.
@@ -180,7 +224,7 @@ class Shares:
         found: list[_Stretch] = []
         last: object = None
         for name, (memory, begin, length) in self.start.spans.items():
-            step = self._steps.of(live[name])
+            step = self._steps.of(live.get(name))
             key = None if step is None else (step.is_known, step.key)
             end = begin + -(-length // ALIGNED) * ALIGNED
             before = found[-1] if found else None
@@ -209,30 +253,48 @@ class Shares:
         live: Weights,
     ) -> None:
         """Adds what the parts of a stretch were credited to [parts - 1, groups + 1]."""
-        probe = self.start.wholes[at.memory][at.begin : at.end]
-        mean, start, stop = (
-            self._slice(w, at, probe) for w in (gradient, segment.start, segment.stop)
-        )
-        motion = stop - start
-        step = self._steps.of(live[at.names[0]])
-        index = self._index[at.memory][at.begin // self._block : at.end // self._block]
         names = self.names["part"][:-1]
-        found: list[tuple[str, Tensor, Number]] = []
-        if step is not None and step.is_known:
-            steps = [s for n in at.names if (s := self._steps.of(live[n])) is not None]
-            moments = {
-                m: self._gather([s.state[m] for s in steps], at, probe) for m in step.moments
-            }
-            own = self._gather([s.gradient for s in steps], at, probe)
-            split = terms(step, moments, own, probe, start, motion, mean)
-            found = [(n, *t) for n, t in zip(names, split, strict=False) if t is not None]
-        elif step is not None and STEP in names and not step.has_form:
-            found = [(STEP, motion * mean, 1.0)]
+        mean = self._slice(gradient, at, self.start.wholes[at.memory][at.begin : at.end])
+        found: Iterable[tuple[str, Tensor, Number]]
+        if self.in_chord:
+            moved = (self._slice(part, at, mean) for part in self._moved)
+            found = ((name, mean * part, 1.0) for name, part in zip(names, moved, strict=True))
+        else:
+            found = self._terms(mean, at, segment, live)
+        index = self._index[at.memory][at.begin // self._block : at.end // self._block]
         for name, values, scale in found:
             sums = values.view(-1, self._block).sum(1, dtype=total.dtype)
             if isinstance(scale, Tensor):
                 sums, scale = sums * scale, 1.0
             total[names.index(name)].index_add_(0, index, sums, alpha=scale)
+
+    def _terms(
+        self, times: Tensor, at: _Stretch, segment: Segment, live: Weights
+    ) -> list[tuple[str, Tensor, Number]]:
+        """Returns the parts of a step over a stretch, but the last two, times something.
+
+        Args:
+            times: What all are multiplied with [elements].
+            at: The stretch.
+            segment: The step.
+            live: The parameters {name: [*shape]}.
+        """
+        probe = self.start.wholes[at.memory][at.begin : at.end]
+        start, stop = (self._slice(w, at, probe) for w in (segment.start, segment.stop))
+        motion = stop - start
+        step = self._steps.of(live.get(at.names[0]))
+        names = self.names["part"][:-1]
+        if step is not None and step.is_known:
+            steps = [s for n in at.names if (s := self._steps.of(live.get(n))) is not None]
+            moments = {
+                m: self._gather([s.state[m] for s in steps], at, probe) for m in step.moments
+            }
+            own = self._gather([s.gradient for s in steps], at, probe)
+            split = terms(step, moments, own, probe, start, motion, times)
+            return [(n, *t) for n, t in zip(names, split, strict=False) if t is not None]
+        if step is not None and STEP in names and not step.has_form:
+            return [(STEP, motion * times, 1.0)]
+        return []
 
     def _add_turns(self, total: Tensor, at: _Stretch, end: Flat | None, segment: Segment) -> None:
         """Adds the sums over a stretch that turns and cosines follow from to [9, groups + 1]."""

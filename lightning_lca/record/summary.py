@@ -270,6 +270,7 @@ def text(history: History, findings: Sequence[Finding] = ()) -> str:
 _SPLIT = {
     "part": "LCA by what the optimizer's steps were made of",
     "order": "LCA by what the gradient at each start foretold, and what curvature changed",
+    "term": "LCA by term of the loss",
 }
 
 
@@ -285,7 +286,7 @@ def _split(history: History, name: str, width: int, ledger: Ledger) -> list[str]
     sums = _shares(history, name)
     if sums is None:
         return []
-    shares = history.breakdowns[name].names
+    shares = [_printable(share) for share in history.breakdowns[name].names]
     wide = max(10, *map(len, shares))
     rows = [*zip(history.groups, sums, strict=True), ("all", sums.sum(0))]
     return [
@@ -311,7 +312,7 @@ def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
         "",
         f"{_SPLIT.get(name, f'LCA by {name}')}:",
         "",
-        f"| layer | {' | '.join(share.replace('_', ' ') for share in shares)} |",
+        f"| layer | {' | '.join(_escape(share.replace('_', ' ')) for share in shares)} |",
         "|---" + "|---:" * len(shares) + "|",
         *(
             f"| {group} | {' | '.join(ledger.show(value, 4) for value in values)} |"

@@ -86,8 +86,11 @@ class LCACallback(LightningCallback):
         custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
         breakdown: Splits every credit into shares that add up to it, `History.breakdowns`: "part"
             says what the optimizer's step was made of (signal, momentum, weight_decay, noise,
-            other), "order" what the gradient at the start foretold and what curvature changed.
-            True: both. Takes no further gradient, and one more copy of the weights.
+            other), "order" what the gradient at the start foretold and what curvature changed;
+            they take no further gradient, and one more copy of the weights ("part" over chords:
+            six). "term" says what each term of the loss was credited, where ``loss_fn`` returns
+            several: one forward and a backward pass for each, and for each but the last two copies
+            of the weights. True: all that there are.
         oscillation: Notes in every step how many weights of each group turned round, and how the
             motion lies to the gradient, `History.oscillation`. Takes no further gradient, and one
             more copy of the weights and a quarter (one that ``breakdown`` takes, too).
@@ -309,7 +312,7 @@ class LCACallback(LightningCallback):
         """Returns what a checkpoint needs: some numbers, and where the record is.
 
         With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
-        the weights.
+        the weights. In mid-chord with breakdown="part" five copies more for every probe.
         """
         with defer_signals():
             return (self._kept or {}) if self._training is None else self._training.state()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,7 @@ class Meter:
         self.windows = self._fine.metadata
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
+        self._opened: Sample | None = None  # At the start of a chord whose steps are split.
         self._terms = 0  # Of the loss, but the last, whose gradients are taken, too.
         self._grouping = grouping
         self._distributions = Distributions(module, grouping.parameters)
@@ -155,12 +156,14 @@ class Meter:
             spread: Also takes the distributions of credit over single weights.
         """
         began = time.perf_counter()
-        first = self._reuse.start(segment)
+        opened, self._opened = self._opened, None
+        first = self._reuse.start(segment) if opened is None else self._reuse.still(opened, segment)
         if not alike(self._buffer.sums, segment.start):
             self._buffer = Buffer.of(segment, self._terms)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
-        if self._shares is not None and self._shares.needs_start:
+        is_begun = first is not None and first is opened
+        if self._shares is not None and self._shares.needs_start and not is_begun:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         if self._tolerance is None:
@@ -198,6 +201,7 @@ class Meter:
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
+        self.forget_chord()
         self._pending.append(
             _Pending(
                 step,
@@ -208,6 +212,28 @@ class Meter:
                 row,
             )
         )
+
+    @torch.no_grad()
+    def add_step(self, step: Segment, chord: Callable[[], Segment]) -> None:
+        """Notes what one step of a chord was made of; the gradient at its start is taken first.
+
+        Args:
+            step: The latest step.
+            chord: Shows it, from where it began to where the weights are now.
+        """
+        if self._shares is None:
+            return
+        if not self._shares.in_chord:
+            opened = chord()
+            first = self._reuse.start(opened)
+            self._opened = self._begin_shares(self._shares, first, opened)
+        self._shares.add_step(step, self.probe.live)
+
+    def forget_chord(self) -> None:
+        """Forgets what the steps of a chord were made of: it ends."""
+        self._opened = None
+        if self._shares is not None:
+            self._shares.in_chord = False
 
     @property
     def is_futile(self) -> bool:
@@ -307,6 +333,7 @@ class Meter:
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
             "terms": list(self.breakdowns.get("term", ())),
+            "chord": [] if self._shares is None else self._shares.chord(),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
@@ -321,6 +348,8 @@ class Meter:
         self._reuse.on = state["reuse"]
         if "panels" in state:  # A checkpoint of an older version lacks it.
             self._watched, self._futile, self._measured = state["panels"]
+        if self._shares is not None and state.get("chord"):
+            self._shares.resume_chord(state["chord"], self.probe.device)
         if state["loss"] is not None:
             self._loss = float(state["loss"])
         if self.totals is not None and state["totals"]:
@@ -404,7 +433,7 @@ class Meter:
             first = self.probe(segment.at(0.0))
         assert first.gradient is not None
         shares.begin(first.gradient)
-        if self._tolerance is None and not shares.names.keys() <= {"order"}:
+        if self._tolerance is None and not shares.names.keys() <= {"order", "term"}:
             self._ranks.sum(shares.start.wholes)
         return first
 
@@ -448,7 +477,7 @@ class Meter:
                 continue
             else:
                 order = self._shares.first_order(segment)
-                if self._tolerance is None and self._shares.names.keys() == {"order"}:
+                if self._tolerance is None and self._shares.names.keys() <= {"order", "term"}:
                     self._ranks.sum([order])
                 found.append(order)
         return torch.cat([row, *found])

@@ -95,6 +95,17 @@ class Reuse:
         self._reused += 1
         return self._kept
 
+    def still(self, sample: Sample, segment: Segment) -> Sample | None:
+        """Returns a sample that `start` gave, or was made, when a segment was open; if it holds.
+
+        Args:
+            sample: The sample at the start.
+            segment: Its stop is live now.
+        """
+        before = self._surroundings
+        same = before is not None and _match(before, self._probe.surroundings())
+        return sample if self._ranks.all([same], self._probe.device)[0] else self.start(segment)
+
     def _is_due(self) -> bool:
         """Whether it is time to run the user's code: in a new epoch, or after so many starts."""
         self._starts += 1

@@ -135,7 +135,7 @@ class Settings:
                     "max_overhead=0.1 is 10 %. Leave it out where there is no limit."
                 )
         if settings.splits:
-            _check_breakdown(settings, chords=chords)
+            _check_breakdown(settings)
         if settings.tolerance is not None:
             _number("tolerance", settings.tolerance, " in loss units, e.g. 1e-3")
             if settings.rule != SIMPSON:
@@ -265,7 +265,7 @@ def _breakdowns(breakdown: Any, *, has_terms: bool = True) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _check_breakdown(settings: Settings, *, chords: bool) -> None:
+def _check_breakdown(settings: Settings) -> None:
     if settings.needs_terms and settings.loss_fn is None:
         raise ValueError(
             'breakdown="term" splits credit over the terms of a loss, and training_step gives one '
@@ -276,12 +276,14 @@ def _check_breakdown(settings: Settings, *, chords: bool) -> None:
             "breakdown and oscillation need the gradient at the start of a step, which "
             f'quadrature={settings.rule.name!r} does not take. Choose quadrature="simpson".'
         )
-    if "part" in settings.breakdown and (chords or settings.segments == "step"):
+    if "part" in settings.breakdown and (
+        settings.max_overhead is not None or settings.segments == "step"
+    ):
         raise ValueError(
-            'breakdown="part" splits single optimizer steps, so it needs every_n_steps=1, no '
-            f'max_overhead and segments="batch"; got every_n_steps={settings.every_n_steps}, '
+            'breakdown="part" looks at every optimizer step when it is taken, so it needs to know '
+            'how long a chord is (every_n_steps, no max_overhead) and segments="batch"; got '
             f"max_overhead={settings.max_overhead} and segments={settings.segments!r}. "
-            'breakdown=["order"] splits chords, too.'
+            'breakdown=["order"] goes with both.'
         )
 
 

@@ -23,7 +23,7 @@ class Snapshots:
 
     Holds two copies of the trainable weights, allocated once and again only when the set of them
     changes; of weights that are cut over processes, two copies of this process's parts. Every mark
-    within a segment takes one more.
+    within a segment takes one more, and so do single steps where they are looked at.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,8 @@ class Snapshots:
         self._same: DeferredBool | bool = False
         self._marks: list[dict[str, Tensor]] = []
         self._marked_at: list[int] = []
+        self._before_step: dict[str, Tensor] = {}
+        self._step_from: dict[str, Tensor] | None = None
         self.is_open = False
 
     @torch.no_grad()
@@ -50,6 +52,7 @@ class Snapshots:
         _copy(weights, self._start)
         self._same = self._closed_before and _equal(self._start, self._stop)
         self._marked_at = []
+        self._step_from = self._start
         self.is_open = True
 
     def mark(self, weights: Weights, step: int) -> None:
@@ -62,6 +65,22 @@ class Snapshots:
         # Weights frozen since the start rest.
         _copy({n: parts(weights).get(n, w) for n, w in self._start.items()}, self._marks[count])
         self._marked_at.append(step)
+
+    def begin_step(self, weights: Weights) -> None:
+        """Notes where a step within the open segment begins; only once before `step`."""
+        if self._step_from is not None:
+            return
+        if _forms(self._before_step) != self._forms:
+            self._before_step = Flat(self._start)
+        weights = parts(weights)
+        _copy({n: weights.get(n, w) for n, w in self._start.items()}, self._before_step)
+        self._step_from = self._before_step
+
+    def step(self, weights: Weights) -> Segment:
+        """Ends the step that led to the live weights; the first began with the segment."""
+        start, self._step_from = self._step_from or self._start, None
+        weights = parts(weights)
+        return Segment(start, {n: weights.get(n, w) for n, w in start.items()})
 
     def pieces(self, segment: Segment, step: int) -> list[tuple[Segment, int]]:
         """Cuts a closed segment where it was marked: (piece, steps done at its end) each.
@@ -83,6 +102,7 @@ class Snapshots:
         """Takes up a closed segment, or a piece of one, again from its start."""
         _copy(segment.start, {n: self._start[n] for n in segment.start})
         self._marked_at = []
+        self._step_from = self._start
         self.is_open = True
 
     def drop(self) -> None:
@@ -105,13 +125,14 @@ class Snapshots:
         names = [n for n in start if n in self._start]
         _copy({n: start[n] for n in names}, self._start)
         self._same = False
+        self._step_from = None
 
     def look(self, weights: Weights) -> Segment:
         """Shows the segment as it would be if it ended here; it stays open."""
         weights = parts(weights)
         names = [n for n in self._start if n in weights]
         _copy({n: weights[n] for n in names}, self._stop)
-        return Segment(_some(self._start, names), _some(self._stop, names))
+        return Segment(_some(self._start, names), _some(self._stop, names), self._same)
 
     def close(self, weights: Weights) -> Segment:
         """Ends the segment at the live weights."""

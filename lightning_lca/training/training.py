@@ -6,6 +6,7 @@ The callback's hooks say what happens; what it means for the measure is decided 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,6 +113,8 @@ class Training:
         self._live = LiveWeights(module, settings.selection)
         self._trained: dict[str, Tensor] = {}
         self._opened_at = 0
+        self._splits_chords = "part" in settings.breakdown and settings.every_n_steps > 1
+        self._split_to = 0  # Steps of chords are split up to this one.
         # Each with an optimizer of its own, which steps as soon as the gradient is there.
         self._moves_in_backward = any(
             getattr(p, "_post_accumulate_grad_hooks", None) for p in module.parameters()
@@ -152,6 +155,7 @@ class Training:
             # The checkpoint may have been saved after a step was done and before it was measured.
             least = self._chords.every
             self._catches_up = least is not None and self._counter.done - self._opened_at >= least
+        self._split_to = self._counter.done
         self._timer = StepTimer(module.device)
         if self._chords.every is None:
             self._budget = Budget(
@@ -188,6 +192,8 @@ class Training:
             return  # What is measured rests, while other weights are trained.
         if self._catches_up:
             self.snapshots.mark(self._trained, self._counter.done)
+        if self._splits_chords and self.snapshots.is_open:
+            self.snapshots.begin_step(self._live())
         if not self.snapshots.is_open:
             self._opened_at = self._counter.done
             self.snapshots.open(self._trained)
@@ -207,12 +213,16 @@ class Training:
         live = self._live()
         if not live and not self._settings.selection.is_everything:
             self.snapshots.drop()
+            for meter in self.meters.values():
+                meter.forget_chord()
         if not (self._is_prepared or self._prepare(trainer, live)):
             return
         if self._budget is not None and not last:
             every = self._budget.take(module, live, done)
             if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
                 self.reporter.log(x_axis(trainer), done)
+        if self.snapshots.is_open and not self._catches_up:
+            self._split_step(live, done)
         least = 1 if last or self._catches_up else self._chords.every
         if not self.snapshots.is_open or least is None or done - self._opened_at < least:
             if not last:
@@ -230,9 +240,11 @@ class Training:
             try:
                 if len(pieces) > 1:
                     piece.at(1.0).write(parts(live))
-                for meter in self.meters.values():
-                    meter.measure(piece, step, spread=spread)
-                    self._measured_to = step
+                # Steps of before a resume are not those that were noted since.
+                with self._steps.hidden() if self._catches_up else nullcontext():
+                    for meter in self.meters.values():
+                        meter.measure(piece, step, spread=spread)
+                        self._measured_to = step
             except BaseException:
                 whole.at(1.0).write(parts(live))
                 # A checkpoint saved now says where it began: it is measured when training resumes.
@@ -244,6 +256,7 @@ class Training:
         if begun:
             whole.at(1.0).write(parts(live))
             self.snapshots.reopen(begun[0][0])
+            self._split_step(live, done)
         self._catches_up = False
         if begun and done - self._opened_at >= (1 if last else self._chords.every or 1):
             self.close(trainer, module, last=last)
@@ -253,6 +266,16 @@ class Training:
             if self._timer is not None:
                 self._timer.leave(round((self._gradients - before) / len(pieces)))
                 self._tell(trainer, self._timer)
+
+    def _split_step(self, live: dict[str, Tensor], done: int) -> None:
+        """Notes what the latest step of a chord was made of, if there was one."""
+        if not self._splits_chords or done <= self._split_to:
+            return
+        step = self.snapshots.step(live)
+        for meter in self.meters.values():
+            meter.add_step(step, lambda: self.snapshots.look(live))
+        self._steps.clear()
+        self._split_to = done
 
     @property
     def waits_for_batches(self) -> bool:
