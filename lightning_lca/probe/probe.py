@@ -69,6 +69,10 @@ class Probe:
         why_not: Why the loss is not recorded, in a few words; None while it is.
         is_lost: Whether the user's code gave no loss when it ran last.
         terms: Names of the terms whose gradients are taken, known from the first look on.
+        shares: Of the whole probe's loss that each batch is [batches], of all processes; known from
+            then on, too. () where the weights are cut over processes.
+        watch: While it is set, it gets of every batch its number, its share of the gradient, and
+            the weights where the segment stops.
     """
 
     def __init__(
@@ -132,6 +136,9 @@ class Probe:
         self._has_begun = False
         self.is_lost = False
         self.terms: tuple[str, ...] = ()
+        self.shares: tuple[float, ...] = ()
+        self.watch: Callable[[int, Weights, Weights], None] | None = None
+        self._stop: Weights = {}  # Where the segment stops that is evaluated.
         self.gradients = 0
         self.why_not: str | None = "it was not tried yet"
 
@@ -159,6 +166,12 @@ class Probe:
         self._ranks.sum([total])
         shares = sizes / (total.cpu().double() / self._ranks.copies)
         self._shares = dict(zip(batches, shares.tolist(), strict=True))
+        if not self._is_cut:
+            count = 1 + self._ranks.largest(max(batches), self.device)
+            every = torch.zeros(count, device=self.device, dtype=wide(total))
+            every[list(batches)] = shares.to(every)
+            self._ranks.sum([every])
+            self.shares = tuple(every.tolist())
         try:
             self._batches = dict(batches) if moved else self._moved(batches)
             lost: NoLossError | None = None
@@ -186,7 +199,7 @@ class Probe:
         held = parts(live)
         total: Tensor | None = None
         sums: list[Tensor] | None = None
-        self.is_lost = False
+        self.is_lost, self._stop = False, at.segment.stop
         with self._put_back(at, held):
             for j, share in self._shares.items():
                 # A forward may write to trained weights, too.
@@ -219,42 +232,42 @@ class Probe:
                     if self._fits(gradients, value):
                         break
                     moves = True
-                total, sums = self._added(total, sums, value, gradients, share)
+                total, sums = self._added(j, total, sums, value, gradients, list(live))
         assert total is not None
         return self._sample(at, total, sums, list(live))
 
     def _replay(self, at: Position) -> Sample:
         """Evaluates what was recorded: no live weight moves, and no code of the user runs."""
         start, stop = at.segment.start, at.segment.stop
+        self._stop = parts(self._live())
         if at.s in (0.0, 1.0):
-            total, sums = self._replayed([*(start if at.s == 0.0 else stop).values()])
+            total, sums = self._replayed(start if at.s == 0.0 else stop)
         else:
             # Those between the ends lie where the stop was kept: no memory is needed. The live
             # weights are at the stop, so that it is copied back from them.
-            weights = [*stop.values()]
             try:
                 at.write(stop)
-                total, sums = self._replayed(weights)
+                total, sums = self._replayed(stop)
             finally:
-                live = parts(self._live())
                 with torch.no_grad():
-                    torch._foreach_copy_(weights, [live[n] for n in stop])
+                    torch._foreach_copy_([*stop.values()], [self._stop[n] for n in stop])
         return self._sample(at, total, sums, list(start))
 
-    def _replayed(self, weights: list[Tensor]) -> tuple[Tensor, list[Tensor] | None]:
+    def _replayed(self, weights: Weights) -> tuple[Tensor, list[Tensor] | None]:
         """Adds up the recordings of all batches at some weights: loss [] and gradients [*shape]."""
         total: Tensor | None = None
         sums: list[Tensor] | None = None
-        for j, share in self._shares.items():
+        numbers = list(weights.values())
+        for j in self._shares:
             recording = self._recordings[j]
             while True:
                 # As the user's code finds them on batch j.
                 streams = seeded(self._seed + j, self._devices)
                 with streams if recording.is_random else nullcontext():
-                    loss, gradients = recording(weights)
+                    loss, gradients = recording(numbers)
                 if self._fits(gradients, loss):
                     break
-            total, sums = self._added(total, sums, loss, gradients, share)
+            total, sums = self._added(j, total, sums, loss, gradients, list(weights))
         assert total is not None
         return total, sums
 
@@ -266,14 +279,15 @@ class Probe:
 
     def _added(
         self,
+        j: int,
         total: Tensor | None,
         sums: list[Tensor] | None,
         loss: Tensor,
         gradients: list[Tensor],
-        share: float,
+        names: list[str],
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """Adds one batch's share of loss and gradient to those before."""
-        loss = loss.to(wide(loss))
+        """Adds batch j's share of loss and gradient to those before."""
+        loss, share = loss.to(wide(loss)), self._shares[j]
         if share != 1:
             loss = loss * share
         total = loss if total is None else total + loss
@@ -281,6 +295,8 @@ class Probe:
             return total, sums
         if self._scale is not None:
             gradients = self._scale.unscaled(gradients)
+        if self.watch is not None:
+            self.watch(j, dict(zip(names, gradients, strict=False)), self._stop)
         # Autograd may hand out one tensor twice, or expanded: never add in place.
         return total, gradients if sums is None else list(torch._foreach_add(sums, gradients))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from lightning_lca.record.tables import (
     layer_of,
 )
 
-_OSCILLATION = "oscillation"
+OSCILLATION = "oscillation"
+BATCH = "batch"
 _NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
 
 
@@ -151,7 +153,7 @@ class History:
 
         See ``breakdown`` of `LCACallback`; empty where it was not asked for.
         """
-        return {name: self._split(name) for name in self._shares if name != _OSCILLATION}
+        return {name: self._split(name) for name in self.shares}
 
     @property
     def oscillation(self) -> Breakdown | None:
@@ -162,7 +164,30 @@ class History:
         gradient changed sign within the step; ``cosine_start`` and ``cosine_end``, between the
         motion and the downhill direction at either end, in [-1, 1]. NaN where nothing can be said.
         """
-        return self._split(_OSCILLATION) if _OSCILLATION in self._shares else None
+        return self._split(OSCILLATION) if OSCILLATION in self._shares else None
+
+    @property
+    def by_batch(self) -> Breakdown | None:
+        """Credit on each batch of the probe by itself; None where it has one batch.
+
+        ``names`` are the batches' numbers (K,); of more than 16, neighbours are taken together. The
+        mean over batches (weighted by their samples) is ``allocated``. How far they lie apart tells
+        how far credits hold on other data like these: the probe's sampling error.
+        """
+        return self._split(BATCH) if BATCH in self._shares else None
+
+    @property
+    def sampling_error(self) -> Floats | None:
+        """Standard error of credit by the choice of the probe's batches [T, G], in loss units.
+
+        From how far K batches lie apart; None where the probe has one. Errors of different steps
+        are not independent: all steps see the same batches. For a run, add up credit first.
+        """
+        if (by_batch := self.by_batch) is None:
+            return None
+        count = len(by_batch.names)
+        error: Floats = by_batch.allocated.std(2, ddof=1) / math.sqrt(count)
+        return error
 
     @property
     def efficiency(self) -> Floats:
@@ -182,11 +207,12 @@ class History:
     @property
     def shares(self) -> dict[str, tuple[str, ...]]:
         """Names of the shares of every breakdown, whatever rows there are."""
-        return {name: names for name, names in self._shares.items() if name != _OSCILLATION}
+        apart = (OSCILLATION, BATCH)
+        return {name: names for name, names in self._shares.items() if name not in apart}
 
     @property
     def split_columns(self) -> dict[str, tuple[str, ...]]:
-        """Names of all columns per group beside credit: of ``shares`` and ``oscillation``."""
+        """Names of all columns per group beside credit: ``shares``, ``oscillation``, batches."""
         return dict(self._shares)
 
     @property

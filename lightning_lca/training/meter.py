@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_lca.measure.allocation import (
     Allocation,
     Buffer,
     Ends,
+    Position,
     Sample,
     Segment,
     Weights,
@@ -30,10 +31,11 @@ from lightning_lca.measure.allocation import (
 from lightning_lca.measure.groups import Grouping, GroupSums
 from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
+from lightning_lca.measure.sampling import Sampling, completed, inner_nodes
 from lightning_lca.measure.shares import Shares
 from lightning_lca.measure.tensors import DeferredBool, Flat
 from lightning_lca.probe.probe import Probe
-from lightning_lca.record.history import History
+from lightning_lca.record.history import BATCH, OSCILLATION, History
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.reporting.distributions import Distribution, Distributions
 from lightning_lca.runtime.lightnings import LightningModule
@@ -126,6 +128,7 @@ class Meter:
         self.windows = self._fine.metadata
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
+        self._sampling: Sampling | None = None
         self._opened: Sample | None = None  # At the start of a chord whose steps are split.
         self._terms = 0  # Of the loss, but the last, whose gradients are taken, too.
         self._grouping = grouping
@@ -167,12 +170,12 @@ class Meter:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         if self._tolerance is None:
-            gradient, ends = mean_gradient(self.probe, segment, self._rule, self._buffer)
+            gradient, ends = mean_gradient(self._field, segment, self._rule, self._buffer)
         else:
             tries = not self.is_futile or self._measured % _SELDOM == 0
             most = self._max_splits if tries else 1
             gradient, ends = refined_gradient(
-                self.probe, segment, self._tolerance, most, self._buffer
+                self._field, segment, self._tolerance, most, self._buffer
             )
             if tries:
                 self._note_futile(ends.settled)
@@ -201,6 +204,10 @@ class Meter:
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
+        if self._sampling is not None:
+            by_batch = self._sampling.take(sums.credit)
+            self._ranks.sum([by_batch])
+            row = torch.cat([row, by_batch.reshape(-1)])
         self.forget_chord()
         self._pending.append(
             _Pending(
@@ -247,14 +254,24 @@ class Meter:
     @property
     def breakdowns(self) -> dict[str, tuple[str, ...]]:
         """Names of the shares that credit is split into, by breakdown."""
-        return {} if self._shares is None else self._shares.names
+        names = {} if self._shares is None else dict(self._shares.names)
+        return names | ({} if self._sampling is None else {BATCH: self._sampling.names})
 
-    def learn(self, terms: Sequence[str]) -> None:
-        """Takes the names of the terms of the loss, which its first evaluation tells."""
+    def learn(self, terms: Sequence[str], shares: Sequence[float]) -> None:
+        """Takes what the first evaluation of the loss tells.
+
+        Args:
+            terms: Names of its terms.
+            shares: Of the loss that each batch of the probe is [batches].
+        """
         if self._shares is not None:
             self._shares.learn(terms)
-            self.history.split_into(self._shares.names)
             self._terms = max(0, len(self._shares.names.get("term", ())) - 1)
+        if len(shares) > 1:
+            # Where panels are doubled, the first of all nodes is the middle.
+            nodes = inner_nodes(SIMPSON if self._tolerance is not None else self._rule)
+            self._sampling = Sampling(self._grouping, shares, nodes)
+        self.history.split_into(self.breakdowns)
 
     @property
     def audits(self) -> int:
@@ -300,7 +317,7 @@ class Meter:
             converged=finite & np.array([p.converged is not False for p in pending]),
             trained=np.array([p.trained for p in pending], np.int64),
             seconds=np.array([p.seconds for p in pending]),
-            shares=_completed(rest, allocated, self.history.split_columns),
+            shares=self._completed(rest, allocated),
         )
         self.history.append(rows)
         if self._looks:
@@ -333,6 +350,7 @@ class Meter:
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
             "terms": list(self.breakdowns.get("term", ())),
+            "shares": list(self.probe.shares),
             "chord": [] if self._shares is None else self._shares.chord(),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
@@ -366,6 +384,48 @@ class Meter:
             stacklevel=2,
         )
         return None
+
+    def _field(self, at: Position) -> Sample:
+        """Evaluates the probe; at some nodes what each batch is credited is summed, too."""
+        sampling = self._sampling
+        if sampling is None or at.s not in sampling.nodes or not at.needs_gradient:
+            return self.probe(at)
+        weight = sampling.nodes[at.s]
+        start = at.segment.start
+        self.probe.watch = lambda j, gradient, stop: sampling.add(
+            j, gradient, Segment(start, stop), weight
+        )
+        try:
+            return self.probe(at)
+        finally:
+            self.probe.watch = None
+
+    def _completed(
+        self, found: npt.NDArray[np.float64], allocated: npt.NDArray[np.float64]
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Adds what the numbers of rows leave to be found of breakdowns.
+
+        That is the last share of every one, what the others leave of credit.
+
+        Args:
+            found: Of one breakdown after the other, what all its shares but the last were credited
+                [T, (shares - 1) x groups, ...].
+            allocated: Credit [T, groups].
+        """
+        steps, groups = allocated.shape
+        shares, at = {}, 0
+        for name, names in self.history.split_columns.items():
+            count = len(names) - (name not in (OSCILLATION, BATCH))
+            known = found[:, at : at + count * groups].reshape(steps, count, groups)
+            at += count * groups
+            if name == BATCH:
+                assert self._sampling is not None
+                shares[name] = completed(known, allocated, self._sampling.shares)
+                continue
+            if name != OSCILLATION:
+                known = np.concatenate([known, (allocated - known.sum(1))[:, None]], 1)
+            shares[name] = known.transpose(0, 2, 1)
+        return shares
 
     def _sum(self, values: Weights, losses: Tensor, *, is_summed: bool = False) -> _Sums:
         """Sums credits over groups and ranks; completes the losses at both ends [2], in place.
@@ -531,36 +591,6 @@ class Meter:
         self.last = Allocation(
             copies, ends.loss_before, last.loss, ends.splits, ends.converged, last
         )
-
-
-def _completed(
-    found: npt.NDArray[np.float64],
-    allocated: npt.NDArray[np.float64],
-    names: Mapping[str, Sequence[str]],
-) -> dict[str, npt.NDArray[np.float64]]:
-    """Adds the last share of every breakdown, what the others leave of credit.
-
-    Args:
-        found: Of every breakdown, what all its shares but the last were credited, one after the
-            other [T, (shares - 1) x groups, ...].
-        allocated: Credit [T, groups].
-        names: Of every breakdown, those of its shares.
-    """
-    steps, groups = allocated.shape
-    shares, at = {}, 0
-    for name, (*first, _) in names.items():
-        if name == "oscillation":
-            count = len(first) + 1
-            values = found[:, at : at + count * groups].reshape(steps, count, groups)
-            shares[name] = values.transpose(0, 2, 1)
-            at += count * groups
-            continue
-        width = len(first) * groups
-        known = found[:, at : at + width].reshape(steps, len(first), groups)
-        last = allocated - known.sum(1)
-        shares[name] = np.concatenate([known, last[:, None]], 1).transpose(0, 2, 1)
-        at += width
-    return shares
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ class Training:
         histories = self.reporter.resume(kept, started_at, first_step) if kept else {}
         for name, state in kept["probes"].items() if kept else ():
             if name or None in self.meters:
-                self.meters[name or None].learn(state.get("terms", ()))
+                meter = self.meters[name or None]
+                meter.learn(state.get("terms", ()), state.get("shares", ()))
         self._note_breakdowns()
         self.reporter.begin(first_step)
         opened = kept["open"] if kept else None
@@ -408,7 +409,7 @@ class Training:
         splits = self._settings.splits
         shares = Shares(splits, self._grouping, self._steps) if splits else None
         meter = Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
-        meter.learn(probe.terms)
+        meter.learn(probe.terms, probe.shares)
         return meter
 
     def _metadata(self, module: LightningModule, key: str) -> dict[str, Any]:
@@ -489,7 +490,7 @@ class Training:
         return ways
 
     def _note_terms(self) -> None:
-        """Takes what the first look at the loss told of its terms.
+        """Takes what the first look at the loss told of its terms, and of batches.
 
         Raises:
             MisconfigurationException: There are none, and they were asked for.
@@ -502,7 +503,7 @@ class Training:
                     "a single number. Return {term: scalar}, such as "
                     '{"cross_entropy": ..., "penalty": ...}.'
                 )
-            meter.learn(meter.probe.terms)
+            meter.learn(meter.probe.terms, meter.probe.shares)
         if next(iter(self.meters.values())).breakdowns != before:
             self._note_breakdowns()
 
