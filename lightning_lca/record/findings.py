@@ -8,8 +8,10 @@ to 10 % with 50 steps that keep 0.8 of the step before; ``tests/benchmarks/findi
 Intervals are corrected for as many tests, without Holm's gain: they hold for all layers at once,
 and may touch 0 where p is just below 5 %.
 
-Another run, another seed or other data are other questions, which the steps of one run cannot
-answer; every statement ends with what it does not show. Steps that are not finite are left out.
+Another run or another seed are other questions, which the steps of one run cannot answer; every
+statement ends with what it does not show. So are other data, unless the probe has two batches or
+more: then intervals of credit cover how far its batches lie apart (Student's t over the batches, so
+that two of them tell next to nothing). Steps that are not finite are left out.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class Finding:
         statement: What was found, with numbers, and in a last sentence what it does not show.
         effect: How large it is.
         interval: 95% interval of the effect, which respects that steps depend on one another and
-            that many layers are tested; of synchrony, the effect against the range of chance. None
+            that many layers are tested, and where the probe has several batches (of credit) the
+            choice of its data; of synchrony, the effect against the range of chance. None
             where nothing was tested.
         p: Corrected for all tests of the list, at most 0.05; None where nothing was tested.
         try_this: One thing to do.
@@ -239,11 +242,20 @@ class _Run:
             if missed[i] > 0 and missed[i] >= net[i]
         }
 
+    @cached_property
+    def batches(self) -> Floats | None:
+        """Mean credit of every layer on each batch of the probe [K, L]; None: it is not known."""
+        by_batch = getattr(self.history, "by_batch", None)
+        if by_batch is None or len(by_batch.allocated) != len(self.keep):
+            return None
+        values = self.layers.sums(by_batch.allocated[self.keep].mean(0).T)
+        return values if np.isfinite(values).all() else None
+
     # -- what is tested
 
     def questions(self) -> Iterator[_Question]:
         """Asks what one probe can answer."""
-        yield self._mean("hurts", self.credit, _hurts)
+        yield self._mean("hurts", self.credit, _hurts, self.batches)
         yield from self._helping()
         yield from self._synchrony()
         part = self._breakdown("part")
@@ -258,9 +270,16 @@ class _Run:
             # Both must hold, so the larger p counts.
             yield replace(past, p=np.maximum(past.p, Mean.of(straight).below()))
 
-    def _mean(self, kind: str, series: Floats, words: Callable[..., tuple[str, str]]) -> _Question:
-        """Asks in which layers a series lies above 0 [T, L]."""
+    def _mean(
+        self,
+        kind: str,
+        series: Floats,
+        words: Callable[..., tuple[str, str]],
+        batches: Floats | None = None,
+    ) -> _Question:
+        """Asks in which layers a series lies above 0 [T, L]; on all data like batches [K, L]."""
         mean = Mean.of(series)
+        mean = mean if batches is None else mean.over(batches)
 
         def tell(place: int, p: float, tail: float) -> Finding:
             layer = self.layers.names[place]
@@ -428,16 +447,22 @@ class _Run:
 
     # -- words
 
-    def limits(self, what: str) -> str:
-        """Says what a finding does not show."""
+    def limits(self, what: str, elsewhere: str = "") -> str:
+        """Says what a finding does not show; ``elsewhere``: unless it is tested over batches."""
+        if elsewhere and self.batches is not None:
+            return (
+                f"The interval covers the choice of the probe's data, from {len(self.batches)} "
+                f"batches. It does not show {what}: one run, one seed."
+            )
+        what = f"{elsewhere} or {what}" if elsewhere else what
         return f"It does not show {what}: one run, one seed, {self._probe_batches}."
 
     @property
     def _probe_batches(self) -> str:
-        """How many batches the probe has, and what is known of each."""
+        """How many batches the probe has."""
         batches = self.history.settings.get("probe_batches")
         if isinstance(batches, int) and batches > 1:
-            return f"and of {batches} probe batches only the mean is recorded"
+            return f"and {batches} probe batches, whose spread is not tested here"
         return "one probe batch"
 
     def _on(self, statement: str) -> str:
@@ -457,12 +482,18 @@ def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
         ]
         for run in (train, val)
     )
-    on_train, on_val = Mean.of(learned), Mean.of(kept)
+    on_train, on_val = (
+        mean if run.batches is None else mean.over(run.batches[:, places])
+        for mean, run, places in (
+            (Mean.of(learned), train, [train.layers.names.index(name) for name in both]),
+            (Mean.of(kept), val, [val.layers.names.index(name) for name in both]),
+        )
+    )
 
     def tell(place: int, p: float, tail: float) -> Finding:
         layer, effect = both[place], float(on_val.mean[place])
         low, high = (float(end[place]) for end in on_val.interval(tail))
-        limits = val.limits("that it overfits on other validation data or in another run")
+        limits = val.limits("that it overfits in another run", "that it does on other data")
         statement = (
             f"{_name(layer)} overfits: on train it lowers the loss ({on_train.mean[place]:+.2g} a "
             f"step), on val it raises it ({effect:+.2g} a step, 95% interval {low:+.2g} to "
@@ -476,7 +507,7 @@ def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
 
 
 def _hurts(layer: str, numbers: str, total: float, run: _Run) -> tuple[str, str]:
-    limits = run.limits("that it hurts on other data or in another run")
+    limits = run.limits("that it hurts in another run", "that it hurts on other data")
     return (
         f"{layer} raises the loss: {numbers}, {total:+.2g} in all. {limits}",
         f"Train with {layer} frozen, or with a tenth of its learning rate, and compare the "

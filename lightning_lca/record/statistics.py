@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 LEAST = 50  # Steps: with fewer, noise that swings slowly is found significant too often.
 _CELLS = 2**21  # Numbers that are transformed at once: bounds memory whatever the run's length.
@@ -29,12 +30,12 @@ class Mean:
     Attributes:
         mean: In the unit of the series [L].
         error: Standard error, in the same unit [L]; 0 where a series is constant.
-        degrees: Of freedom, of Student's t.
+        degrees: Of freedom, of Student's t [L].
     """
 
     mean: Floats
     error: Floats
-    degrees: int
+    degrees: Ints
 
     @classmethod
     def of(cls, series: npt.ArrayLike) -> Mean:
@@ -44,7 +45,7 @@ class Mean:
             ValueError: Not [T, L], not finite, or fewer than 50 steps.
 
         >>> mean = Mean.of(np.random.default_rng(0).normal(1, 1, (400, 1)))
-        >>> mean.degrees, mean.above().item() < 0.001
+        >>> mean.degrees.item(), mean.above().item() < 0.001
         (21, True)
         """
         table = np.asarray(series, np.float64)
@@ -67,24 +68,45 @@ class Mean:
             means[some] = part.mean(0)
             waves = _cosines(part - part[:1], degrees)  # A constant becomes exactly 0.
             errors[some] = np.sqrt((waves**2).mean(0) / len(table))
-        return cls(means * scale, errors * scale, degrees)
+        return cls(means * scale, errors * scale, np.full(len(means), degrees))
+
+    def over(self, batches: npt.ArrayLike) -> Mean:
+        """Widens the errors by that of the data: means on K batches of them [K, L].
+
+        Both errors are independent. Student's t takes the fewer degrees of freedom of both: those
+        of Welch and Satterthwaite would trust two batches that lie together by chance.
+
+        >>> mean = Mean(np.array([1.0]), np.array([3.0]), np.array([20]))
+        >>> wide = mean.over([[1.0], [9.0]])  # The error of their mean is 4.
+        >>> wide.error.tolist(), wide.degrees.tolist()
+        ([5.0], [1])
+        """
+        table = np.asarray(batches, np.float64)
+        theirs = table.std(0, ddof=1) / math.sqrt(len(table))
+        degrees = np.minimum(self.degrees, len(table) - 1)
+        return Mean(self.mean, np.hypot(self.error, theirs), degrees)
 
     def above(self) -> Floats:
         """Tests for a mean above 0. -> p [L], one-sided."""
-        return np.array([upper_tail(t, self.degrees) for t in self._t])
+        return np.array([upper_tail(t, k) for t, k in self._counted])
 
     def below(self) -> Floats:
         """Tests for a mean below 0. -> p [L], one-sided."""
-        return np.array([upper_tail(-t, self.degrees) for t in self._t])
+        return np.array([upper_tail(-t, k) for t, k in self._counted])
 
     def apart(self) -> Floats:
         """Tests for a mean other than 0. -> p [L], two-sided."""
-        return np.array([min(1.0, 2 * upper_tail(abs(t), self.degrees)) for t in self._t])
+        return np.array([min(1.0, 2 * upper_tail(abs(t), k)) for t, k in self._counted])
 
     def interval(self, tail: float) -> tuple[Floats, Floats]:
         """Gives the ends of intervals that miss the true mean with chance `tail` on either side."""
-        reach = quantile(1 - tail, self.degrees) * self.error
+        known = {k: quantile(1 - tail, k) for k in {*self.degrees.tolist()}}
+        reach = np.array([known[k] for k in self.degrees.tolist()]) * self.error
         return self.mean - reach, self.mean + reach
+
+    @property
+    def _counted(self) -> list[tuple[float, int]]:
+        return list(zip(self._t, self.degrees.tolist(), strict=True))
 
     @property
     def _t(self) -> list[float]:

@@ -171,7 +171,7 @@ def test_shares_are_those_of_the_whole_probe(trained):
     x, y = (torch.cat(part) for part in zip(*batches))
     net, allocated = mlp().double(), measured["rows"]["allocated"]
 
-    def gradient(weights):
+    def gradient(weights, x=x, y=y):
         weights = {n[4:]: w.detach().clone().requires_grad_() for n, w in weights.items()}
         loss = F.cross_entropy(torch.func.functional_call(net, weights, (x,)), y)
         return torch.autograd.grad(loss, list(weights.values()))
@@ -202,6 +202,11 @@ def test_shares_are_those_of_the_whole_probe(trained):
             )
             cosines = [-dot / (a * b) ** 0.5 for dot, a, b in dots]
             np.testing.assert_allclose(shares["oscillation"][t, :, column], cosines, **tight)
+        alone = [gradient(middle, *batch) for batch in batches]
+        inner = np.array([by_layer([g * d for g, d in zip(gs, motion)]) for gs in alone]).T
+        sizes = np.array([len(y) for _, y in batches])
+        rest = allocated[t] - inner @ sizes / sizes.sum()
+        np.testing.assert_allclose(shares["batch"][t], inner + rest[:, None], **tight)
         momentum = [0.9 * d for d in motion]
     np.testing.assert_allclose(shares["part"].sum(2), allocated, rtol=1e-9, atol=1e-12)
 

@@ -1,5 +1,6 @@
 """What is planted is found, a sham of it is not, and noise has findings no more often than said."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +67,43 @@ def test_noise_on_two_probes_with_breakdowns_keeps_to_the_level_too(breakdown):
         both = {name: noisy(2 * seed + k) for k, name in enumerate(("train", "val"))}
         found += bool(find(both))
     assert found <= most(runs)
+
+
+def on_batches(seed, true=0.0, batches=8, apart=3.0, steps=200):
+    """A run whose credit is that of some batches, drawn from data where its mean is `true`."""
+    draws = np.random.default_rng(seed)
+    # Each batch keeps its own slope through all steps, as the same examples do.
+    own = true + apart * draws.standard_normal((batches, L))
+    run = noisy(seed, steps, planted=own.mean(0))
+    noise = run.allocated - SPREAD * own.mean(0)
+    values = noise[:, :, None] + SPREAD * own.T[None]
+    run.split_into({"batch": [*map(str, range(batches))]})
+    run._parts = [replace(run.rows, shares={"batch": values})]
+    return run
+
+
+@pytest.mark.parametrize("batches", [2, 4, 8])
+def test_a_choice_of_data_has_a_finding_no_more_often_than_the_level(batches):
+    """The steps alone would be sure of what a few batches have in common by chance."""
+    runs = 200
+    found = sum(bool(on_batches(seed, batches=batches).findings()) for seed in range(runs))
+    assert found <= most(runs)
+    without = [on_batches(seed, batches=batches) for seed in range(20)]
+    for run in without:
+        run.split_into({})
+    assert sum(bool(run.findings()) for run in without) > 10
+
+
+def test_what_holds_on_the_data_is_found_over_batches_and_said():
+    findings = on_batches(0, true=2.0 * (np.arange(L) == 2), apart=0.3).findings()
+    (hurts,) = [finding for finding in findings if finding.where == "layer2"]
+    assert hurts.kind == "hurts"
+    assert "covers the choice of the probe's data, from 8 batches" in hurts.statement
+    steps_alone = on_batches(0, true=2.0 * (np.arange(L) == 2), apart=0.3)
+    steps_alone.split_into({})
+    (bare,) = [finding for finding in steps_alone.findings() if finding.where == "layer2"]
+    assert np.ptp(hurts.interval) > np.ptp(bare.interval)
+    assert "hurts on other data" in bare.statement
 
 
 # -- what is planted ------------------------------------------------------------------------------
@@ -332,7 +370,7 @@ def test_every_statement_says_what_it_does_not_show():
         assert last.endswith(": one run, one seed, one probe batch.")
         assert finding.try_this.endswith(".")
     run.settings["probe_batches"] = 4
-    assert "of 4 probe batches only the mean is recorded" in run.findings()[0].statement
+    assert "and 4 probe batches, whose spread is not tested" in run.findings()[0].statement
 
 
 def test_a_finding_is_frozen_and_public():

@@ -63,7 +63,7 @@ def test_the_error_is_that_of_sums_over_cosines(steps):
     mean = Mean.of(series)
     for i in range(3):
         error, degrees = slow_error(series[:, i])
-        assert mean.degrees == degrees
+        assert mean.degrees[i] == degrees
         assert mean.mean[i] == pytest.approx(series[:, i].mean())
         assert mean.error[i] == pytest.approx(error, rel=1e-9)
 
@@ -145,3 +145,16 @@ def test_a_mean_of_three_standard_errors_is_found_in_most_runs():
     true_error = 1 / (1 - phi) / math.sqrt(steps)
     found = Mean.of(ar1(6, steps, phi, 1000) + 3 * true_error).apart() <= 0.05
     assert 0.75 < found.mean() < 0.92
+
+
+def test_errors_of_steps_and_of_data_add_up_in_squares():
+    stats = pytest.importorskip("scipy.stats")
+    draws = np.random.default_rng(5)
+    mean = Mean.of(draws.standard_normal((300, 3)) + 0.1)
+    batches = draws.standard_normal((5, 3)) * np.array([0.0, 0.1, 10.0])
+    wide = mean.over(batches)
+    np.testing.assert_allclose(wide.error**2, mean.error**2 + batches.var(0, ddof=1) / 5)
+    low, high = wide.interval(0.025)
+    np.testing.assert_allclose(high - low, 2 * stats.t.ppf(0.975, 4) * wide.error, rtol=1e-8)
+    many = draws.standard_normal((100, 3))
+    assert mean.over(many).degrees.tolist() == mean.degrees.tolist()
