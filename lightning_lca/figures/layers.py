@@ -17,6 +17,7 @@ from lightning_lca.figures.timeline import (
     total,
 )
 from lightning_lca.record.history import History
+from lightning_lca.record.sampling import of_run
 from lightning_lca.record.summary import Trust
 from lightning_lca.record.tables import Floats
 
@@ -210,7 +211,8 @@ def totals(history: History) -> Figure:
     How to read it: a bar to the left (blue) is a layer that helped over the whole run, one to the
     right (red) a layer that hurt. The full colour is what its kernels did alone; biases and the
     weights of normalizations follow in paler shades, on either side of zero. The black mark is the
-    total of all its tensors. Records without credit per parameter show that total as the bar.
+    total of all its tensors. Records without credit per parameter show that total as the bar. Where
+    the probe has several batches, whiskers tell how far the total holds on other data like them.
 
     Raises:
         ValueError: Nothing was measured yet.
@@ -236,12 +238,16 @@ def totals(history: History) -> Figure:
             shares = 100 * parts.sum(1) / parts.sum() if parts.sum() else np.zeros(3)
             kernels, biases, norms = shares.round() + 0.0  # So that there is no "-0%".
             second = f"Kernels {kernels:.0f}%, biases {biases:.0f}%, norms {norms:.0f}%"
+        label = "total LCA (loss):  helps  ←   →  hurts"
+        if (data := of_run(history, history.shown)) is not None:
+            axes.errorbar(whole, rows, None, data.reach, fmt="none", ecolor="0.2", capsize=2.5)
+            label += f"\nwhiskers: 95% over other data, from {data.batches} batches of the probe"
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.use_sticky_edges = False
         axes.margins(x=0.04)
         style.label_rows(axes, layers.names, figure.get_figheight())
-        axes.set_xlabel("total LCA (loss):  helps  ←   →  hurts")
+        axes.set_xlabel(label)
         axes.spines["left"].set_visible(False)
         style.headline(figure, _who_helped_and_who_hurt(history, layers)[-1], second)
     return figure

@@ -71,6 +71,7 @@ class Probe:
         terms: Names of the terms whose gradients are taken, known from the first look on.
         shares: Of the whole probe's loss that each batch is [batches], of all processes; known from
             then on, too. () where the weights are cut over processes.
+        examples: Of the whole probe, as far as batches tell; known with ``shares``.
         watch: While it is set, it gets of every batch its number, its share of the gradient, and
             the weights where the segment stops.
     """
@@ -137,6 +138,7 @@ class Probe:
         self.is_lost = False
         self.terms: tuple[str, ...] = ()
         self.shares: tuple[float, ...] = ()
+        self.examples = 0
         self.watch: Callable[[int, Weights, Weights], None] | None = None
         self._stop: Weights = {}  # Where the segment stops that is evaluated.
         self.gradients = 0
@@ -168,6 +170,8 @@ class Probe:
         self._shares = dict(zip(batches, shares.tolist(), strict=True))
         if not self._is_cut:
             count = 1 + self._ranks.largest(max(batches), self.device)
+            # Where every process takes all batches, they are counted several times.
+            self.examples = int(sizes.sum() if len(batches) == count else total)
             every = torch.zeros(count, device=self.device, dtype=wide(total))
             every[list(batches)] = shares.to(every)
             self._ranks.sum([every])

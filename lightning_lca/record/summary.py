@@ -18,6 +18,7 @@ import numpy as np
 
 from lightning_lca.record.findings import LEVEL, Finding, find, short
 from lightning_lca.record.layers import Layers
+from lightning_lca.record.sampling import OfRun, of_run
 from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.tables import Floats
 
@@ -243,15 +244,19 @@ def text(history: History, findings: Sequence[Finding] = ()) -> str:
     trust = ledger.trust
     names = [_printable(line.name) for line in ledger.lines]
     width = max([5, *(len(name) for name in names if len(name) <= _WIDEST)])
+    data = of_run(history)
+    reach = [] if data is None else [ledger.show(r, 4, sign="") for r in data.reach.tolist()]
     head = (
-        f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'share':>7}  {'helping':>7}  "
-        f"{'hurting':>7}  rank"
+        f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'± data  ' * bool(reach)}"
+        f"{'share':>7}  {'helping':>7}  {'hurting':>7}  rank"
     )
     lines = [
         f"{name:<{width}}  {line.weights:>10,}  {ledger.show(line.credit, 4):>10}  "
-        f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  {line.rank:>4}"
-        for name, line in zip(names, ledger.lines, strict=True)
+        + (f"{reach[i]:>6}  " if reach else "")
+        + f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  {line.rank:>4}"
+        for i, (name, line) in enumerate(zip(names, ledger.lines, strict=True))
     ]
+    over_data = [] if data is None else [_over_data(data)]
     sums = [
         f"true loss change   {ledger.show(ledger.change)}   ({' -> '.join(ledger.ends)}, "
         f"{trust.measured} measured steps)",
@@ -264,7 +269,15 @@ def text(history: History, findings: Sequence[Finding] = ()) -> str:
     ]
     split = [line for name in history.breakdowns for line in _split(history, name, width, ledger)]
     sure = ["", *how_sure(findings, trust.measured - trust.not_finite)]
-    return "\n".join([head, *lines, "", *sums, *split, SIGN, *trust.remarks, *sure])
+    return "\n".join([head, *lines, "", *sums, *split, SIGN, *over_data, *trust.remarks, *sure])
+
+
+def _over_data(data: OfRun) -> str:
+    """Says what the column of the data's error is."""
+    return (
+        f"± data: 95% interval over other data like the probe's, from {data.batches} batches."
+        + (" Two tell next to nothing: take four or more." if data.batches == 2 else "")
+    )
 
 
 _SPLIT = {
@@ -327,15 +340,19 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         return "LCA: no step was measured yet."
     with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
         ledger = Ledger.of(history)
+    data = of_run(history)
+    reach = [""] * len(ledger.lines)
+    if data is not None:
+        reach = [f" ± {ledger.show(r, 4, sign='')}" for r in data.reach.tolist()]
     trust = ledger.trust
     lines = [
         "| layer | weights | LCA | share of the change | helping | hurting | rank |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {_escape(line.name)} | {line.weights:,} | {ledger.show(line.credit, 4)} "
+        f"| {_escape(line.name)} | {line.weights:,} | {ledger.show(line.credit, 4)}{reach[i]} "
         f"| {_percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank} |"
-        for line in ledger.lines
+        for i, line in enumerate(ledger.lines)
     ]
     lines += [
         "",
@@ -351,6 +368,7 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],
         "",
         SIGN,
+        *([] if data is None else [_over_data(data)]),
         *trust.remarks,
         "",
         *map(_escape_line, how_sure(findings, trust.measured - trust.not_finite)),

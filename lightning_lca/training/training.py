@@ -28,6 +28,7 @@ from lightning_lca.probe.loss import NoLossError
 from lightning_lca.probe.precision import Rounding
 from lightning_lca.probe.probe import Probe
 from lightning_lca.record.history import History
+from lightning_lca.record.sampling import signs
 from lightning_lca.reporting.reporter import Reporter, x_axis
 from lightning_lca.runtime.lightnings import (
     LightningModule,
@@ -43,6 +44,7 @@ from lightning_lca.training.meter import Meter
 from lightning_lca.training.settings import Chords, Settings
 from lightning_lca.training.snapshots import Snapshots
 
+_FIRST = 20  # Measured steps that tell how large the probe should be.
 _WAYS = {"recorded": "from a recording of its operations; the user's code runs to audit it"}
 
 
@@ -96,6 +98,7 @@ class Training:
         }
         for batches in self._batches.values():
             batches.begin(trainer)
+        self._told_of_data: set[str | None] = set()
         self._told_of_halves = self._told_of_futility = False
         self._catches_up = False  # Whether the next step ends a chord of before a resume.
         self.reporter = Reporter(
@@ -264,6 +267,7 @@ class Training:
         elif not last:
             self.reporter.log(x_axis(trainer), done)
             self.reporter.record()
+            self._tell_of_data(trainer)
             if self._timer is not None:
                 self._timer.leave(round((self._gradients - before) / len(pieces)))
                 self._tell(trainer, self._timer)
@@ -563,6 +567,26 @@ class Training:
                 "LCA: in several steps in a row finer panels explained no more of the loss change: "
                 "the gradient is not the derivative of the loss here (detach(), custom backward "
                 f"passes), or the loss has jumps. From now on {after}; the residual shows the rest."
+            )
+
+    def _tell_of_data(self, trainer: Trainer) -> None:
+        """Says once, from the first steps, how many examples a probe of several batches needs."""
+        for name, meter in self.meters.items():
+            if name in self._told_of_data or len(meter.history) < _FIRST:
+                continue
+            self._told_of_data.add(name)
+            found = signs(meter.history, meter.probe.examples)
+            if found is None:
+                continue
+            more = "for 95% it would take more than can be told"
+            if found.examples is not None:
+                more = f"for 95% it takes about {found.examples:,}"
+            which = "the probe" if name is None else f"probe {name!r}"
+            tell(
+                trainer,
+                f"LCA: the {meter.probe.examples:,} examples of {which} tell the sign of a layer's "
+                f"credit in a step right in about {found.right:.0%} of cases, by how far its "
+                f"batches lie apart; {more}.",
             )
 
     def _tell(self, trainer: Trainer, timer: StepTimer) -> None:

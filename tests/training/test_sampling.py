@@ -153,3 +153,12 @@ def test_a_resumed_training_goes_on_with_its_batches(tmp_path):
         np.testing.assert_allclose(
             history.by_batch.allocated, whole.by_batch.allocated, rtol=1e-5, atol=1e-9
         )
+
+
+def test_one_line_says_how_many_examples_signs_take(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "four", probe_batches=4, steps=30, figures=False)
+        fit(tmp_path / "one", steps=30, figures=False)
+    told = [r.message for r in caplog.records if "tell the sign" in r.message]
+    assert len(told) == 1
+    assert told[0].startswith("LCA: the 64 examples of the probe tell the sign of a layer's credit")
