@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_lca.measure.allocation import Segment
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.quadrature import Quadrature
-from lightning_lca.measure.tensors import Flat, times_motion
+from lightning_lca.measure.stretches import GroupBlocks
 
 MOST = 16  # Of more batches, neighbours are taken together.
 Floats = npt.NDArray[np.float64]
@@ -26,8 +26,6 @@ Floats = npt.NDArray[np.float64]
 
 class Sampling:
     """Sums the credit of single batches over groups, at one node of a segment or a few.
-
-    Holds one copy of the weights.
 
     Attributes:
         shares: Of the loss that each batch is, or some together [K].
@@ -39,8 +37,7 @@ class Sampling:
         self._block = [j * min(MOST, len(shares)) // len(shares) for j in range(len(shares))]
         self.shares: Floats = np.bincount(self._block, weights=shares).astype(np.float64)
         self.nodes = dict(nodes)
-        self._grouping = grouping
-        self._scratch = Flat({})
+        self._blocks = GroupBlocks(grouping)
         self._table: Tensor | None = None
 
     @property
@@ -48,20 +45,10 @@ class Sampling:
         """Of the batches, their numbers (K,)."""
         return tuple(map(str, range(len(self.shares))))
 
-    def begin(self) -> None:
-        """Starts a segment."""
-        self._table = None
-
     @torch.no_grad()
     def add(self, j: int, gradient: Mapping[str, Tensor], segment: Segment, weight: float) -> None:
         """Adds what batch j's share of the gradient {name: [*shape]} at a node is credited."""
-        names = list(segment.start)
-        scratch = self._scratch
-        if {n: g.shape for n, g in scratch.items()} != {n: gradient[n].shape for n in names}:
-            scratch = self._scratch = Flat(segment.start, sums=True)
-        torch._foreach_copy_([scratch[n] for n in names], [gradient[n] for n in names])
-        times_motion(scratch, segment.start, segment.stop)
-        credit = self._grouping.sums(scratch).credit
+        credit = self._blocks.products(gradient, segment)
         if self._table is None:
             self._table = credit.new_zeros(len(self.shares), len(credit))
         self._table[self._block[j]].add_(credit, alpha=weight)

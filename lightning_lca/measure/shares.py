@@ -6,9 +6,7 @@ shares that add up to the credit of every weight, and of every group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,38 +14,12 @@ from torch import Tensor
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.motion import PARTS, Number, Steps, terms
-from lightning_lca.measure.tensors import (
-    ALIGNED,
-    LARGE,
-    Flat,
-    on_accelerator,
-    times_motion,
-    wide,
-)
+from lightning_lca.measure.stretches import GroupBlocks, Stretch, stretches
+from lightning_lca.measure.tensors import Flat, times_motion
 
 ORDERS = ("first_order", "curvature")
 OSCILLATION = ("reversed", "flipped", "cosine_start", "cosine_end")
-_PIECE = 2**16  # Elements of which a dozen tensors stay in a processor's cache.
 STEP = "step"  # The whole motion by an optimizer whose steps have no known form.
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """Neighbours in memory that share a form, or a piece of one of them.
-
-    Attributes:
-        memory: Which memory.
-        begin: The first element there.
-        end: The element after the last.
-        names: The parameters; of a piece, one.
-        offset: Where a piece begins in its parameter.
-    """
-
-    memory: int
-    begin: int
-    end: int
-    names: list[str]
-    offset: int = 0
 
 
 class Shares:
@@ -84,9 +56,7 @@ class Shares:
         self._grouping = grouping
         self._moved: list[Flat] = []  # By each part but the last, since a chord began.
         self.in_chord = False
-        self._index: list[Tensor] = []
-        self._block = 1
-        self._spans: object = None
+        self._blocks = GroupBlocks(grouping)
         self._before = Flat({})  # The sign of the motion before [elements], as int8.
 
     def learn(self, terms: Sequence[str]) -> None:
@@ -118,9 +88,9 @@ class Shares:
         self.in_chord = True
         places = self.names["part"]
         for at in self._stretches(live):
-            one = torch.ones_like(self.start.wholes[at.memory][at.begin : at.end])
+            one = torch.ones_like(at.of(self.start))
             for name, values, scale in self._terms(one, at, step, live):
-                into = self._moved[places.index(name)].wholes[at.memory][at.begin : at.end]
+                into = at.of(self._moved[places.index(name)])
                 if isinstance(scale, Tensor):
                     into.addcmul_(values, scale)
                 else:
@@ -151,12 +121,7 @@ class Shares:
             segment: The segment; `begin` took the gradient at its start.
             live: The parameters that moved {name: [*shape]}.
         """
-        self._look_at_groups()
-        device = self.start.wholes[0].device
-        count = len(self.names["part"]) - 1
-        total = torch.zeros(
-            count, len(self._grouping.names) + 1, dtype=wide(self.start.wholes[0]), device=device
-        )
+        total = self._blocks.zeros(len(self.names["part"]) - 1, self.start)
         for stretch in self._stretches(live):
             self._add(total, stretch, gradient, segment, live)
         # In the place of noise the whole steps were summed.
@@ -192,18 +157,12 @@ class Shares:
             end: The gradient at the end; None where it is not known.
             segment: The segment; `begin` took the gradient at its start.
         """
-        self._look_at_groups()
-        first = self.start.wholes[0]
         if self._before.spans != self.start.spans:
             signs = {n: torch.zeros_like(g, dtype=torch.int8) for n, g in self.start.items()}
             self._before = Flat(signs)
-        groups = len(self._grouping.names)
-        total = torch.zeros(9, groups + 1, dtype=wide(first), device=first.device)
-        for memory, whole in enumerate(self.start.wholes):
-            most = LARGE if on_accelerator(whole) else _PIECE
-            for begin in range(0, len(whole), most):
-                at = _Stretch(memory, begin, min(begin + most, len(whole)), [])
-                self._add_turns(total, at, end, segment)
+        total = self._blocks.zeros(9, self.start)
+        for at in stretches(self.start):
+            self._add_turns(total, at, end, segment)
         total = total[:, :-1]
         turned, moved, flipped, steep = total[:4]
         found = [(moved - turned) / 2 / moved, (steep - flipped) / 2 / steep]
@@ -213,63 +172,37 @@ class Shares:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _look_at_groups(self) -> None:
-        if self._spans is not self.start.spans:
-            self._spans = self.start.spans
-            self._block, self._index = self._grouping.blocks(self.start)
+    def _stretches(self, live: Weights) -> list[Stretch]:
+        """Cuts memory where the form of a step changes, too."""
 
-    def _stretches(self, live: Weights) -> list[_Stretch]:
-        """Cuts memory where the form of a step changes, and into pieces that stay in a cache."""
-        most = LARGE if on_accelerator(self.start.wholes[0]) else _PIECE
-        found: list[_Stretch] = []
-        last: object = None
-        for name, (memory, begin, length) in self.start.spans.items():
+        def kind(name: str) -> Hashable:
             step = self._steps.of(live.get(name))
-            key = None if step is None else (step.is_known, step.key)
-            end = begin + -(-length // ALIGNED) * ALIGNED
-            before = found[-1] if found else None
-            if length > most:
-                cuts = [*range(begin, end, most), end]
-                found += [_Stretch(memory, a, b, [name], a - begin) for a, b in pairwise(cuts)]
-                last = object()
-            elif (
-                before is not None
-                and (key, memory) == last
-                and end - before.begin <= most
-                and before.end == begin
-            ):
-                found[-1] = _Stretch(memory, before.begin, end, [*before.names, name])
-            else:
-                found.append(_Stretch(memory, begin, end, [name]))
-                last = key, memory
-        return found
+            return None if step is None else (step.is_known, step.key)
+
+        return stretches(self.start, kind)
 
     def _add(
         self,
         total: Tensor,
-        at: _Stretch,
+        at: Stretch,
         gradient: Weights,
         segment: Segment,
         live: Weights,
     ) -> None:
         """Adds what the parts of a stretch were credited to [parts - 1, groups + 1]."""
         names = self.names["part"][:-1]
-        mean = self._slice(gradient, at, self.start.wholes[at.memory][at.begin : at.end])
+        mean = at.show(gradient, self.start, at.of(self.start))
         found: Iterable[tuple[str, Tensor, Number]]
         if self.in_chord:
-            moved = (self._slice(part, at, mean) for part in self._moved)
+            moved = (at.show(part, self.start, mean) for part in self._moved)
             found = ((name, mean * part, 1.0) for name, part in zip(names, moved, strict=True))
         else:
             found = self._terms(mean, at, segment, live)
-        index = self._index[at.memory][at.begin // self._block : at.end // self._block]
         for name, values, scale in found:
-            sums = values.view(-1, self._block).sum(1, dtype=total.dtype)
-            if isinstance(scale, Tensor):
-                sums, scale = sums * scale, 1.0
-            total[names.index(name)].index_add_(0, index, sums, alpha=scale)
+            self._blocks.add(total[names.index(name)], at, values, scale)
 
     def _terms(
-        self, times: Tensor, at: _Stretch, segment: Segment, live: Weights
+        self, times: Tensor, at: Stretch, segment: Segment, live: Weights
     ) -> list[tuple[str, Tensor, Number]]:
         """Returns the parts of a step over a stretch, but the last two, times something.
 
@@ -279,79 +212,40 @@ class Shares:
             segment: The step.
             live: The parameters {name: [*shape]}.
         """
-        probe = self.start.wholes[at.memory][at.begin : at.end]
-        start, stop = (self._slice(w, at, probe) for w in (segment.start, segment.stop))
+        probe = at.of(self.start)
+        start, stop = (at.show(w, self.start, probe) for w in (segment.start, segment.stop))
         motion = stop - start
         step = self._steps.of(live.get(at.names[0]))
         names = self.names["part"][:-1]
         if step is not None and step.is_known:
             steps = [s for n in at.names if (s := self._steps.of(live.get(n))) is not None]
             moments = {
-                m: self._gather([s.state[m] for s in steps], at, probe) for m in step.moments
+                m: at.gather([s.state[m] for s in steps], self.start, probe) for m in step.moments
             }
-            own = self._gather([s.gradient for s in steps], at, probe)
+            own = at.gather([s.gradient for s in steps], self.start, probe)
             split = terms(step, moments, own, probe, start, motion, times)
             return [(n, *t) for n, t in zip(names, split, strict=False) if t is not None]
         if step is not None and STEP in names and not step.has_form:
             return [(STEP, motion * times, 1.0)]
         return []
 
-    def _add_turns(self, total: Tensor, at: _Stretch, end: Flat | None, segment: Segment) -> None:
+    def _add_turns(self, total: Tensor, at: Stretch, end: Flat | None, segment: Segment) -> None:
         """Adds the sums over a stretch that turns and cosines follow from to [9, groups + 1]."""
-        place = slice(at.begin, at.end)
-        slope = self.start.wholes[at.memory][place]
-        start, stop = (self._slice(w, at, slope) for w in (segment.start, segment.stop))
+        slope = at.of(self.start)
+        start, stop = (at.show(w, self.start, slope) for w in (segment.start, segment.stop))
         motion = stop - start
-        before = self._before.wholes[at.memory][place]
+        before = at.of(self._before)
         turns = torch.sign(motion)
         products = [turns * before, None, None, None, motion * slope, None, motion.square()]
         before.copy_(turns)
         products += [slope.square(), None]
         if end is not None:
-            last = end.wholes[at.memory][place]
+            last = at.of(end)
             products[2], products[5] = torch.sign(slope) * torch.sign(last), motion * last
             products[8] = last.square()
         for i in (0, 2):
             signs = products[i]
             products[i + 1] = None if signs is None else signs.abs()
-        index = self._index[at.memory][at.begin // self._block : at.end // self._block]
         for row, product in enumerate(products):
             if product is not None:
-                sums = product.view(-1, self._block).sum(1, dtype=total.dtype)
-                total[row].index_add_(0, index, sums)
-
-    def _slice(self, weights: Weights, at: _Stretch, like: Tensor) -> Tensor:
-        """Shows a stretch of weights that lie side by side [elements], in the type of sums."""
-        if isinstance(weights, Flat) and weights.spans == self.start.spans:
-            return weights.wholes[at.memory][at.begin : at.end].to(like.dtype)
-        return self._gather([weights[n] for n in at.names], at, like, 0.0)
-
-    def _gather(
-        self, tensors: Sequence[Tensor], at: _Stretch, like: Tensor, gap: float = 1.0
-    ) -> Tensor:
-        """Copies tensors [*shape] side by side [elements], with a number in the gaps."""
-        room = torch.full_like(like, gap)
-        for name, tensor in zip(at.names, tensors, strict=True):
-            if tensor.layout != torch.strided:
-                tensor = tensor.to_dense()
-            _, begin, length = self.start.spans[name]
-            strides = self.start[name].stride()
-            first = max(begin, at.begin)
-            last = min(begin + length, at.end)
-            if (first, last) == (begin, begin + length):
-                place = room[begin - at.begin :][:length].as_strided(
-                    tensor.shape, strides, begin - at.begin
-                )
-                place.copy_(tensor)
-            else:
-                if tensor.stride() != strides or not _is_dense(tensor):
-                    tensor = torch.empty_like(self.start[name], dtype=tensor.dtype).copy_(tensor)
-                flat = tensor.as_strided((length,), (1,), tensor.storage_offset())
-                room[first - at.begin : last - at.begin].copy_(flat[first - begin : last - begin])
-        return room
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill a stretch of memory, in whatever order."""
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return bool(span == tensor.numel())
+                self._blocks.add(total[row], at, product)
