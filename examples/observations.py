@@ -27,13 +27,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fashion_mnist import FILES, PLACES, read
-from lightning_lca.analysis.synchrony import synchrony
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import LCACallback
+from lightning_lca.record.synchrony import synchrony
 
 STRONGEST = 20  # Steps of a layer that count as its moments of learning.
 
