@@ -31,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fashion_mnist import PLACES
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from observations import MLP, load
 from torch import Tensor, nn
@@ -141,43 +142,38 @@ def observe(
 
 
 def draw(sparse: list[Seen], plain: list[Seen], title: str, path: Path) -> None:
-    """Draws a column per layer: credit by term over steps, and below how sparse it became."""
-    figure = Figure(figsize=(9, 5), dpi=80, layout="constrained")
-    panels = figure.subplots(2, len(LAYERS), sharex=True, sharey="row", height_ratios=[1.7, 1])
-    steps = np.arange(1, len(sparse[0].credit) + 1)
+    """Draws a column per layer over steps: credit by term, what was paid, how sparse it became."""
+    figure = Figure(figsize=(9, 6), dpi=80, layout="constrained")
+    panels = figure.subplots(3, len(LAYERS), sharex=True, sharey="row", height_ratios=[1.5, 1, 1])
     credits, without = (np.array([s.credit for s in runs]).cumsum(1) for runs in (sparse, plain))
     sizes, before = (np.array([s.ratios for s in runs]) for runs in (sparse, plain))
-    for i, (name, (top, bottom)) in enumerate(zip(LAYERS, panels.T, strict=True)):
-        for x, values, label, colour, dashes in (
-            (steps, without[:, :, i, 0], "cross-entropy, no penalty", style.HELPS, "--"),
-            (steps, credits[:, :, i, 0], "cross-entropy", style.HELPS, "-"),
-            (steps, credits[:, :, i, 1], "sparsity", "#c2831a", "-"),
-        ):
-            line(top, x, values, label, colour, dashes)
-        mean, twin = credits[:, :, i, 0].mean(0), without[:, :, i, 0].mean(0)
-        top.fill_between(
-            steps, twin, mean, color=style.HURTS, alpha=0.35, label="paid", linewidth=0
-        )
-        every = np.arange(len(steps) + 1)
-        line(bottom, every, before[:, :, i], "no penalty", "0.3", "--")
-        line(bottom, every, sizes[:, :, i], "with penalty", "0.3", "-")
-        top.axhline(0, color="0.6", linewidth=0.8)
-        paid = (credits[:, -1, i, 0] - without[:, -1, i, 0]).mean()
-        top.set_title(f"{name}: pays {paid:+.3f}".replace("-", "−"), fontsize=11)
+    for i, (name, (top, middle, bottom)) in enumerate(zip(LAYERS, panels.T, strict=True)):
+        line(top, without[..., i, 0], "cross-entropy, no penalty", style.HELPS, "--")
+        line(top, credits[..., i, 0], "cross-entropy", style.HELPS)
+        line(top, credits[..., i, 1], "sparsity", "#c2831a")
+        paid = credits[..., i, 0] - without[..., i, 0]
+        line(middle, paid, "paid", style.HURTS)
+        line(bottom, before[..., i], "no penalty", "0.3", "--")
+        line(bottom, sizes[..., i], "with penalty", "0.3")
+        top.set_title(f"{name}: paid {style.number(paid[:, -1].mean(), 2)}", fontsize=11)
         bottom.set_xlabel("optimizer step")
         bottom.set_ylim(0, 1)
+        for axes in (top, middle):
+            axes.axhline(0, color="0.6", linewidth=0.8)
     panels[0, 0].set_ylabel("cumulative LCA (loss)\n− helped, + hurt")
-    panels[1, 0].set_ylabel("‖w‖₁ / ‖w‖₂, share\nof √n; low is sparse")
-    panels[0, 0].legend(frameon=False, fontsize=9)
-    panels[1, 0].legend(frameon=False, fontsize=9)
+    panels[1, 0].set_ylabel("paid so far\n(cross-entropy)")
+    panels[2, 0].set_ylabel("‖w‖₁ / ‖w‖₂, share\nof √n; low is sparse")
+    for axes in panels[::2, 0]:
+        axes.legend(frameon=False, fontsize=9)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(f"{title}\nlines: mean over seeds; bands: all", x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
 
 
-def line(axes, x: np.ndarray, values: np.ndarray, label: str, colour: str, dashes: str) -> None:
+def line(axes: Axes, values: np.ndarray, label: str, colour: str, dashes: str = "-") -> None:
     """Draws the mean over seeds of values [seeds, steps], in a band from least to most."""
+    x = np.arange(values.shape[1])
     axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.plot(x, values.mean(0), color=colour, linestyle=dashes, linewidth=1.4, label=label)
 
@@ -233,8 +229,9 @@ def main() -> None:
             f"held-out, {label:<13} cross-entropy {spread([s.loss for s in runs], '.3f')}, "
             f"accuracy {spread([100 * s.accuracy for s in runs], '.1f')} %"
         )
-    most = LAYERS[int(np.argmax(paid[:, late].mean(0)))]
-    draw(sparse, plain, f"{what}: {most} pays most for sparsity", args.out)
+    most = int(np.argmax(paid[:, late].mean(0)))
+    title = f"{what}: {LAYERS[most]} pays most for sparsity, {spread(paid[:, late, most])}"
+    draw(sparse, plain, title, args.out)
     print(f"The picture is {args.out}.")
 
 
