@@ -13,8 +13,9 @@ digits) once per cell of a grid, learning rate by weight decay, and seed. What a
    changed against it, *momentum* and *weight decay* what they added, *other* what none explains.
 2. A picture of the same in ``--out``.
 
-A run whose loss or credit stops being finite has no share: what it did before it blew up says
-nothing of learning. Its cell is crossed out, and the row says after how many steps.
+A run has blown up where its loss is beyond ten times that of its start at any step, or not finite.
+It has no share, since one such step outweighs all learning: its cell is crossed out, and the row
+says after how many steps.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from lightning_lca import LCACallback
 from lightning_lca.figures.style import diverging
 
 PARTS = ("signal", "momentum", "noise", "weight_decay", "other")
+BLOWN = 10  # Times the loss at the start.
 LITTLE = 0.05  # Of the loss: less off it is no gain. Of credit: parts with less are not counted.
 
 
@@ -60,19 +62,19 @@ class Learner(pl.LightningModule):
 class Seen(NamedTuple):
     """What one run shows.
 
-    ``before``, ``after``: loss of the probe; ``parts``: credit of PARTS over the run; ``finite``:
-    steps before the first that is not finite; None: all are.
+    ``before``, ``after``: loss of the probe; ``parts``: credit of PARTS over the run; ``sound``:
+    steps before it blew up; None: it did not.
     """
 
     before: float
     after: float
     parts: np.ndarray
-    finite: int | None
+    sound: int | None
 
     @property
     def shares(self) -> np.ndarray:
         """Credit of PARTS as a share of the gross credit, in [-1, 1]; NaN of a run that blew up."""
-        if self.finite is not None:
+        if self.sound is not None:
             return np.full(len(PARTS), np.nan)
         return self.parts / np.abs(self.parts).sum()
 
@@ -91,19 +93,19 @@ def observe(
     trainer.fit(learner, DataLoader(data, args.batch, shuffle=True))
     history, split = lca.history, lca.history.breakdowns["part"]
     parts = split.allocated[history.finite].sum((0, 1))
-    blown = np.flatnonzero(~history.finite)
+    is_sound = history.finite & (history.loss_after < BLOWN * history.loss_before[0])
     return Seen(
         before=float(history.loss_before[0]),
         after=float(history.loss_after[-1]),
         parts=parts[[split.names.index(part) for part in PARTS]],
-        finite=int(blown[0]) if len(blown) else None,
+        sound=None if is_sound.all() else int(is_sound.argmin()),
     )
 
 
 def tell(rate: float, decay: float, seen: list[Seen]) -> str:
     """Writes the row of a cell."""
-    left = [s for s in seen if s.finite is None]
-    blown = [s.finite for s in seen if s.finite is not None]
+    left = [s for s in seen if s.sound is None]
+    blown = [s.sound for s in seen if s.sound is not None]
     row = f"{rate:>8.2g} {decay:>8.2g}"
     if left:
         row += f" {np.mean([s.after for s in left]):>9.3f} "
@@ -137,16 +139,15 @@ def percent(share: float) -> str:
 
 
 def headline(rates: list[float], momentum: np.ndarray) -> str:
-    """Says what momentum does at both ends of the rates, from its shares [decays, rates]."""
+    """Says where momentum turns from help to harm, from its shares [decays, rates]."""
     there = [j for j in range(len(rates)) if np.isfinite(momentum[:, j]).any()]
-    if not there:
-        return "Every run blew up"
-    told = []
-    for j in (there[0], there[-1]):
-        share = np.nanmean(momentum[:, j])
-        does = "hurts" if share > 0 else "helps"
-        told.append(f"{does} at rate {rates[j]:.2g} ({percent(share)} of credit)")
-    return f"momentum {', '.join(dict.fromkeys(told))}"
+    hurts = [bool(np.nanmean(momentum[:, j]) > 0) for j in there]
+    turn = hurts.index(True) if True in hurts else len(hurts)
+    if 0 < turn < len(hurts) and all(hurts[turn:]):
+        below, above = (f"{rates[there[j]]:.2g}" for j in (turn - 1, turn))
+        return f"momentum helps up to a rate of {below} and hurts from {above} on"
+    told = [f"{sum(h is does for h in hurts)}" for does in (False, True)]
+    return f"momentum helps at {told[0]} of the rates, hurts at {told[1]}"
 
 
 def draw(
@@ -161,7 +162,7 @@ def draw(
     crosses, triangles = [], []
     for j, rate in enumerate(rates):
         for i, decay in enumerate(decays):
-            left = [s for s in found[rate, decay] if s.finite is None]
+            left = [s for s in found[rate, decay] if s.sound is None]
             if left:
                 loss[i, j] = np.mean([s.after for s in left])
                 shares[:, i, j] = np.mean([s.shares for s in left], 0)
@@ -174,11 +175,11 @@ def draw(
     figure = Figure(figsize=(9.4, 6), dpi=80, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     edges = borders(np.array(rates)), borders(np.array(decays))
-    # What is beyond ten times the loss at the start is as dark as that.
-    scale = LogNorm(np.nanmin(loss, initial=start), max(10 * start, np.nanmin(loss, initial=start)))
+    scale = LogNorm(np.nanmin(loss, initial=start), np.nanmax(loss, initial=1.01 * start))
     drawn = panels[0, 0].pcolormesh(*edges, loss, cmap="Greys", norm=scale)
     panels[0, 0].set_title("loss at the end", fontsize=10)
-    bar = figure.colorbar(drawn, ax=panels[0, 0], extend="max")
+    bar = figure.colorbar(drawn, ax=panels[0, 0], format="{x:g}", ticks=[0.5, 1, 2, 5, 10])
+    bar.minorticks_off()
     for axes, part, share in zip(panels.flat[1:], PARTS, shares, strict=True):
         drawn = axes.pcolormesh(*edges, share, cmap=diverging(), vmin=-1, vmax=1)
         count = [int((sign * share > LITTLE).sum()) for sign in (-1, 1)]
