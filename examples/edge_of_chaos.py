@@ -175,7 +175,8 @@ def draw(
     figure = Figure(figsize=(9.4, 6), dpi=80, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     edges = borders(np.array(rates)), borders(np.array(decays))
-    scale = LogNorm(np.nanmin(loss, initial=start), np.nanmax(loss, initial=1.01 * start))
+    # So far beyond the largest that marks stay visible on it.
+    scale = LogNorm(np.nanmin(loss, initial=start), 4 * np.nanmax(loss, initial=start))
     drawn = panels[0, 0].pcolormesh(*edges, loss, cmap="Greys", norm=scale)
     panels[0, 0].set_title("loss at the end", fontsize=10)
     bar = figure.colorbar(drawn, ax=panels[0, 0], format="{x:g}", ticks=[0.5, 1, 2, 5, 10])
@@ -202,7 +203,7 @@ def draw(
     for axes in panels[:, 0]:
         axes.set_ylabel("weight decay")
     marks = f"×: a seed blew up     △: less than {LITTLE:.0%} off the loss"
-    counted = f"     cells counted where a part has over {LITTLE:.0%}"
+    counted = f"     titles count cells where a part has over {LITTLE:.0%}"
     title = f"{what}: {headline(rates, shares[PARTS.index('momentum')])}"
     figure.suptitle(f"{title}\n{marks}{counted}", x=0.01, ha="left", fontsize=11)
     figure.savefig(path)

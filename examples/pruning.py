@@ -175,7 +175,7 @@ def draw(found: dict[str, list[Books]], path: Path) -> None:
         share = [f"{e}\n{m.float().mean():.0%}" for e, m in zip(epochs, learned, strict=True)]
         axes.set_xticks(list(epochs), share, fontsize=8)
         accuracy = spread([100 * books.accuracy[-1] for books in runs])
-        axes.set_title(f"Small weights {how}: accuracy {accuracy} %", loc="left", fontsize=10)
+        axes.set_title(f"{how}: accuracy {accuracy} %", loc="left", fontsize=10)
         axes.set_xlabel("epoch, and weights that learn in it")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
