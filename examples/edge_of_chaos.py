@@ -227,6 +227,8 @@ def main() -> None:
         args.seeds, args.steps = 1, 40
     for hint in ("does not have many workers", "GPU available", "treespec", "smaller than the log"):
         warnings.filterwarnings("ignore", f".*{hint}")
+    # Of runs that blow up, which the table tells.
+    warnings.filterwarnings("ignore", ".*finer panels explained no more of the loss change")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
