@@ -155,7 +155,7 @@ def draw(sparse: list[Seen], plain: list[Seen], title: str, path: Path) -> None:
         line(middle, paid, "paid", style.HURTS)
         line(bottom, before[..., i], "no penalty", "0.3", "--")
         line(bottom, sizes[..., i], "with penalty", "0.3")
-        top.set_title(f"{name}: paid {style.number(paid[:, -1].mean(), 2)}", fontsize=11)
+        top.set_title(f"{name}: paid {paid[:, -1].mean():+.3f}".replace("-", "−"), fontsize=11)
         bottom.set_xlabel("optimizer step")
         bottom.set_ylim(0, 1)
         for axes in (top, middle):

@@ -59,9 +59,10 @@ def test_digits_keeps_its_promise_on_the_residual(tmp_path, tolerance, share):
         assert not (beyond & history.converged).any()
     assert re.search(r"^true loss change   -2\.\d+", result.stdout, re.M)
     assert f"tensorboard --logdir {tmp_path}" in result.stdout
-    way, cost = result.stderr.strip().splitlines()  # Nothing else scrolls by.
+    way, cost, data = result.stderr.strip().splitlines()  # Nothing else scrolls by.
     assert re.match(r"LCA: the loss on the probe is evaluated from a recording", way)
     assert re.match(r"LCA: \d probe gradients first", cost)
+    assert re.match(r"LCA: the 256 examples of the probe tell the sign", data)
 
 
 @pytest.mark.slow
