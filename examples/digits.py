@@ -10,7 +10,7 @@ The data (1,797 images of 8x8 pixels) ship with scikit-learn; nothing is downloa
    fractions of its weights that helped or hurt in a step. The rest was idle.
 3. The ledger. The credits must add up to the true loss change; the residual is what they miss.
    ``--tolerance 1e-4`` shrinks it, by more gradients on the steps that need them.
-4. The command that shows all this over time in TensorBoard.
+4. The command that shows all this over time in TensorBoard; ``--out FILE`` draws a picture of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import logging
 import shlex
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -28,7 +29,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_lca import LCACallback
+from lightning_lca import LCACallback, figures
 
 
 class DigitsNet(pl.LightningModule):
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--every-n-steps", type=int, default=1, help="10: cheaper, coarser")
     parser.add_argument("--validation", action="store_true", help="measure on validation data too")
     parser.add_argument("--log-dir", default="lightning_logs")
+    parser.add_argument("--out", type=Path, help="draws every layer at every step, e.g. digits.png")
     args = parser.parse_args()
 
     # Not of use here: the data lie in memory, the net is too small for a GPU, and the third is a
@@ -113,6 +115,8 @@ def main() -> None:
     trainer.fit(DigitsNet(), train_loader, val_loader)
 
     print(lca.summary())
+    if args.out:
+        figures.heatmap(lca.history).savefig(args.out)
     print(f"\nValidation accuracy: {trainer.callback_metrics['val_accuracy']:.1%}. Now run:")
     print(f"tensorboard --logdir {shlex.quote(args.log_dir)}")
 

@@ -5,8 +5,9 @@
 
 Printed are the summary, a row per layer (negative LCA helped), and helping / (helping + hurting):
 of the weights whose motion changed the probe's loss, the fraction that lowered it. Expect little
-more than one half: at any step, nearly as many weights hurt as help. The data are Debian's package
-dataset-fashion-mnist, the four files in ``--data DIR``, or fetched by ``--download``.
+more than one half: at any step, nearly as many weights hurt as help; ``--out FILE`` draws that. The
+data are Debian's package dataset-fashion-mnist, the four files in ``--data DIR``, or fetched by
+``--download``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lca import LCACallback
+from lightning_lca import LCACallback, figures
 
 PLACES = [Path("/usr/share/datasets/fashion-mnist"), Path.home() / ".cache" / "fashion-mnist"]
 SOURCE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--probe", choices=("train", "test"), default="train", help="measured on")
     parser.add_argument("--data", type=Path, nargs="+", default=PLACES, help="where the files are")
     parser.add_argument("--download", action="store_true", help="fetch files that are missing")
+    parser.add_argument("--out", type=Path, help="draws the share of weights that help there")
     args = parser.parse_args()
     try:
         x, y, test_x, test_y = (read(name, args.data, args.download) for name in FILES)
@@ -112,6 +114,8 @@ def main() -> None:
     print(lca.summary())
     helping, hurting = (f @ lca.history.sizes for f in (lca.history.helping, lca.history.hurting))
     print(f"\nhelping / (helping + hurting): {(helping / (helping + hurting)).mean():.3f}")
+    if args.out:
+        figures.helping(lca.history).savefig(args.out)
     print("tensorboard --logdir lightning_logs")
 
 

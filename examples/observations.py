@@ -27,13 +27,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fashion_mnist import FILES, PLACES, read
-from lightning_lca.analysis.synchrony import synchrony
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import LCACallback
+from lightning_lca.record.synchrony import synchrony
 
 STRONGEST = 20  # Steps of a layer that count as its moments of learning.
 
@@ -193,7 +193,15 @@ def draw(found: dict[tuple[str, str], list[Seen]], what: str, path: Path) -> Non
             axes.set_xlim(-0.5, len(runs) - 0.5)
         for axes in line:
             axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"On {what}; a dot is a seed", x=0.01, ha="left", fontsize=11)
+    runs = [one for seen in found.values() for one in seen]
+    helping, together = [100 * s.helping for s in runs], [s.together for s in runs]
+    hurt = np.concatenate([s.credit > 0 for s in runs])
+    title = (
+        f"On {what}: {min(helping):.0f} to {max(helping):.0f} % of moving weights help; "
+        f"{hurt.sum()} of {hurt.size} layers hurt;\nmoments are shared {min(together):.1f} to "
+        f"{max(together):.1f} times as often as by chance (a dot is a seed)"
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
 
 

@@ -6,7 +6,8 @@ A small net learns scikit-learn's digits (nothing is downloaded). After each of 
 epochs the smallest weights stop learning, until a tenth is left: *pruned* to zero by Lightning's
 ModelPruning (torch.nn.utils.prune), or *frozen* where they are. What appears:
 
-1. A row per epoch. ``left`` is the share of weights that learn in it. LCA, in units of the loss
+1. A row per epoch, mean over seeds; of the accuracy on held-out data also the spread (standard
+   deviation). ``left`` is the share of weights that learn in it. LCA, in units of the loss
    (negative lowered it), is split in hindsight: ``kept`` is the credit of weights that learn to the
    end, ``stopped later`` of those that are still to stop, ``stopped`` of those that have: zero.
 2. The ledger of the run: true change = allocated + residual + drift. What pruning itself does to
@@ -112,8 +113,8 @@ class Books(pl.Callback):
         self.accuracy.append(float(trainer.callback_metrics["accuracy"]))
 
 
-def train(how: str, epochs: int) -> tuple[LCACallback, Books]:
-    pl.seed_everything(0, verbose=False)
+def train(how: str, epochs: int, seed: int) -> tuple[LCACallback, Books]:
+    pl.seed_everything(seed, verbose=False)
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32) / 16
     parts = random_split(TensorDataset(x, torch.tensor(labels)), [0.8, 0.2])
@@ -159,56 +160,78 @@ def split(books: Books) -> Tensor:
     return torch.tensor(rows)
 
 
-def draw(found: dict[str, Books], path: Path) -> None:
-    figure = Figure(figsize=(7.2, 3.4), dpi=100, layout="constrained")
+def draw(found: dict[str, list[Books]], path: Path) -> None:
+    """Draws the credit of every epoch, mean over seeds."""
+    figure = Figure(figsize=(7.2, 3.8), dpi=90, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, (how, books) in zip(panels, found.items(), strict=True):
-        kept, later, _ = split(books).T.numpy()
+    first = []
+    for axes, (how, runs) in zip(panels, found.items(), strict=True):
+        kept, later, _ = torch.stack([split(books) for books in runs]).mean(0).T.numpy()
         epochs = range(1, len(kept) + 1)
         axes.bar(epochs, kept, color="#174f92", label="kept to the end")
         axes.bar(epochs, later, bottom=kept, color="#a9c4e4", label=f"{how} later")
         axes.axhline(0, color="0.3", linewidth=0.8)
-        share = [f"{e}\n{m.float().mean():.0%}" for e, m in zip(epochs, books.learned, strict=True)]
+        learned = runs[0].learned
+        share = [f"{e}\n{m.float().mean():.0%}" for e, m in zip(epochs, learned, strict=True)]
         axes.set_xticks(list(epochs), share, fontsize=8)
-        title = f"Small weights {how}: accuracy {books.accuracy[-1]:.1%}"
-        axes.set_title(title, loc="left", fontsize=11)
+        accuracy = spread([100 * books.accuracy[-1] for books in runs])
+        axes.set_title(f"{how}: accuracy {accuracy} %", loc="left", fontsize=10)
         axes.set_xlabel("epoch, and weights that learn in it")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right")
-    panels[0].set_ylabel("LCA in the epoch (loss); down is learning")
+        first.append(kept[0] / (kept[0] + later[0]))
+    panels[0].set_ylabel("LCA in the epoch (loss)\ndown is learning")
+    title = f"The {LEFT[-1]:.0%} of weights that are kept did {min(first):.0%} to {max(first):.0%}"
+    figure.suptitle(f"{title} of the learning in epoch 1 already", x=0.01, ha="left", fontsize=11)
     figure.savefig(path)
+
+
+def spread(values: list[float]) -> str:
+    tensor = torch.tensor(values)
+    return f"{tensor.mean():.1f} ± {tensor.std(correction=int(len(values) > 1)):.1f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="LCA while weights are pruned or frozen.")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("pruning.png"), help="the picture")
-    parser.add_argument("--quick", action="store_true", help="fewer epochs")
+    parser.add_argument("--quick", action="store_true", help="fewer epochs, two seeds")
     args = parser.parse_args()
+    if args.quick:
+        args.epochs, args.seeds = 5, 2
     for hint in ("does not have many workers", "GPU available", "treespec", "smaller than the log"):
         warnings.filterwarnings("ignore", f".*{hint}")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
+    print(f"scikit-learn's digits: {args.seeds} seeds, {args.epochs} epochs")
     found = {}
     for how in ("pruned", "frozen"):
-        lca, found[how] = train(how, 5 if args.quick else args.epochs)
-        books, h = found[how], lca.history
-        print(
-            f"{how:<7} {'left':>6} {'kept':>9} {'stopped later':>14} {'stopped':>8} {'accuracy':>9}"
-        )
-        for e, (kept, later, stopped) in enumerate(split(books).tolist()):
-            left, accuracy = books.learned[e].float().mean(), books.accuracy[e]
+        runs = [train(how, args.epochs, seed) for seed in range(args.seeds)]
+        found[how] = [books for _, books in runs]
+        heads = f"{'left':>6} {'kept':>9} {'stopped later':>14} {'stopped':>8} {'accuracy':>14}"
+        print(f"{how:<7} {heads}")
+        means = torch.stack([split(books) for books in found[how]]).mean(0).tolist()
+        for e, (kept, later, stopped) in enumerate(means):
+            left = found[how][0].learned[e].float().mean()
+            accuracy = spread([100 * books.accuracy[e] for books in found[how]])
             credits = f"{kept:+9.4f} {later:+14.4f} {stopped:8.4f}"
-            print(f"epoch {e + 1} {left:6.0%} {credits} {accuracy:9.1%}")
-        change = h.loss_after[-1] - h.loss_before[0]
-        parts = [float(part.sum()) for part in (h.allocated, h.residual, h.drift)]
+            print(f"epoch {e + 1} {left:6.0%} {credits} {accuracy + ' %':>14}")
+        ledger = torch.tensor([ledger_of(lca) for lca, _ in runs]).mean(0).tolist()
         print(
-            f"true loss change {change:+.4f} = allocated {parts[0]:+.4f} "
-            f"{parts[1]:+.4f} residual {parts[2]:+.4f} drift\n"
+            "true loss change {:+.4f} = allocated {:+.4f} {:+.4f} residual {:+.4f} drift\n".format(
+                *ledger
+            )
         )
     draw(found, args.out)
     print(f"The picture is {args.out}.")
+
+
+def ledger_of(lca: LCACallback) -> list[float]:
+    h = lca.history
+    change = h.loss_after[-1] - h.loss_before[0]
+    return [float(part.sum()) for part in (change, h.allocated, h.residual, h.drift)]
 
 
 if __name__ == "__main__":
