@@ -12,7 +12,7 @@ from typing import Any
 from lightning_lca.record import export
 from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.provider import Source
-from lightning_lca.tensorboard.query import Query, QueryError
+from lightning_lca.tensorboard.query import Query, QueryError, show
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
@@ -74,6 +74,19 @@ def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
     query.done()
     a, b = store.run(source, run).table(probe), store.run(source, run_b).table(probe_b)
     return views.compare(a, b, _bounded(asked, a, b))
+
+
+def _generalization(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, asked = query.text("run"), Range(*query.steps(), query.bins())
+    query.done()
+    found = store.run(source, run)
+    if not {"train", "val"} <= found.tables.keys():
+        raise QueryError(
+            f"Run {show(run)} has no probes named train and val. Train with "
+            'LCACallback(probe={"train": "train", "val": "val"}) to see which layers overfit.'
+        )
+    pair = found.table("train"), found.table("val")
+    return views.generalization(*pair, _bounded(asked, *pair))
 
 
 def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
@@ -140,6 +153,7 @@ ANSWERS: dict[str, Answer] = {
     "table": _table,
     "shares": _shares,
     "compare": _compare,
+    "generalization": _generalization,
     "synchrony": _synchrony,
     "findings": _findings,
     "export": _export,

@@ -14,6 +14,7 @@ import numpy as np
 from lightning_lca.analysis.bins import Bins, accumulated, counted
 from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.record.findings import LEVEL, find
+from lightning_lca.record.overfitting import Overfitting
 from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.summary import Trust
 from lightning_lca.record.synchrony import rates
@@ -253,6 +254,45 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     answer["only_a"] = [name for name in a.layers if not b.has(name)]
     answer["only_b"] = [name for name in b.layers if not a.has(name)]
     return answer
+
+
+def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
+    """What each layer did for training data, and what for validation data, over the range.
+
+    Raises:
+        QueryError: The two have no layer in common.
+    """
+    names = tuple(name for name in train.layers if val.has(name))
+    if not names:
+        raise QueryError(
+            'The probes "train" and "val" have no layer in common. Measure the same layers with '
+            "both."
+        )
+    first, last = asked.of(train, val)
+    parts: list[Any] = []
+    for one in (train, val):
+        span = Range(first, last).tile(one).rows
+        credit = counted(one.rows.allocated[span], one.finite[span])
+        credit = one.by_layer(credit.astype(np.float64))
+        parts += [one.rows.steps[span], credit[:, [one.find(name) for name in names]]]
+    found = Overfitting.between(names, *parts)
+    width = max(train.spacing, val.spacing)
+    tiles = Bins.by_steps(found.steps[1:], first, last, asked.bins, width)
+    at = np.maximum(np.searchsorted(found.steps, tiles.edges, side="right") - 1, 0)
+    since = np.where(found.overfits, found.since, -1).tolist()
+    return {
+        "edges": tiles.edges.tolist(),
+        "layers": list(names),
+        "measured": len(found.steps) - 1,
+        "train": plain(found.train[at].T),
+        "val": plain(found.val[at].T),
+        "total_train": plain(found.train[-1]),
+        "total_val": plain(found.val[-1]),
+        "verdict": list(found.verdicts),
+        "since": [None if step < 0 else step for step in since],
+        "given_back": plain(np.where(found.overfits, found.given_back, np.nan)),
+        "most_telling": found.most_telling.tolist(),
+    }
 
 
 def plain(values: Any) -> Any:

@@ -15,11 +15,14 @@ _TYPES = {"int": "number", "float": "number", "text": "string", "bool": "boolean
 
 
 class Store:
-    """Runs, each with one unnamed probe, made of histories by name."""
+    """Runs by name, made of a history, or of one for each probe."""
 
     def __init__(self, **histories):
-        tables = {name: Table.of(history, name) for name, history in histories.items()}
-        self.runs = {n: Run(n, "1", {"": table}, {}, 0) for n, table in tables.items()}
+        self.runs = {}
+        for name, probes in histories.items():
+            probes = probes if isinstance(probes, dict) else {"": probes}
+            tables = {probe: Table.of(one, name, probe) for probe, one in probes.items()}
+            self.runs[name] = Run(name, "1", tables, {}, 0)
 
     def run(self, source, name):
         return self.runs[name]

@@ -484,6 +484,39 @@ def test_two_probes_are_compared(page, history):
     assert float(maps[2]["limit"]) == pytest.approx(gap[int(0.99 * gap.size)], rel=1e-4)
 
 
+def test_layers_that_overfit_stand_out(page, history):
+    layers = history["train"].groups
+    after = np.arange(200)[:, None] >= 80
+    planted = {"train": [-1, -1, 1, -1], "val": np.where(after, [1, -1, 1, -1], [-1, -1, 1, -1])}
+    tables = []
+    for seed, credit in enumerate(planted.values()):
+        run = History(layers, np.full(4, 1000))
+        run.append(noisy(seed=seed, layers=4, planted=credit, phi=0).rows)
+        tables.append(Table.of(run))
+    answer = views.generalization(*tables, Range())
+    with answering(page, "generalization", answer):
+        page.open(run="run_1")
+    assert page.find("generalization", "h2").text.endswith(f": {layers[0]} overfits")
+    assert json.loads(page.data("pairs")["layers"]) == list(layers)
+    # It has a red area; the other rows have none.
+    red = """
+        const {plotLeft, plotTop, plotWidth, rowHeight} = arguments[0].dataset;
+        const canvas = arguments[0].querySelector("canvas");
+        const pixels = canvas.getContext("2d").getImageData(
+            plotLeft, Number(plotTop) + arguments[1] * rowHeight, plotWidth, rowHeight).data;
+        let red = 0;
+        for (let i = 0; i < pixels.length; i += 4) red += pixels[i] > pixels[i + 2] + 60;
+        return red;
+    """
+    areas = [page.js(red, page.find("pairs"), row) for row in range(4)]
+    assert areas[0] > 1000
+    assert areas[1:] == [0, 0, 0]
+    page.open(run="run_2")
+    assert 'LCACallback(probe={"train": "train", "val": "val"})' in page.text(
+        "generalization-message"
+    )
+
+
 def test_dark_mode_is_followed(page):
     page.open(inside=True, run="run_1")
     background = "return getComputedStyle(document.body).backgroundColor"

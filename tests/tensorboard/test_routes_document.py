@@ -17,14 +17,14 @@ VALUES = {"run": "a", "layer": "net.2", "run_b": "b"}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two runs, one of them with steps that are not finite."""
+    """Two runs, the second one with steps that are not finite; each is the other's validation."""
     history = fit(tmp_path_factory.mktemp("run"), steps=20, neurons=True, breakdown=True)
     history = history.lca.history
     names = {name: split.names for name, split in history.breakdowns.items()}
     broken = History(history.groups, history.sizes, breakdowns=names)
     residual = np.where(np.arange(len(history)) < 7, np.nan, history.residual)
     broken.append(replace(history.rows, residual=residual, converged=np.isfinite(residual)))
-    return Store(a=history, b=broken)
+    return Store(a={"train": history, "val": broken}, b={"train": broken, "val": history})
 
 
 def needed(route):

@@ -11,6 +11,7 @@ import {
   sureWords,
   synchronyWords,
   findingWords,
+  generalizationWords,
   trustWords,
 } from "../../../lightning_lca/tensorboard/static/lib/words.js";
 
@@ -161,4 +162,21 @@ test("no finding is told apart from too few steps to find one", () => {
   assert.match(sureWords(data), /^Nothing in these 230 measured steps is beyond chance/);
   assert.match(sureWords({ ...data, steps: 49 }), /^Findings need 50 .* here are 49\.$/);
   assert.match(sureWords({ ...data, kind: ["hurts"] }), /^From 230 .* about 5\u202f% of runs/);
+});
+
+test("who overfits is named, and what all layers did together", () => {
+  const data = {
+    layers: ["a", "b", "c"],
+    measured: 200,
+    verdict: ["helps both", "overfits", "overfits"],
+    most_telling: [2, 1, 0],
+    total_train: [-1, -0.5, null],
+    total_val: [-0.75, 0.25, 1],
+  };
+  const told = (change) => generalizationWords({ ...data, ...change });
+  assert.equal(told({}).head, "2 of 3 layers overfit, c most");
+  assert.match(plain(told({}).words), /over 200 steps: train -1.50, validation \+0.500\./);
+  assert.equal(told({ verdict: ["helps both", "helps both", "overfits"] }).head, "c overfits");
+  assert.equal(told({ verdict: ["helps both"] }).head, "no layer overfits");
+  assert.equal(told({ measured: 0 }).head, "no measured step here");
 });

@@ -167,6 +167,36 @@ export function sharedWords(data) {
   return `${alone}${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
 }
 
+/**
+ * Who learns for the training data alone: {head, words}.
+ * @param {GeneralizationAnswer} data
+ */
+export function generalizationWords({
+  layers,
+  measured,
+  verdict,
+  most_telling: order,
+  total_train: train,
+  total_val: val,
+}) {
+  const sum = (values) => values.reduce((total, v) => total + (v ?? 0), 0);
+  const overfit = verdict.filter((v) => v === "overfits").length;
+  const worst = layers[order[0]];
+  const head = !measured
+    ? "no measured step here"
+    : !overfit
+      ? "no layer overfits"
+      : overfit === 1
+        ? `${worst} overfits`
+        : `${count(overfit)} of ${plural(layers.length, "layer")} overfit, ${worst} most`;
+  return {
+    head,
+    words:
+      `All layers over ${plural(measured, "step")}: train ${signed(sum(train))}, ` +
+      `validation ${signed(sum(val))}. It is a sign, for this run and these probes, and no test: “How sure?” has one.`,
+  };
+}
+
 const HEADS = {
   residual: (where) => `The sign of ${where} is open`,
   not_converged: () => "Some steps are not measured well",

@@ -12,6 +12,7 @@ import { channelsView } from "./channels.js";
 import { compareView } from "./compare.js";
 import { cumulativeView } from "./cumulative.js";
 import { findingsView } from "./findings.js";
+import { generalizationView } from "./generalization.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
 import { ledgerView } from "./ledger.js";
@@ -28,6 +29,7 @@ const NAMES = [
   "table",
   "helping",
   "shares",
+  "generalization",
   "synchrony",
   "findings",
   "channels",
@@ -69,6 +71,7 @@ export class App {
       cumulativeView,
       ledgerView,
       sharesView,
+      generalizationView,
       helpingView,
       synchronyView,
       compareView,
@@ -164,6 +167,9 @@ export class App {
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
     want("findings", null);
+    if (["train", "val"].every((name) => run.probes.includes(name)))
+      want("generalization", Math.min(fitting, 500), { probe: null });
+    else this.sources.generalization.reset();
     if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
