@@ -1,7 +1,7 @@
 """What the page draws, from tables: sums over bins of optimizer steps, and what follows from them.
 
-Every view takes a `Table` and a range and gives plain values that JSON can hold, with None in
-place of what is not finite. Credit is in loss units; negative = helped.
+Every view takes a `Table` and a range and gives arrays and plain values; `answers` turns them into
+what travels, with null in place of what is not finite. Credit is in loss units; negative = helped.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
     credit, credit_before = _credit(table, tiles), _total(table, rows.allocated, before)
     truth, truth_before = _true_change(table, tiles)
     return {
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "unit": tiles.unit,
         "layers": table.layers,
-        "sizes": table.layer_sizes.tolist(),
-        "credit": plain(credit),
-        "total": plain(table.by_layer(_total(table, rows.allocated, tiles.rows))),
+        "sizes": table.layer_sizes,
+        "credit": credit,
+        "total": table.by_layer(_total(table, rows.allocated, tiles.rows)),
         "limit": colour_limit(credit),
-        "running": plain(accumulated(credit.T).T),
-        "running_total": plain(accumulated(credit.sum(0))),
-        "running_truth": plain(truth),
-        "before": plain(table.by_layer(credit_before)),
-        "before_total": plain(credit_before.sum()),
-        "before_truth": plain(truth_before),
-        "loss": plain(_loss_at_edges(table, tiles)),
-        "loss_first": plain(rows.loss_before[0]),
-        "residual": plain(tiles.sums(rows.residual)),
-        "drift": plain(tiles.sums(rows.drift)),
-        "measured": tiles.measured.tolist(),
-        "not_finite": tiles.not_finite.tolist(),
-        "unconverged": _count(~rows.converged, tiles).tolist(),
-        "beyond_tolerance": _count(~rows.converged & table.finite, tiles).tolist(),
-        "residual_before": plain(_total(table, rows.residual, before)),
-        "drift_before": plain(_total(table, rows.drift, before)),
+        "running": accumulated(credit.T).T,
+        "running_total": accumulated(credit.sum(0)),
+        "running_truth": truth,
+        "before": table.by_layer(credit_before),
+        "before_total": credit_before.sum(),
+        "before_truth": truth_before,
+        "loss": _loss_at_edges(table, tiles),
+        "loss_first": rows.loss_before[0],
+        "residual": tiles.sums(rows.residual),
+        "drift": tiles.sums(rows.drift),
+        "measured": tiles.measured,
+        "not_finite": tiles.not_finite,
+        "unconverged": _count(~rows.converged, tiles),
+        "beyond_tolerance": _count(~rows.converged & table.finite, tiles),
+        "residual_before": _total(table, rows.residual, before),
+        "drift_before": _total(table, rows.drift, before),
     }
 
 
@@ -65,8 +65,8 @@ def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
     rows, tiles = table.rows, asked.tile(table)
     helped, hurt = (_counts(values, tiles, slice(None)) for values in (rows.helping, rows.hurting))
     answer = {
-        "edges": tiles.edges.tolist(),
-        "measured": tiles.counted.tolist(),
+        "edges": tiles.edges,
+        "measured": tiles.counted,
         "network": _shares(helped, hurt, tiles.sums(rows.trained, np.int64)),
         "layer": None,
     }
@@ -119,11 +119,11 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
     binned = tiles.sums(credit[:, shown]).T
     return {
         "layer": layer,
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "unit": tiles.unit,
         "channels": [names[i] for i in shown],
-        "credit": plain(binned),
-        "total": plain(total[order]),
+        "credit": binned,
+        "total": total[order],
         "limit": colour_limit(binned),
         "helped": int((total < 0).sum()),
         "hurt": int((total > 0).sum()),
@@ -146,13 +146,13 @@ def shares(shown: Table, asked: Range) -> dict[str, Any]:
             {
                 "name": name,
                 "shares": list(names),
-                "credit": plain(credit),
-                "total": plain(credit.sum(0)),
+                "credit": credit,
+                "total": credit.sum(0),
                 "measured": int(known.sum()),
             }
         )
     credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
-    return {"layers": shown.layers, "credit": plain(credit), "breakdowns": breakdowns}
+    return {"layers": shown.layers, "credit": credit, "breakdowns": breakdowns}
 
 
 def table(shown: Table, asked: Range) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
     weights = shown.layer_sizes * (trust.measured - trust.not_finite)
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = {
-            "credit": plain(credit),
-            "share": plain(credit / (stop - start)),
-            "helping": plain(helped / weights),
-            "hurting": plain(hurt / weights),
+            "credit": credit,
+            "share": credit / (stop - start),
+            "helping": helped / weights,
+            "hurting": hurt / weights,
         }
     sizes = shown.layer_sizes.tolist()
     residual = rows.residual[rows.finite]
@@ -181,18 +181,18 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
             {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
             for i, name in enumerate(shown.layers)
         ],
-        "true_change": plain(stop - start),
-        "allocated": plain(credit.sum()),
-        "residual": plain(residual.sum()),
-        "drift": plain(_total(shown, shown.rows.drift, span)),
+        "true_change": stop - start,
+        "allocated": credit.sum(),
+        "residual": residual.sum(),
+        "drift": _total(shown, shown.rows.drift, span),
         "rows": trust.measured,
         "unconverged": trust.unconverged,
         "beyond_tolerance": int((~rows.converged & rows.finite).sum()),
         "not_finite": trust.not_finite,
-        "unexplained": plain(np.nan if trust.unexplained is None else trust.unexplained),
+        "unexplained": np.nan if trust.unexplained is None else trust.unexplained,
         "is_large": trust.is_large,
         "remarks": trust.remarks,
-        "largest_residual": plain(np.abs(residual).max(initial=0.0)),
+        "largest_residual": np.abs(residual).max(initial=0.0),
         "first_step": int(rows.steps[0]) if len(rows) else None,
         "last_step": int(rows.steps[-1]) if len(rows) else None,
     }
@@ -212,10 +212,14 @@ def findings(tables: Mapping[str, Table], probe: str, asked: Range) -> dict[str,
         "layer": [one.where if tables[probe].has(one.where) else None for one in found],
         "statement": [one.statement for one in found],
         "try_this": [one.try_this for one in found],
-        "effect": plain([one.effect for one in found]),
-        "low": plain([np.nan if one.interval is None else one.interval[0] for one in found]),
-        "high": plain([np.nan if one.interval is None else one.interval[1] for one in found]),
-        "p": plain([np.nan if one.p is None else one.p for one in found]),
+        "effect": [one.effect for one in found],
+        "low": np.array(
+            [np.nan if one.interval is None else one.interval[0] for one in found], float
+        ),
+        "high": np.array(
+            [np.nan if one.interval is None else one.interval[1] for one in found], float
+        ),
+        "p": [one.p for one in found],
     }
 
 
@@ -236,19 +240,19 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
         beyond = np.append(False, tiles.edges[:-1] >= one.last_step)
         sums = np.where(beyond, np.nan, accumulated(credit.T).T)
         all_sums = np.where(beyond, np.nan, accumulated(credit.sum(0)))
-        answer["edges"], answer["unit"] = tiles.edges.tolist(), tiles.unit
-        answer[letter] = plain(credit)
-        answer[f"total_{letter}"] = plain(total)
-        answer[f"running_{letter}"] = plain(sums)
-        answer[f"running_total_{letter}"] = plain(all_sums)
-        answer[f"before_{letter}"] = plain(before)
-        answer[f"before_total_{letter}"] = plain(before.sum())
-        answer[f"measured_{letter}"] = tiles.measured.tolist()
+        answer["edges"], answer["unit"] = tiles.edges, tiles.unit
+        answer[letter] = credit
+        answer[f"total_{letter}"] = total
+        answer[f"running_{letter}"] = sums
+        answer[f"running_total_{letter}"] = all_sums
+        answer[f"before_{letter}"] = before
+        answer[f"before_total_{letter}"] = before.sum()
+        answer[f"measured_{letter}"] = tiles.measured
         credits.append(np.where(tiles.measured > 0, credit, np.nan))
         totals.append(total)
     difference = credits[1] - credits[0]
-    answer["difference"] = plain(difference)
-    answer["total_difference"] = plain(totals[1] - totals[0])
+    answer["difference"] = difference
+    answer["total_difference"] = totals[1] - totals[0]
     answer["limit"] = colour_limit(*credits)
     answer["limit_difference"] = colour_limit(difference)
     answer["only_a"] = [name for name in a.layers if not b.has(name)]
@@ -281,27 +285,18 @@ def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
     at = np.maximum(np.searchsorted(found.steps, tiles.edges, side="right") - 1, 0)
     since = np.where(found.overfits, found.since, -1).tolist()
     return {
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "layers": list(names),
         "measured": len(found.steps) - 1,
-        "train": plain(found.train[at].T),
-        "val": plain(found.val[at].T),
-        "total_train": plain(found.train[-1]),
-        "total_val": plain(found.val[-1]),
+        "train": found.train[at].T,
+        "val": found.val[at].T,
+        "total_train": found.train[-1],
+        "total_val": found.val[-1],
         "verdict": list(found.verdicts),
         "since": [None if step < 0 else step for step in since],
-        "given_back": plain(np.where(found.overfits, found.given_back, np.nan)),
-        "most_telling": found.most_telling.tolist(),
+        "given_back": np.where(found.overfits, found.given_back, np.nan),
+        "most_telling": found.most_telling,
     }
-
-
-def plain(values: Any) -> Any:
-    """Turns numbers into what JSON can hold, with None for what is not finite."""
-    numbers: Any = np.asarray(values, np.float64)
-    finite = np.isfinite(numbers)
-    if not finite.all():
-        numbers = np.where(finite, numbers.astype(object), None)
-    return numbers.tolist()
 
 
 def _total(shown: Table, values: Any, rows: slice, dtype: Any = np.float64) -> Any:
@@ -364,12 +359,12 @@ def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
     moved = helped + hurt
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            "share": plain(helped / moved),
-            "mean": plain(helped.sum() / moved.sum()),
+            "share": helped / moved,
+            "mean": helped.sum() / moved.sum(),
             # For programs that ask for it, as fields stay; weights are no coins: nothing is drawn.
-            "sd": plain(0.5 / np.sqrt(moved)),
-            "helping": plain(helped / trained),
-            "hurting": plain(hurt / trained),
+            "sd": 0.5 / np.sqrt(moved),
+            "helping": helped / trained,
+            "hurting": hurt / trained,
         }
 
 
@@ -404,32 +399,32 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
     low, high = np.quantile(found.null, [0.025, 0.975])
     pairs_low, pairs_high = np.quantile(found.null_pairs, [0.025, 0.975])
     return {
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "width": int(tiles.edges[1] - tiles.edges[0]),
         "layers": shown.layers,
         "strongest": strongest,
-        "raster": np.stack([layer, steps[row]], 1).tolist(),
-        "raster_at_once": at_once[row].tolist(),
-        "moments_by_layer": found.moments.sum(0).tolist(),
-        "shared_by_layer": shared.sum(0).tolist(),
-        "coincidences": found.coincidences.tolist() if single else None,
-        "expected": plain(found.expected) if single else None,
-        "band": plain(found.band) if single else None,
-        "rate": plain(rate["observed"]),
-        "rate_null": plain(rate["expected"]),
-        "rate_low": plain(rate["low"]),
-        "rate_high": plain(rate["high"]),
+        "raster": np.stack([layer, steps[row]], 1),
+        "raster_at_once": at_once[row],
+        "moments_by_layer": found.moments.sum(0),
+        "shared_by_layer": shared.sum(0),
+        "coincidences": found.coincidences if single else None,
+        "expected": found.expected if single else None,
+        "band": found.band if single else None,
+        "rate": rate["observed"],
+        "rate_null": rate["expected"],
+        "rate_low": rate["low"],
+        "rate_high": rate["high"],
         "moments": int(found.moments.sum()),
         "synchronized": found.synchronized,
-        "null_mean": plain(found.null.mean()),
-        "null_low": plain(low),
-        "null_high": plain(high),
+        "null_mean": found.null.mean(),
+        "null_low": low,
+        "null_high": high,
         "p_value": found.p_value,
         "pairs": found.pairs,
-        "pairs_null_mean": plain(found.null_pairs.mean()),
-        "pairs_null_low": plain(pairs_low),
-        "pairs_null_high": plain(pairs_high),
+        "pairs_null_mean": found.null_pairs.mean(),
+        "pairs_null_low": pairs_low,
+        "pairs_null_high": pairs_high,
         "p_pairs": found.p_pairs,
         "draws": draws,
-        "correlation": plain(found.correlation),
+        "correlation": found.correlation,
     }

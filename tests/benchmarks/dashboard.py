@@ -31,6 +31,7 @@ import numpy as np
 
 from lightning_lca.record.tables import StepTable
 from lightning_lca.record.writer import RecordWriter
+from lightning_lca.tensorboard.answers import COLUMNS
 
 CASES = ["50x100000", "2000x5000", "100x1000000"]
 BLOCK = 4096  # Steps that are made at once.
@@ -123,11 +124,13 @@ class Server:
             time.sleep(0.01)
         self.start = time.perf_counter() - began
 
-    def open(self, route: str, **query: Any) -> Any:
-        """Asks for a route below data/, like a browser."""
+    def open(self, route: str, *, accept: str = COLUMNS, **query: Any) -> Any:
+        """Asks for a route below data/, as the page does in a browser."""
         address = self.root + route + ("?" + urllib.parse.urlencode(query) if query else "")
-        request = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
-        return urllib.request.urlopen(request, timeout=1200)
+        headers = {"Accept-Encoding": "gzip", "Accept": accept}
+        return urllib.request.urlopen(
+            urllib.request.Request(address, headers=headers), timeout=1200
+        )
 
     def get(self, route: str, **query: Any) -> bytes:
         """Reads an answer."""
@@ -136,8 +139,8 @@ class Server:
             return gzip.decompress(data) if reply.headers["Content-Encoding"] == "gzip" else data
 
     def lca(self, route: str, **query: Any) -> Any:
-        """Reads an answer of the plugin, as the page asks for it."""
-        return json.loads(self.get(f"plugin/lca/{route}", **query))
+        """Reads an answer of the plugin as JSON."""
+        return json.loads(self.get(f"plugin/lca/{route}", accept="application/json", **query))
 
     def settle(self) -> float:
         """Waits until the event files are loaded, that is until the processes idle."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from werkzeug.datastructures import MultiDict
 
 import lightning_lca
+from lightning_lca.tensorboard.answers import plain
 from lightning_lca.tensorboard.query import Query
 from lightning_lca.tensorboard.routes import ANSWERS
 from lightning_lca.tensorboard.snapshot import Run, Table
@@ -33,7 +34,8 @@ class Store:
     def ask(self, route, **parameters):
         """Gives the route's answer; parameters are as in an address."""
         texts = {name: str(value) for name, value in parameters.items()}
-        return ANSWERS[route](self, None, Query(MultiDict(texts)))
+        answer = ANSWERS[route](self, None, Query(MultiDict(texts)))
+        return plain(answer) if isinstance(answer, dict) else answer
 
 
 def _cells(line):

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_lca import History
 from lightning_lca.record import writer as board
 from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard.answers import as_json
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 pytestmark = pytest.mark.slow
@@ -333,7 +334,7 @@ def test_the_verdict_tells_what_happened(page, history):
 @contextlib.contextmanager
 def answering(page, route, answer):
     """Gives the page an answer of one's own, whatever the server says."""
-    given, body = json.dumps(f"/lca/{route}?"), json.dumps(json.dumps(answer))
+    given, body = json.dumps(f"/lca/{route}?"), json.dumps(as_json(answer))
     script = f"""
         const real = window.fetch;
         window.fetch = (url, ...more) => String(url).includes({given})

@@ -16,12 +16,12 @@ from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import runs as store_module
 from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard.answers import as_json, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query, QueryError
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
-from lightning_lca.tensorboard.views import plain
 
 LAYERS = ("conv", "head")
 SIZES = np.array([100, 7])
@@ -405,7 +405,7 @@ def test_what_is_not_finite_is_none():
     table.rows.allocated[1, 0] = np.nan
     table.rows.loss_after[3] = np.inf
     table.rows.residual[2] = np.nan
-    answer = views.bins(table, Range(bins=3))
+    answer = plain(views.bins(table, Range(bins=3)))
     assert answer["not_finite"] == [1, 2, 0]
     for layer in range(2):
         first, second, third = answer["credit"][layer]
@@ -415,7 +415,7 @@ def test_what_is_not_finite_is_none():
     assert answer["loss"][2] is None
     assert answer["residual"][1] is None
     for view in (views.table(table, Range()), views.synchrony(table, Range(), 3), answer):
-        json.dumps(view, allow_nan=False)
+        as_json(view)
     assert plain(np.nan) is None
     assert plain([1.5, np.inf]) == [1.5, None]
 
@@ -429,14 +429,14 @@ def test_an_empty_range_is_answered():
         views.compare(table, table, Range(50, 60)),
         views.synchrony(table, Range(50, 60), 20),
     ):
-        json.dumps(view, allow_nan=False)
+        as_json(view)
     assert views.table(table, Range(50, 60))["rows"] == 0
     assert views.bins(table, Range(50, 60))["loss"][0] == table.rows.loss_after[-1]
 
 
 def test_one_row_and_one_group_are_enough():
     table = make_table([40], groups=["only"], sizes=[3])
-    answer = views.bins(table, Range())
+    answer = plain(views.bins(table, Range()))
     assert (answer["edges"], answer["credit"]) == ([39, 40], plain(table.rows.allocated))
     assert views.synchrony(table, Range(), 20)["moments"] == 0
 
@@ -446,7 +446,7 @@ def test_of_many_channels_the_most_helpful_and_the_most_hurting_are_shown():
     table = make_table(range(1, 1001), groups=names, sizes=[1] * 701, group_by="neuron")
     assert table.layers == ["wide", "thin"]
     assert table.layer_sizes.tolist() == [700, 1]
-    answer = views.channels(table, Range(bins=2000), "wide")
+    answer = plain(views.channels(table, Range(bins=2000), "wide"))
     assert (answer["shown"], answer["of"]) == (256, 700)
     total = table.rows.allocated[:, :700].astype(float).sum(0)
     assert answer["total"] == [*np.sort(total)[:128], *np.sort(total)[-128:]]
@@ -464,7 +464,7 @@ def test_the_channels_of_a_parameter_are_those_of_its_layer():
     history.append_windows("neurons", WindowTable(("conv/0", "conv/1"), steps, measured, credit))
     table = Table.of(history)
     for layer in (original, "conv.bias"):
-        answer = views.channels(table, Range(bins=2000), layer)
+        answer = plain(views.channels(table, Range(bins=2000), layer))
         assert (answer["edges"], answer["credit"]) == ([0, 5, 10, 15, 20], credit.T.tolist())
     with pytest.raises(QueryError, match="Layer 'free' has no channels"):
         views.channels(table, Range(), "free")
@@ -484,10 +484,10 @@ def test_the_channels_of_a_recurrent_layer_are_those_of_all_its_levels():
 
 def test_spacing_of_a_sparse_run_is_the_least_width():
     table = make_table([10, 20, 30, 37])
-    answer = views.bins(table, Range(bins=2000))
+    answer = plain(views.bins(table, Range(bins=2000)))
     assert answer["edges"] == [0, 10, 20, 30, 37]
     assert answer["measured"] == [1, 1, 1, 1]
-    assert views.bins(table, Range(11, 30, 2000))["edges"] == [10, 20, 30]
+    assert plain(views.bins(table, Range(11, 30, 2000))["edges"]) == [10, 20, 30]
 
 
 # -- the way in -----------------------------------------------------------------------------------
