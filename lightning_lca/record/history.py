@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import findings, summary
+from lightning_lca.record.growth import Growing
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
     Breakdown,
@@ -43,6 +44,8 @@ class History:
         settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
     """
+
+    _growing: Growing | None = None  # Made when rows are added; a pickle has none.
 
     def __init__(
         self,
@@ -139,9 +142,15 @@ class History:
         counts = {name: len(names) for name, names in self._shares.items()}
         parts = [part.split_into(counts) for part in self._parts]
         if len(parts) > 1:
-            parts = [StepTable.join([p for p in parts if len(p)] or parts[:1])]
+            if self._growing is None:
+                self._growing = Growing()
+            parts = [self._growing.join([p for p in parts if len(p)] or parts[:1])]
         self._parts = parts
         return parts[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the rows, without the room for more."""
+        return {name: value for name, value in vars(self).items() if name != "_growing"}
 
     def go_on_like(self, other: History) -> None:
         """Takes over what another session says of the same columns: settings, layers, shares."""
