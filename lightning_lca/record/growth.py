@@ -14,8 +14,8 @@ _MORE = 1.5  # By what arrays grow, so that a row is copied three times at most 
 Allocate = Callable[[tuple[int, ...], Any], Any]
 
 
-class Growing:
-    """Arrays with room to spare behind a table's last row.
+class GrowingArray:
+    """An array with room to spare behind its last row.
 
     What is handed out stays as it is: rows that come later lie behind it.
     """
@@ -27,37 +27,52 @@ class Growing:
             allocate: Makes an array of a shape and a dtype, whatever it holds.
         """
         self._allocate = allocate
-        self._room: dict[str, Any] = {}
+        self._room: Any = None
+        self._rows = 0
+
+    def extend(self, new: Sequence[Any]) -> Any:
+        """Adds the rows of at least one array; returns all rows there are."""
+        start, stop = self._rows, self._rows + sum(map(len, new))
+        room = self._room
+        dtype = np.result_type(
+            *(array.dtype for array in ([*new] if room is None else [room, *new]))
+        )
+        if room is None or len(room) < stop or room.dtype != dtype:
+            size = stop if room is None else max(stop, int(_MORE * len(room)))
+            self._room = self._allocate((size, *new[0].shape[1:]), dtype)
+            if room is not None:
+                self._room[:start] = room[:start]
+        np.concatenate(new, out=self._room[start:stop], casting="same_kind")
+        self._rows = stop
+        return self._room[:stop]
+
+
+class GrowingTable:
+    """The same for a table of steps."""
+
+    def __init__(self, allocate: Allocate = np.empty) -> None:
+        """Holds nothing yet.
+
+        Args:
+            allocate: As of an array.
+        """
+        self._allocate = allocate
+        self._columns: dict[str, GrowingArray] = {}
         self._latest: StepTable | None = None
 
     def join(self, parts: Sequence[StepTable]) -> StepTable:
         """Stacks tables; fast if the first of them is what was handed out last."""
-        first = parts[0]
+        first, new = parts[0], list(parts[1:])
         if first is not self._latest:
-            self._room, new = {}, list(parts)
-        else:
-            new = list(parts[1:])
+            new = list(parts)
+            self._columns = {name: GrowingArray(self._allocate) for name in first.arrays}
         if not new:
             return first
-        start = len(first) if self._room else 0
-        stop = sum(map(len, parts))
-        columns = {
-            name: self._extend(name, [part.arrays[name] for part in new], start, stop)
-            for name in first.arrays
-        }
-        self._latest = StepTable.of_arrays(columns)
+        arrays = [part.arrays for part in new]
+        self._latest = StepTable.of_arrays(
+            {
+                name: column.extend([a[name] for a in arrays])
+                for name, column in self._columns.items()
+            }
+        )
         return self._latest
-
-    def _extend(self, name: str, new: Sequence[Any], start: int, stop: int) -> Any:
-        """Writes rows behind the first so many of a column; returns all rows."""
-        room = self._room.get(name)
-        there = [] if room is None else [room]
-        dtype = np.result_type(*(array.dtype for array in [*there, *new]))
-        if room is None or len(room) < stop or room.dtype != dtype:
-            size = stop if room is None else max(stop, int(_MORE * len(room)))
-            larger = self._allocate((size, *new[0].shape[1:]), dtype)
-            if room is not None:
-                larger[:start] = room[:start]
-            self._room[name] = room = larger
-        np.concatenate(new, out=room[start:stop], casting="same_kind")
-        return room[:stop]

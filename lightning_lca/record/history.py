@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import findings, summary
-from lightning_lca.record.growth import Growing
+from lightning_lca.record.growth import GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
     Breakdown,
@@ -43,9 +43,11 @@ class History:
         layers: The layer that every group belongs to (G,).
         settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
+        cuts: How often rows were dropped; while it stays, rows only join those that are there.
     """
 
-    _growing: Growing | None = None  # Made when rows are added; a pickle has none.
+    cuts = 0
+    _growing: GrowingTable | None = None  # Made when rows are added; a pickle has none.
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class History:
 
     def cut(self, last_step: int) -> None:
         """Drops what was measured after a step, as a session does that starts there."""
+        self.cuts += 1
         self._parts = [self.rows[self.steps <= last_step]]
         for name in list(self._windows):
             windows = self._table(name)
@@ -143,7 +146,7 @@ class History:
         parts = [part.split_into(counts) for part in self._parts]
         if len(parts) > 1:
             if self._growing is None:
-                self._growing = Growing()
+                self._growing = GrowingTable()
             parts = [self._growing.join([p for p in parts if len(p)] or parts[:1])]
         self._parts = parts
         return parts[0]

@@ -20,6 +20,7 @@ from lightning_lca.record.description import Description, DescriptionError
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable
+from lightning_lca.tensorboard.digest import Digester
 from lightning_lca.tensorboard.provider import Event, Mark, Source
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Run, Table, listing
@@ -47,10 +48,20 @@ class _Reading:
     until: float = -math.inf  # Wall time of the latest event that was fed.
     failed: int = 0
     believed_until: float = -math.inf
+    digesters: dict[str, tuple[History, int, Digester]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Frees the memory; the description stays, and what it was made of."""
         self.reader, self.run, self.until, self.failed = Reader(), None, -math.inf, 0
+        self.digesters = {}
+
+    def digester(self, probe: str, history: History) -> Digester:
+        """Finds what has seen the earlier rows of a history; a new one, where rows were dropped."""
+        of, cuts, digester = self.digesters.get(probe, (None, 0, None))
+        if digester is None or of is not history or cuts != history.cuts:
+            digester = Digester(history)
+            self.digesters[probe] = history, history.cuts, digester
+        return digester
 
 
 class Store:
@@ -175,7 +186,8 @@ def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -
     reader, lost = reading.reader, reading.reader.lost + reading.failed
     stamp = f"{len(tags)}-{reading.until:.6f}-{lost}"
     tables = {
-        p: Table.of(h, source.experiment, name, stamp, p) for p, h in reader.histories.items()
+        p: Table.of(h, source.experiment, name, stamp, p, digester=reading.digester(p, h))
+        for p, h in reader.histories.items()
     }
     settings = reader.description.settings if reader.description is not None else {}
     problem = reader.problems[0] if reader.problems else ""

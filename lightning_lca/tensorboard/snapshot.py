@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.analysis.bins import Bins, spacing
+from lightning_lca.analysis.sums import Column
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
+from lightning_lca.tensorboard.digest import Digest, Digester
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError, show
 
 
@@ -27,6 +29,7 @@ class Table:
         rows: One row for each measured step.
         neurons: Credit of channels over windows of steps; None if they were not recorded.
         shown: Which groups make up each row that is shown.
+        digest: Sums of blocks of rows, and what judges each.
     """
 
     key: tuple[str, ...]
@@ -34,14 +37,30 @@ class Table:
     rows: StepTable
     neurons: WindowTable | None
     shown: Layers
+    digest: Digest
 
     @classmethod
-    def of(cls, history: History, *key: str) -> Table:
-        """Takes what a history holds now."""
+    def of(cls, history: History, *key: str, digester: Digester | None = None) -> Table:
+        """Takes what a history holds now.
+
+        Args:
+            history: A probe's.
+            key: As the attribute.
+            digester: Has seen the earlier rows of this history, if any.
+        """
         now = history.as_it_is()
         # The rows of neurons are windows already; as such they would be copied to float64.
         neurons = None if history.group_by == "neuron" else now.neurons
-        return cls(key, now, now.rows, neurons, now.shown)
+        digest = (digester or Digester(history)).digest(now.rows)
+        return cls(key, now, now.rows, neurons, now.shown, digest)
+
+    def column(self, name: str) -> Column:
+        """Finds credit, counts, or the shares of a breakdown, to be added up."""
+        return self.digest.columns[name]
+
+    def credit(self, rows: slice) -> Any:
+        """Adds up the credit of every layer over a range of rows [L], in loss units."""
+        return self.by_layer(self.column("allocated").total(rows))
 
     @property
     def group_by(self) -> str:
@@ -81,10 +100,10 @@ class Table:
     def _places(self) -> dict[str, int]:
         return {layer: place for place, layer in enumerate(self.layers)}
 
-    @cached_property
+    @property
     def finite(self) -> npt.NDArray[np.bool_]:
         """Which rows sums count [T]."""
-        return self.rows.finite
+        return self.digest.per_step.finite
 
     @cached_property
     def spacing(self) -> int:
@@ -104,10 +123,9 @@ class Table:
     @property
     def bytes(self) -> int:
         """Memory that the arrays take."""
-        columns = [getattr(self.rows, f.name) for f in fields(self.rows) if f.name != "shares"]
-        columns += self.rows.shares.values()
+        columns = [*self.rows.arrays.values()]
         columns += [] if self.neurons is None else [self.neurons.allocated]
-        return sum(column.nbytes for column in columns)
+        return sum(int(column.nbytes) for column in columns) + self.digest.bytes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.record.findings import LEVEL, find
 from lightning_lca.record.overfitting import Overfitting
 from lightning_lca.record.statistics import LEAST
-from lightning_lca.record.summary import Trust
+from lightning_lca.record.summary import PerStep, Trust
 from lightning_lca.record.synchrony import rates
 from lightning_lca.record.synchrony import synchrony as measure
 from lightning_lca.record.tables import Floats, Ints
@@ -31,7 +31,8 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
     """Credit of every layer and the ledger, per bin and as running sums."""
     rows, tiles = table.rows, asked.tile(table)
     before = slice(0, tiles.rows.start)
-    credit, credit_before = _credit(table, tiles), _total(table, rows.allocated, before)
+    groups = table.column("allocated").per_bin(tiles)
+    credit, credit_before = table.by_layer(groups).T, table.column("allocated").total(before)
     truth, truth_before = _true_change(table, tiles)
     return {
         "edges": tiles.edges,
@@ -39,10 +40,10 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
         "layers": table.layers,
         "sizes": table.layer_sizes,
         "credit": credit,
-        "total": table.by_layer(_total(table, rows.allocated, tiles.rows)),
+        "total": table.credit(tiles.rows),
         "limit": colour_limit(credit),
         "running": accumulated(credit.T).T,
-        "running_total": accumulated(credit.sum(0)),
+        "running_total": accumulated(groups.sum(1)),
         "running_truth": truth,
         "before": table.by_layer(credit_before),
         "before_total": credit_before.sum(),
@@ -63,17 +64,16 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
 def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
     """How many of the weights that moved helped, of the network and of one layer, per bin."""
     rows, tiles = table.rows, asked.tile(table)
-    helped, hurt = (_counts(values, tiles, slice(None)) for values in (rows.helping, rows.hurting))
+    helped, hurt = (table.column(name).per_bin(tiles) for name in ("helping", "hurting"))
     answer = {
         "edges": tiles.edges,
         "measured": tiles.counted,
-        "network": _shares(helped, hurt, tiles.sums(rows.trained, np.int64)),
+        "network": _shares(helped.sum(1), hurt.sum(1), tiles.sums(rows.trained, np.int64)),
         "layer": None,
     }
     if layer is not None:
         place = table.find(layer)
-        columns = table.shown.columns(place)
-        helped, hurt = (_counts(values, tiles, columns) for values in (rows.helping, rows.hurting))
+        helped, hurt = (counts[:, table.shown.columns(place)].sum(1) for counts in (helped, hurt))
         answer["layer"] = _shares(helped, hurt, tiles.counted * table.layer_sizes[place])
     return answer
 
@@ -135,23 +135,21 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
 def shares(shown: Table, asked: Range) -> dict[str, Any]:
     """What the credit of every layer in the range is made of, by breakdown."""
     span = asked.tile(shown).rows
-    rows = shown.rows[span]
     breakdowns = []
     for name, names in shown.history.shares.items():
-        values = rows.shares[name]
-        known = rows.finite & np.isfinite(values).all((1, 2))
-        sums = values[known].sum(0, dtype=float)  # [groups, shares].
+        column = shown.column(name)
+        (sums,) = column.between([span.start, span.stop])  # [groups, shares].
         credit = shown.by_layer(sums.T).T
         breakdowns.append(
             {
                 "name": name,
                 "shares": list(names),
                 "credit": credit,
-                "total": credit.sum(0),
-                "measured": int(known.sum()),
+                "total": sums.sum(0),
+                "measured": int(column.counts[span].sum()),
             }
         )
-    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
+    credit = shown.credit(span)
     return {"layers": shown.layers, "credit": credit, "breakdowns": breakdowns}
 
 
@@ -159,11 +157,14 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
     """The ledger of the range: what every layer gave, and what the credits leave over."""
     span = asked.tile(shown).rows
     rows = shown.rows[span]
-    trust = Trust.of(shown.history, span)
-    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
+    per_step = shown.digest.per_step
+    finite = per_step.finite[span]
+    judged = PerStep(finite, per_step.credited[span], per_step.unmoved[span])
+    trust = Trust.of(shown.history, span, judged)
+    groups = shown.column("allocated").total(span)
+    credit = shown.by_layer(groups)
     helped, hurt = (
-        shown.by_layer(_total(shown, counts, span, np.int64))
-        for counts in (shown.rows.helping, shown.rows.hurting)
+        shown.by_layer(shown.column(name).total(span)) for name in ("helping", "hurting")
     )
     start, stop = _loss_before(shown, span.start), _loss_before(shown, span.stop)
     weights = shown.layer_sizes * (trust.measured - trust.not_finite)
@@ -175,19 +176,19 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
             "hurting": hurt / weights,
         }
     sizes = shown.layer_sizes.tolist()
-    residual = rows.residual[rows.finite]
+    residual = rows.residual[finite]
     return {
         "layers": [
             {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
             for i, name in enumerate(shown.layers)
         ],
         "true_change": stop - start,
-        "allocated": credit.sum(),
+        "allocated": groups.sum(),
         "residual": residual.sum(),
         "drift": _total(shown, shown.rows.drift, span),
         "rows": trust.measured,
         "unconverged": trust.unconverged,
-        "beyond_tolerance": int((~rows.converged & rows.finite).sum()),
+        "beyond_tolerance": int((~rows.converged & finite).sum()),
         "not_finite": trust.not_finite,
         "unexplained": np.nan if trust.unexplained is None else trust.unexplained,
         "is_large": trust.is_large,
@@ -233,9 +234,9 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     for letter, one in (("a", a), ("b", b)):
         tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
         places = [one.find(name) for name in both]
-        before = one.by_layer(_total(one, one.rows.allocated, slice(0, tiles.rows.start)))[places]
-        total = one.by_layer(_total(one, one.rows.allocated, tiles.rows))[places]
-        credit = _credit(one, tiles)[places]
+        before = one.credit(slice(0, tiles.rows.start))[places]
+        total = one.credit(tiles.rows)[places]
+        credit = one.by_layer(one.column("allocated").per_bin(tiles)).T[places]
         # Lines end with the run, in the bin that holds its last step.
         beyond = np.append(False, tiles.edges[:-1] >= one.last_step)
         sums = np.where(beyond, np.nan, accumulated(credit.T).T)
@@ -299,27 +300,20 @@ def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
     }
 
 
-def _total(shown: Table, values: Any, rows: slice, dtype: Any = np.float64) -> Any:
-    """Adds up the rows of a range that sums count: [T, ...] -> [...].
+def _total(shown: Table, values: Any, rows: slice) -> Any:
+    """Adds up the rows of a range that sums count: [T] -> a number.
 
-    Floats are nan where the range has rows, and none that counts.
+    It is nan where the range has rows, and none that counts.
     """
     finite = shown.finite[rows]
-    total = counted(values[rows], finite).sum(0, dtype=dtype)
-    nothing = len(finite) and not finite.any() and np.issubdtype(dtype, np.floating)
-    return total * np.nan if nothing else total
+    total = counted(values[rows], finite).sum(0)
+    return total if finite.any() or not len(finite) else total * np.nan
 
 
 def _count(which: Any, tiles: Bins) -> Ints:
     """Counts the rows of every bin that are such [T] -> [B]."""
     running = np.concatenate([[0], np.cumsum(which, dtype=np.int64)])
     return np.diff(running[tiles.cuts])
-
-
-def _credit(shown: Table, tiles: Bins) -> Floats:
-    """Adds up credit per layer and bin [L, B]."""
-    credit: Floats = shown.by_layer(tiles.sums(shown.rows.allocated)).T
-    return credit
 
 
 def _loss_before(shown: Table, row: int) -> float:
@@ -346,13 +340,6 @@ def _true_change(shown: Table, tiles: Bins) -> tuple[Floats, float]:
     known = edges[np.isfinite(edges)]
     start = float(known[0]) if len(known) else np.nan
     return edges - start, float(start - loss[0])
-
-
-def _counts(counts: Ints, tiles: Bins, columns: Any) -> Ints:
-    """Counts weights of these columns per bin [B]."""
-    counts = counted(counts, tiles.finite)
-    parts = (counts[a:b] for a, b in zip(tiles.cuts, tiles.cuts[1:], strict=False))
-    return np.array([part[:, columns].sum(dtype=np.int64) for part in parts], np.int64)
 
 
 def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from support.noise import noisy
 
 from lightning_lca import History
-from lightning_lca.record.growth import Growing
+from lightning_lca.record.growth import GrowingTable
 from lightning_lca.record.tables import StepTable
 
 
@@ -84,7 +84,7 @@ def test_a_row_is_copied_a_few_times_however_often_rows_are_added():
         made.append(shape[0])
         return np.empty(shape, dtype)
 
-    growing, table = Growing(allocate), parts[0]
+    growing, table = GrowingTable(allocate), parts[0]
     for part in parts[1:]:
         table = growing.join([table, part])
     assert same(table, rows)

@@ -194,6 +194,24 @@ def test_a_session_that_takes_over_or_writes_over_is_followed(provider, source):
     assert (len(store.run(source, "run").table(None).rows), store.run(source, "run").lost) == (3, 0)
 
 
+def test_sums_that_were_kept_are_made_anew_where_a_session_takes_over(provider, source):
+    store = Store()
+    provider.session("run")
+    provider.chunk("run", make_rows(range(1, 201), 1))
+    before = store.run(source, "run").table(None)
+    for first_step, stop in ((100, 180), (20, 30), (25, 230)):
+        provider.session("run", first_step=first_step)
+        provider.chunk("run", make_rows(range(first_step + 1, stop + 1), stop))
+        table = store.run(source, "run").table(None)
+        rows = from_scratch(provider, "run")
+        for name in ("allocated", "helping", "hurting"):
+            told = table.column(name).total(slice(0, len(rows)))
+            assert told == pytest.approx(getattr(rows, name).sum(0, dtype=float), abs=1e-9)
+        assert table.finite.tolist() == rows.finite.tolist()
+    was = make_rows(range(1, 201), 1).allocated.sum(0, dtype=float)
+    assert before.column("allocated").total(slice(0, 200)) == pytest.approx(was, abs=1e-9)
+
+
 def test_a_chunk_seen_in_part_and_then_written_over_is_not_lost(provider, source):
     store, rows = Store(), make_rows(range(1, 11), 1)
     provider.session("run")
@@ -269,11 +287,11 @@ def test_memory_goes_to_the_runs_in_use(provider, source, monkeypatch):
         provider.chunk(name, make_rows(range(1, 101)))
     store = Store()
     one = store.run(source, "a").table(None).bytes
-    assert one == sum(
-        getattr(make_rows(range(100)), f).nbytes
-        for f in StepTable.__dataclass_fields__
-        if f != "shares"
-    )
+    table = store.run(source, "a").table(None)
+    arrays = [*make_rows(range(100)).arrays.values()]
+    arrays += [c.blocks for c in table.digest.columns.values()]
+    arrays += vars(table.digest.per_step).values()
+    assert one == sum(array.nbytes for array in arrays)
     monkeypatch.setattr(store_module, "MEMORY", int(2.5 * one))
 
     def held():
@@ -405,6 +423,7 @@ def test_what_is_not_finite_is_none():
     table.rows.allocated[1, 0] = np.nan
     table.rows.loss_after[3] = np.inf
     table.rows.residual[2] = np.nan
+    table = Table.of(table.history)
     answer = plain(views.bins(table, Range(bins=3)))
     assert answer["not_finite"] == [1, 2, 0]
     for layer in range(2):
