@@ -60,9 +60,17 @@ class Column:
 
     def between(self, cuts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
         """Adds up the rows between cuts that count: [T, ...] -> [len(cuts) - 1, ...]."""
-        total = np.empty((len(cuts) - 1, *self.values.shape[1:]), self.blocks.dtype)
-        for k, (start, stop) in enumerate(pairwise(np.asarray(cuts).tolist())):
-            total[k] = self._between(start, stop)
+        places = np.asarray(cuts).tolist()
+        total = np.empty((len(places) - 1, *self.values.shape[1:]), self.blocks.dtype)
+        first, last = places[0], places[-1]
+        if last - first <= BLOCK * len(total):
+            # Few rows to a bin: what does not count is taken out of all of them at once.
+            rows = counted(self.values[first:last], self.counts[first:last])
+            for k, (start, stop) in enumerate(pairwise(places)):
+                rows[start - first : stop - first].sum(0, dtype=total.dtype, out=total[k])
+        else:
+            for k, (start, stop) in enumerate(pairwise(places)):
+                total[k] = self._between(start, stop)
         return total
 
     def _between(self, start: int, stop: int) -> Any:

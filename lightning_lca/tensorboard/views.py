@@ -24,6 +24,7 @@ from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 _CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
+_POINTS = 2048  # Steps at which train and validation are compared, at most.
 _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.
 
 
@@ -274,21 +275,25 @@ def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
             "both."
         )
     first, last = asked.of(train, val)
+    spans = [Range(first, last).tile(one).rows for one in (train, val)]
+    both = np.intersect1d(train.rows.steps[spans[0]], val.rows.steps[spans[1]])
+    # The curves at so many of these steps, the last among them; exact at each.
+    every = max(1, -(-len(both) // _POINTS))
+    points = both[::-every][::-1]
     parts: list[Any] = []
-    for one in (train, val):
-        span = Range(first, last).tile(one).rows
-        credit = counted(one.rows.allocated[span], one.finite[span])
-        credit = one.by_layer(credit.astype(np.float64))
-        parts += [one.rows.steps[span], credit[:, [one.find(name) for name in names]]]
+    for one, span in zip((train, val), spans, strict=True):
+        cuts = [span.start, *np.searchsorted(one.rows.steps, points, side="right")]
+        credit = one.by_layer(one.column("allocated").between(cuts))
+        parts += [points, credit[:, [one.find(name) for name in names]]]
     found = Overfitting.between(names, *parts)
     width = max(train.spacing, val.spacing)
     tiles = Bins.by_steps(found.steps[1:], first, last, asked.bins, width)
     at = np.maximum(np.searchsorted(found.steps, tiles.edges, side="right") - 1, 0)
-    since = np.where(found.overfits, found.since, -1).tolist()
+    since = np.where(found.overfits, np.maximum(found.since, first - 1), -1).tolist()
     return {
         "edges": tiles.edges,
         "layers": list(names),
-        "measured": len(found.steps) - 1,
+        "measured": len(both),
         "train": found.train[at].T,
         "val": found.val[at].T,
         "total_train": found.train[-1],

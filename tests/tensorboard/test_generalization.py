@@ -83,6 +83,26 @@ def test_only_steps_that_both_measured_and_that_are_finite_count(probes):
     assert answer["total_val"] == pytest.approx(val.allocated[every].sum(0))
 
 
+def test_of_a_long_run_the_curves_are_exact_at_fewer_steps():
+    steps, turn = 10_000, 6000
+    turns = np.where(np.arange(steps)[:, None] >= turn, [1.0, -1], -1)
+    run = {
+        "train": noisy(steps=steps, layers=2, planted=-1),
+        "val": noisy(seed=1, steps=steps, layers=2, planted=turns),
+    }
+    answer = Store(run=run).ask("generalization", run="run", bins=10)
+    assert answer["measured"] == steps
+    assert answer["verdict"] == ["overfits", "helps both"]
+    assert abs(answer["since"][0] - turn) < 50
+    for name, history in run.items():
+        assert answer[f"total_{name}"] == pytest.approx(history.allocated.sum(0))
+        for k, edge in enumerate(answer["edges"]):
+            # At the last step before the edge that is looked at.
+            near = [history.allocated[: edge - back].sum(0) for back in range(5)]
+            told = [row[k] for row in answer[name]]
+            assert any(told == pytest.approx(sums) for sums in near)
+
+
 def test_a_range_without_a_step_is_answered(probes):
     answer = Store(run=probes).ask("generalization", run="run", start=500, stop=600)
     assert answer["measured"] == 0
