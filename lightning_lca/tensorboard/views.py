@@ -17,8 +17,7 @@ from lightning_lca.record.findings import LEVEL, find
 from lightning_lca.record.overfitting import Overfitting
 from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.summary import PerStep, Trust
-from lightning_lca.record.synchrony import rates
-from lightning_lca.record.synchrony import synchrony as measure
+from lightning_lca.record.synchrony import Dips, Synchrony
 from lightning_lca.record.tables import Floats, Ints
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table
@@ -361,8 +360,9 @@ def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
 
 
 MOST_MOMENTS = 1000  # Moments per layer that may be asked for.
+_PRODUCTS = 2**26  # Most that are added up for the correlation of all pairs of layers.
 _WORK = (
-    6_000_000  # Moments times draws: with more of the one, less of the other, to answer in time.
+    4_000_000  # Moments times draws: with more of the one, less of the other, to answer in time.
 )
 
 
@@ -370,24 +370,21 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
     """Moments of learning of the range, and whether layers have them together."""
     tiles = asked.tile(shown)
     credit = shown.by_layer(shown.rows.allocated[tiles.rows])
-    steps = shown.rows.steps[tiles.rows]
-    most = min(strongest, len(steps)) * credit.shape[1]
-    draws = int(np.clip(_WORK // max(1, most), 100, 1000))
-    found = measure(credit, strongest, draws)
+    steps, layers = credit.shape
+    draws = int(np.clip(_WORK // max(1, min(strongest, steps) * layers), 100, 1000))
     full = np.flatnonzero(tiles.measured > 0)
+    rows = np.append(tiles.cuts[full], tiles.cuts[-1]) - tiles.cuts[0] if len(full) else None
+    found = Synchrony.of(Dips.of(credit, strongest), steps, draws, edges=rows, table=credit)
     rate = {
         name: np.full(len(tiles.measured), np.nan)
         for name in ("observed", "expected", "low", "high")
     }
-    if len(full):
-        rows = np.append(tiles.cuts[full], tiles.cuts[-1]) - tiles.cuts[0]
-        binned = rates(found.moments, rows, draws)
+    if found.rates is not None:
         for name, values in rate.items():
-            values[full] = getattr(binned, name)
+            values[full] = getattr(found.rates, name)
     single = (tiles.measured == 1).all()
-    row, layer = found.moments.nonzero()
-    at_once = found.moments.sum(1)  # Layers with a moment in each row.
-    shared = found.moments & (at_once > 1)[:, None]
+    row, layer = found.dips.at, found.dips.layer
+    at_once = found.coincidences[row]  # Layers with a moment there.
     low, high = np.quantile(found.null, [0.025, 0.975])
     pairs_low, pairs_high = np.quantile(found.null_pairs, [0.025, 0.975])
     return {
@@ -395,10 +392,10 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
         "width": int(tiles.edges[1] - tiles.edges[0]),
         "layers": shown.layers,
         "strongest": strongest,
-        "raster": np.stack([layer, steps[row]], 1),
-        "raster_at_once": at_once[row],
-        "moments_by_layer": found.moments.sum(0),
-        "shared_by_layer": shared.sum(0),
+        "raster": np.stack([layer, shown.rows.steps[tiles.rows][row]], 1),
+        "raster_at_once": at_once,
+        "moments_by_layer": np.bincount(layer, minlength=layers),
+        "shared_by_layer": np.bincount(layer[at_once > 1], minlength=layers),
         "coincidences": found.coincidences if single else None,
         "expected": found.expected if single else None,
         "band": found.band if single else None,
@@ -406,7 +403,7 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
         "rate_null": rate["expected"],
         "rate_low": rate["low"],
         "rate_high": rate["high"],
-        "moments": int(found.moments.sum()),
+        "moments": len(row),
         "synchronized": found.synchronized,
         "null_mean": found.null.mean(),
         "null_low": low,
@@ -418,5 +415,5 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
         "pairs_null_high": pairs_high,
         "p_pairs": found.p_pairs,
         "draws": draws,
-        "correlation": found.correlation,
+        "correlation": found.correlation if steps * layers**2 <= _PRODUCTS else None,
     }
