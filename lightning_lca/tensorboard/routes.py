@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ from lightning_lca.tensorboard.query import Query, QueryError, show
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
-_BLOCK = 2**17  # Numbers that are turned to text at once.
+_BLOCK = 2**17  # Credits that are turned to text at once.
 _CELLS = 2**20  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
 _PAIRED = 2000  # Most layers of which every pair is compared.
 
@@ -26,7 +24,7 @@ class Download:
     """A text file, made while it is sent."""
 
     file_name: str
-    text: Iterator[str]
+    text: Iterator[bytes]
 
 
 Answer = Callable[[Store, Source, Query], "dict[str, Any] | Download"]
@@ -129,20 +127,13 @@ def _bounded(asked: Range, *tables: Table) -> Range:
     return replace(asked, bins=min(asked.bins, most))
 
 
-def _csv(table: Table, rows: slice) -> Iterator[str]:
+def _csv(table: Table, rows: slice) -> Iterator[bytes]:
     """Writes rows as text, with the columns of `export.wide`."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    step = max(1, min(512, _BLOCK // len(table.layers)))
-    writer.writerow(export.wide(table.history, slice(0, 0), by_layer=True))
+    yield export.csv_header(export.wide(table.history, slice(0, 0), by_layer=True))
+    step = max(1, _BLOCK // len(table.layers))
     for first in range(rows.start, rows.stop, step):
         block = slice(first, min(first + step, rows.stop))
-        columns = export.wide(table.history, block, by_layer=True).values()
-        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
-    yield text.getvalue()
+        yield export.csv_rows(export.wide(table.history, block, by_layer=True))
 
 
 ANSWERS: dict[str, Answer] = {
