@@ -472,21 +472,22 @@ class _Run:
 
 def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
     """Asks which layers help on one probe and hurt on the other."""
-    both = [name for name in train.layers.names if name in set(val.layers.names)]
+    theirs = {name: place for place, name in enumerate(val.layers.names)}
+    ours = {name: place for place, name in enumerate(train.layers.names) if name in theirs}
+    both = list(ours)
     steps = np.intersect1d(train.history.steps[train.keep], val.history.steps[val.keep])
     if not both or len(steps) < LEAST:
         return
+    places = {"train": list(ours.values()), "val": [theirs[name] for name in both]}
     learned, kept = (
-        run.credit[np.isin(run.history.steps[run.keep], steps)][
-            :, [run.layers.names.index(name) for name in both]
-        ]
-        for run in (train, val)
+        run.credit[np.isin(run.history.steps[run.keep], steps)][:, places[probe]]
+        for probe, run in (("train", train), ("val", val))
     )
     on_train, on_val = (
-        mean if run.batches is None else mean.over(run.batches[:, places])
-        for mean, run, places in (
-            (Mean.of(learned), train, [train.layers.names.index(name) for name in both]),
-            (Mean.of(kept), val, [val.layers.names.index(name) for name in both]),
+        mean if run.batches is None else mean.over(run.batches[:, places[probe]])
+        for probe, mean, run in (
+            ("train", Mean.of(learned), train),
+            ("val", Mean.of(kept), val),
         )
     )
 
