@@ -10,7 +10,7 @@ from typing import Any
 from lightning_lca.record import export
 from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.provider import Source
-from lightning_lca.tensorboard.query import Query, QueryError, show
+from lightning_lca.tensorboard.query import MOST_BINS, Query, QueryError, show
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
@@ -36,9 +36,9 @@ def _runs(store: Store, source: Source, query: Query) -> dict[str, Any]:
 
 
 def _bins(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    table = store.run(source, run).table(probe)
+    table = fold(store.run(source, run).table(probe))
     return views.bins(table, _bounded(asked, table))
 
 
@@ -55,22 +55,23 @@ def _channels(store: Store, source: Source, query: Query) -> dict[str, Any]:
 
 
 def _table(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    return views.table(store.run(source, run).table(probe), asked)
+    return views.table(fold(store.run(source, run).table(probe)), asked)
 
 
 def _shares(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    return views.shares(store.run(source, run).table(probe), asked)
+    return views.shares(fold(store.run(source, run).table(probe)), asked)
 
 
 def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
-    run_b, probe_b = query.text("run_b"), query.optional("probe_b")
+    run_b, probe_b, fold = query.text("run_b"), query.optional("probe_b"), _folding(query)
     query.done()
     a, b = store.run(source, run).table(probe), store.run(source, run_b).table(probe_b)
+    a, b = fold(a), fold(b)
     return views.compare(a, b, _bounded(asked, a, b))
 
 
@@ -119,6 +120,13 @@ def _export(store: Store, source: Source, query: Query) -> Download:
 
 def _common(query: Query) -> tuple[str, str | None, Range]:
     return query.text("run"), query.optional("probe"), Range(*query.steps(), query.bins())
+
+
+def _folding(query: Query) -> Callable[[Table], Table]:
+    """Takes what is folded: returns what folds a table so."""
+    most = query.whole("fold", 0, MOST_BINS, 0) or None
+    toggled, found = query.names("toggle"), query.text("find", "")
+    return lambda table: table.folded(most, toggled, found)
 
 
 def _bounded(asked: Range, *tables: Table) -> Range:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lightning_lca.analysis.bins import Bins, spacing
 from lightning_lca.analysis.sums import Column
+from lightning_lca.analysis.tree import Folded, Row, tree
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
@@ -28,7 +29,7 @@ class Table:
         history: As it was: rows that come later go to new arrays.
         rows: One row for each measured step.
         neurons: Credit of channels over windows of steps; None if they were not recorded.
-        shown: Which groups make up each row that is shown.
+        shown: Which groups make up each layer, or block of layers, that is shown as a row.
         digest: Sums of blocks of rows, and what judges each.
     """
 
@@ -36,7 +37,7 @@ class Table:
     history: History
     rows: StepTable
     neurons: WindowTable | None
-    shown: Layers
+    shown: Layers | Folded
     digest: Digest
 
     @classmethod
@@ -53,6 +54,47 @@ class Table:
         neurons = None if history.group_by == "neuron" else now.neurons
         digest = (digester or Digester(history)).digest(now.rows)
         return cls(key, now, now.rows, neurons, now.shown, digest)
+
+    def folded(self, most: int | None, toggled: Sequence[str] = (), found: str = "") -> Table:
+        """Shows blocks in place of their layers, where there are many.
+
+        Args:
+            most: As of `Tree.rows`; None: each layer has its row.
+            toggled: As of `Tree.rows`.
+            found: Shows only layers whose names have these words, and their sum.
+
+        Raises:
+            QueryError: No layer has such a name.
+        """
+        layers = self.history.shown
+        if found.split():
+            rows = tree(layers.names).find(found)
+            if not rows:
+                raise QueryError(f"No layer's name has {show(found)}. Look for something else.")
+        elif most is None:
+            return self
+        else:
+            rows = tree(layers.names).rows(most, toggled)
+        return replace(self, shown=Folded(tuple(rows), layers))
+
+    @property
+    def lines(self) -> list[Row]:
+        """What is shown as a row each: layers, and blocks of them."""
+        if isinstance(self.shown, Folded):
+            return list(self.shown.rows)
+        return [Row(name, 0, (i,), None) for i, name in enumerate(self.shown.names)]
+
+    def columns_of(self, layer: str) -> Ints:
+        """Finds the groups of a layer, or of a block of layers, whether it is shown or not.
+
+        Raises:
+            QueryError: No such layer.
+        """
+        layers = self.history.shown
+        block = None if layer in layers.names else tree(layers.names).block(layer)
+        if block is None:
+            return layers.columns(replace(self, shown=layers).find(layer))
+        return np.flatnonzero(np.isin(layers.owner, block))
 
     def column(self, name: str) -> Column:
         """Finds credit, counts, or the shares of a breakdown, to be added up."""

@@ -23,6 +23,7 @@ from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 _CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
+_TOLD = 2  # Layers that are named as those that helped or hurt most.
 _POINTS = 2048  # Steps at which train and validation are compared, at most.
 _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.
 
@@ -38,6 +39,8 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
         "edges": tiles.edges,
         "unit": tiles.unit,
         "layers": table.layers,
+        **_rows(table),
+        "row_of": _row_of(table),
         "sizes": table.layer_sizes,
         "credit": credit,
         "total": table.credit(tiles.rows),
@@ -72,9 +75,10 @@ def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
         "layer": None,
     }
     if layer is not None:
-        place = table.find(layer)
-        helped, hurt = (counts[:, table.shown.columns(place)].sum(1) for counts in (helped, hurt))
-        answer["layer"] = _shares(helped, hurt, tiles.counted * table.layer_sizes[place])
+        columns = table.columns_of(layer)
+        helped, hurt = (counts[:, columns].sum(1) for counts in (helped, hurt))
+        weights = table.history.sizes[columns].sum()
+        answer["layer"] = _shares(helped, hurt, tiles.counted * weights)
     return answer
 
 
@@ -150,7 +154,7 @@ def shares(shown: Table, asked: Range) -> dict[str, Any]:
             }
         )
     credit = shown.credit(span)
-    return {"layers": shown.layers, "credit": credit, "breakdowns": breakdowns}
+    return {"layers": shown.layers, **_rows(shown), "credit": credit, "breakdowns": breakdowns}
 
 
 def table(shown: Table, asked: Range) -> dict[str, Any]:
@@ -177,11 +181,37 @@ def table(shown: Table, asked: Range) -> dict[str, Any]:
         }
     sizes = shown.layer_sizes.tolist()
     residual = rows.residual[finite]
+    each = shown.history.shown.sums(groups)  # Of every layer, whatever is folded.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = each / (stop - start)
+    by_credit = np.argsort(each, kind="stable")
+    by_credit = by_credit[np.isfinite(each[by_credit])]
+
+    def told(places: Ints) -> dict[str, Any]:
+        names = shown.history.shown.names
+        return {
+            "name": [names[i] for i in places.tolist()],
+            "credit": each[places],
+            "share": shares[places],
+        }
+
     return {
         "layers": [
-            {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
-            for i, name in enumerate(shown.layers)
+            {
+                "name": line.name,
+                "depth": line.depth,
+                "inside": len(line.layers),
+                "open": line.is_open,
+                "size": sizes[i],
+                **{k: column[i] for k, column in columns.items()},
+            }
+            for i, line in enumerate(shown.lines)
         ],
+        "helped": int((each < 0).sum()),
+        "hurt": int((each > 0).sum()),
+        "broken": int((~np.isfinite(each)).sum()),
+        "most_helpful": told(by_credit[each[by_credit] < 0][:_TOLD]),
+        "most_hurtful": told(by_credit[each[by_credit] > 0][::-1][:_TOLD]),
         "true_change": stop - start,
         "allocated": groups.sum(),
         "residual": residual.sum(),
@@ -229,7 +259,10 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     first, last = asked.of(a, b)
     width = max(a.spacing, b.spacing)
     both = [name for name in a.layers if b.has(name)]
+    rows = _rows(a)
+    places = [a.find(name) for name in both]
     answer: dict[str, Any] = {"layers": both}
+    answer |= {name: [values[i] for i in places] for name, values in rows.items()}
     credits, totals = [], []
     for letter, one in (("a", a), ("b", b)):
         tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
@@ -302,6 +335,24 @@ def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
         "given_back": np.where(found.overfits, found.given_back, np.nan),
         "most_telling": found.most_telling,
     }
+
+
+def _rows(table: Table) -> dict[str, Any]:
+    """Tells of every row whether it is a block, and where it lies in the tree [L]."""
+    lines = table.lines
+    return {
+        "depth": [line.depth for line in lines],
+        "inside": [len(line.layers) for line in lines],
+        "open": [line.is_open for line in lines],
+    }
+
+
+def _row_of(table: Table) -> Ints:
+    """Finds the innermost row that shows each layer [N]; -1 where none does."""
+    row_of = np.full(len(table.history.shown), -1, np.int64)
+    for place, line in enumerate(table.lines):
+        row_of[list(line.layers)] = place  # What lies within comes later.
+    return row_of
 
 
 def _total(shown: Table, values: Any, rows: slice) -> Any:

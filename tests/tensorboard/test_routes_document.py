@@ -92,11 +92,18 @@ def test_a_route_takes_the_parameters_that_are_told(store, route):
 
 
 RANGES = [{}, {"bins": "3"}, {"start": "1", "stop": "5"}, {"stop": "400", "bins": "39"}]
+FOLDED = [{"fold": "1"}, {"fold": "2", "toggle": '["net.*"]'}, {"find": "net"}]
 
 
-@pytest.mark.parametrize("span", RANGES, ids=str)
+ASKED = [
+    (route, span)
+    for route in sorted(ANSWERS.keys() - {"export"})
+    for span in [*RANGES, *(FOLDED if "fold" in parameters()[route] else [])]
+]
+
+
 @pytest.mark.parametrize("run", ["a", "b"])
-@pytest.mark.parametrize("route", sorted(ANSWERS.keys() - {"export"}))
+@pytest.mark.parametrize(("route", "span"), ASKED, ids=str)
 def test_a_route_answers_with_the_fields_that_are_told(store, route, run, span):
     more = {} if route == "runs" else {"run": run, **span}
     if route == "helping":
