@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.analysis.bins import Bins, accumulated, counted
+from lightning_lca.analysis.bins import Bins, Bools, accumulated, counted
 from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.record.findings import LEVEL, find
 from lightning_lca.record.overfitting import Overfitting
@@ -44,7 +44,7 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
         "sizes": table.layer_sizes,
         "credit": credit,
         "total": table.credit(tiles.rows),
-        "limit": colour_limit(credit),
+        "limit": colour_limit(credit[_adding_up(table)]),
         "running": accumulated(credit.T).T,
         "running_total": accumulated(groups.sum(1)),
         "running_truth": truth,
@@ -266,10 +266,10 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     credits, totals = [], []
     for letter, one in (("a", a), ("b", b)):
         tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
-        places = [one.find(name) for name in both]
-        before = one.credit(slice(0, tiles.rows.start))[places]
-        total = one.credit(tiles.rows)[places]
-        credit = one.by_layer(one.column("allocated").per_bin(tiles)).T[places]
+        at = [one.find(name) for name in both]
+        before = one.credit(slice(0, tiles.rows.start))[at]
+        total = one.credit(tiles.rows)[at]
+        credit = one.by_layer(one.column("allocated").per_bin(tiles)).T[at]
         # Lines end with the run, in the bin that holds its last step.
         beyond = np.append(False, tiles.edges[:-1] >= one.last_step)
         sums = np.where(beyond, np.nan, accumulated(credit.T).T)
@@ -287,8 +287,9 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     difference = credits[1] - credits[0]
     answer["difference"] = difference
     answer["total_difference"] = totals[1] - totals[0]
-    answer["limit"] = colour_limit(*credits)
-    answer["limit_difference"] = colour_limit(difference)
+    shown = _adding_up(a)[places]
+    answer["limit"] = colour_limit(*(credit[shown] for credit in credits))
+    answer["limit_difference"] = colour_limit(difference[shown])
     answer["only_a"] = [name for name in a.layers if not b.has(name)]
     answer["only_b"] = [name for name in b.layers if not a.has(name)]
     return answer
@@ -345,6 +346,11 @@ def _rows(table: Table) -> dict[str, Any]:
         "inside": [len(line.layers) for line in lines],
         "open": [line.is_open for line in lines],
     }
+
+
+def _adding_up(table: Table) -> Bools:
+    """Marks the rows that add up to the whole: all but open blocks, whose layers follow [L]."""
+    return np.array([not line.is_open for line in table.lines], bool)
 
 
 def _row_of(table: Table) -> Ints:

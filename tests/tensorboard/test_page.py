@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import urllib.parse
@@ -33,6 +34,7 @@ from lightning_lca.tensorboard.snapshot import Range, Table
 
 pytestmark = pytest.mark.slow
 
+MINUS = str.maketrans("\N{MINUS SIGN}", "-")
 EVIL = "<img src=x onerror=alert(1)>"
 LAYERS = ["first", EVIL, "planted", "last"]
 STEPS = 60
@@ -516,6 +518,72 @@ def test_layers_that_overfit_stand_out(page, history):
     assert 'LCACallback(probe={"train": "train", "val": "val"})' in page.text(
         "generalization-message"
     )
+
+
+PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
+
+
+def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
+    names = ["net.wte", *names, "head"]
+    run = noisy(steps=40, layers=len(names))
+    writer = board.RecordWriter(logs / "run_9", run.sizes, None, pytest.fail)
+    try:
+        said = {"probes": [None], "groups": names, "sizes": run.sizes.tolist(), "group_by": "layer"}
+        writer.describe(said | {"settings": {}}, 0)
+        writer.add(None, run.rows)
+        writer.close()
+        history = History.load(logs / "run_9")
+        page.open(run="run_2")
+        wait(lambda: "run_9" in page.text("run"), "the large run")
+        page.open(run="run_9")
+        blocks = [f"net.h.{i}.*" for i in range(12)]
+        shown = ["net.*", "net.wte", "net.h.*", *blocks, "head"]
+        assert json.loads(page.data("heatmap")["layers"]) == shown
+        assert f"{len(names)} layers" in page.text("layers-note")
+        allocated = float(re.search("LCA ([^,]+),", page.text("ledger-note"))[1].translate(MINUS))
+        assert allocated == pytest.approx(history.allocated.sum(), rel=1e-4), "all layers"
+
+        page.click("heatmap", "[data-name='net.h.3.*']")
+        inside = [name for name in names if name.startswith("net.h.3.")]
+        shown[shown.index("net.h.3.*") + 1 : shown.index("net.h.4.*")] = inside
+        assert json.loads(page.data("heatmap")["layers"]) == shown
+        opened = page.find("heatmap", "[data-name='net.h.3.*']").get_attribute("aria-expanded")
+        folded = page.find("heatmap", "[data-name='net.h.4.*']").get_attribute("aria-expanded")
+        assert (opened, folded) == ("true", "false")
+        table, places = page.table(), [names.index(name) for name in inside]
+        assert list(table) == shown
+        told = float(table["net.h.3.*"][3].translate(MINUS))
+        assert told == pytest.approx(history.allocated[:, places].sum(), rel=6e-3)
+        assert json.loads(page.data("raster")["layers"]) == [
+            name for name in shown if name not in ("net.*", "net.h.*", "net.h.3.*")
+        ]
+        # A layer within is chosen; its block folds from the keyboard.
+        page.click("heatmap", f"[data-name='{inside[0]}']")
+        assert page.hash()["p.lca.layer"] == inside[0]
+        page.js("arguments[0].focus()", page.find("heatmap", "[data-name='net.h.3.*']"))
+        ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+        page.ready()
+        assert inside[0] not in json.loads(page.data("heatmap")["layers"])
+
+        field = page.find("find")
+        field.send_keys("OUT  attn")
+        found = [name for name in names if name.endswith("attn_out")]
+        wait(lambda: json.loads(page.data("heatmap")["layers"]) == ["*out attn*", *found])
+        assert f"12 layers of {len(names)} found" in page.text("layers-note")
+        field.send_keys(" nowhere")
+        wait(lambda: field.get_attribute("aria-invalid") == "true")
+        page.ready()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.DELETE)
+        wait(lambda: "p.lca.find" not in page.hash())
+        page.ready()
+        page.click("every")
+        assert json.loads(page.data("heatmap")["layers"]) == names
+    finally:
+        shutil.rmtree(logs / "run_9")
+    page.open(run="run_1")
+    assert not page.find("find").is_displayed(), "a few layers need no search"
 
 
 def test_dark_mode_is_followed(page):

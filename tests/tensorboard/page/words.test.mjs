@@ -16,11 +16,11 @@ import {
 } from "../../../lightning_lca/tensorboard/static/lib/words.js";
 
 const TABLE = {
-  layers: [
-    { name: "a", credit: -3, share: 0.75 },
-    { name: "b", credit: -2, share: 0.5 },
-    { name: "c", credit: 1, share: -0.25 },
-  ],
+  helped: 2,
+  hurt: 1,
+  broken: 0,
+  most_helpful: { name: ["a", "b"], credit: [-3, -2], share: [0.75, 0.5] },
+  most_hurtful: { name: ["c"], credit: [1], share: [-0.25] },
   true_change: -4,
   allocated: -4,
   residual: 0.001,
@@ -60,7 +60,7 @@ test("the verdict names the layers that did most, with their served shares", () 
   assert.equal(head, "2 layers helped, 1 hurt");
   assert.match(plain(detail), /hurting most: c \+1.0 · helping most: a -3.0 \(75 %\), b -2.0 \(50 %\)/);
   assert.equal(warn, false);
-  assert.equal(layerWords({ layers: [{ credit: null }], true_change: -1 }).warn, true);
+  assert.equal(layerWords({ ...TABLE, helped: 0, hurt: 0, broken: 3 }).warn, true);
 });
 
 test("trust follows the served share, and all is never said where something is left", () => {

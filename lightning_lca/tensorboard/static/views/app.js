@@ -5,6 +5,7 @@ import { clampRange, panned, zoomed } from "../charts/zoom.js";
 import { Source } from "../lib/api.js";
 import { el } from "../lib/dom.js";
 import { steps } from "../lib/format.js";
+import { MANY, isBlock, isFound } from "../lib/rows.js";
 import { Runs } from "../lib/runs.js";
 import { Store } from "../lib/state.js";
 import { followTheme } from "../lib/theme.js";
@@ -24,6 +25,7 @@ import { Verdict } from "./verdict.js";
 
 const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
+const ROWS = 120; // Rows of folded layers, roughly.
 const NAMES = [
   "bins",
   "table",
@@ -35,6 +37,16 @@ const NAMES = [
   "channels",
   "compare",
 ];
+
+/** The blocks that the address says are the other way than at first. */
+function toggledOf({ toggle }) {
+  try {
+    const names = JSON.parse(toggle ?? "[]");
+    return Array.isArray(names) ? names.filter((name) => typeof name === "string") : [];
+  } catch {
+    return []; // A broken link.
+  }
+}
 
 export class App {
   constructor(parent) {
@@ -52,6 +64,7 @@ export class App {
       onWheel: (kind, turn, at) => this.onWheel(kind, turn, at),
       onSelect: (layer) =>
         this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
+      onToggle: (block) => this.toggle(block),
     };
     this.main = el("main");
     const head = el("div", { id: "head" });
@@ -114,6 +127,22 @@ export class App {
     return { start: start ?? first, stop: stop ?? last, first, last };
   }
 
+  /** Opens a block, or folds it. */
+  toggle(block) {
+    const toggled = toggledOf(this.store.state);
+    const others = toggled.filter((name) => name !== block);
+    const now = others.length < toggled.length ? others : [...toggled, block];
+    this.store.set({ toggle: now.length ? JSON.stringify(now) : null });
+  }
+
+  /** What the routes need to know of how layers are folded; nothing where each has a row. */
+  folding() {
+    const { find, every } = this.store.state;
+    if (this.run.layers.length <= MANY) return {};
+    if (find !== null && this.run.layers.some((name) => isFound(name, find))) return { find };
+    return every === "1" ? {} : { fold: MANY, toggle: JSON.stringify(toggledOf(this.store.state)) };
+  }
+
   setRange(start, stop) {
     const range = this.range();
     if (range) this.store.set(clampRange(start, stop, range.first, range.last));
@@ -142,7 +171,9 @@ export class App {
     this.banner.hidden = true;
     this.main.hidden = false;
     const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
-    const layer = run.layers.includes(state.layer) ? state.layer : null;
+    const folding = this.folding();
+    const isThere = run.layers.includes(state.layer) || ("fold" in folding && isBlock(state.layer));
+    const layer = isThere ? state.layer : null;
     if (state.run !== run.name || state.probe !== probe || state.layer !== layer) {
       this.store.set({ run: run.name, probe, layer }); // And comes back here.
       return;
@@ -151,31 +182,34 @@ export class App {
     if (width < 300) return;
     const { left, right } = margins(width);
     const inner = Math.floor((width - left - right) / 50) * 50;
-    const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / run.layers.length)));
+    const rows = "fold" in folding ? ROWS : run.layers.length;
+    const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / rows)));
     const common = { run: run.name, probe, start: state.start, stop: state.stop };
-    const want = (name, bins, extra = {}, version = run.stamp) => {
+    const want = (name, bins, extra = {}, version = run.stamp, shown = {}) => {
       const source = this.sources[name];
       // An answer about something else must not stand under the new name.
       const about = JSON.stringify([run.name, probe, extra]);
       if (source.about !== about) source.reset();
       source.about = about;
-      source.want({ ...common, bins, ...extra }, version, name === "bins" ? 0 : PATIENCE);
+      const asked = { ...common, bins, ...extra, ...shown };
+      source.want(asked, version, name === "bins" ? 0 : PATIENCE);
     };
-    want("bins", fitting);
-    want("table", null);
-    want("shares", null);
+    want("bins", fitting, {}, run.stamp, folding);
+    want("table", null, {}, run.stamp, folding);
+    want("shares", null, {}, run.stamp, folding);
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
     want("findings", null);
     if (["train", "val"].every((name) => run.probes.includes(name)))
       want("generalization", Math.min(fitting, 500), { probe: null });
     else this.sources.generalization.reset();
-    if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });
+    if (run.layers.includes(layer) && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
     if (other?.probes.includes(state.vs_probe ?? "")) {
       const pair = { run_b: other.name, probe_b: state.vs_probe };
-      want("compare", Math.min(fitting, 600), pair, `${run.stamp} ${other.stamp}`);
+      const version = `${run.stamp} ${other.stamp}`;
+      want("compare", Math.min(fitting, 600), pair, version, folding);
     } else this.sources.compare.reset();
     this.draw();
   }
