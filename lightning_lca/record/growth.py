@@ -39,7 +39,7 @@ class GrowingArray:
         )
         if room is None or len(room) < stop or room.dtype != dtype:
             size = stop if room is None else max(stop, int(_MORE * len(room)))
-            self._room = self._allocate((size, *new[0].shape[1:]), dtype)
+            self._room = self._allocate((size, *new[0].shape[1:]), dtype)  # Or of more rows.
             if room is not None:
                 self._room[:start] = room[:start]
         np.concatenate(new, out=self._room[start:stop], casting="same_kind")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import findings, summary
-from lightning_lca.record.growth import GrowingTable
+from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
     Breakdown,
@@ -93,6 +93,11 @@ class History:
     def append_windows(self, table: str, windows: WindowTable) -> None:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
+
+    def grow_in(self, allocate: Allocate) -> None:
+        """Says how arrays are made that rows are joined in; see `growth.GrowingTable`."""
+        if self._growing is None:
+            self._growing = GrowingTable(allocate)
 
     def declare(self, table: str, columns: Columns) -> None:
         """Says what a table of windows holds, before it has rows."""

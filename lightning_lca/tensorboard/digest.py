@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from lightning_lca.analysis.sums import BLOCK, Column, block_sums
-from lightning_lca.record.growth import GrowingArray
+from lightning_lca.record.growth import Allocate, GrowingArray
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.summary import PerStep
 from lightning_lca.record.tables import StepTable
+from lightning_lca.tensorboard.spill import memory
 
 _CELLS = 2**20  # Numbers that are looked at at once: bounds memory whatever the run's length.
 _WIDE = ("allocated", "helping", "hurting")
@@ -36,17 +37,23 @@ class Digest:
         """Memory that it takes beside the rows."""
         blocks = [column.blocks for column in self.columns.values()]
         blocks += [getattr(self.per_step, field.name) for field in fields(PerStep)]
-        return sum(array.nbytes for array in blocks)
+        return sum(map(memory, blocks))
 
 
 class Digester:
     """Makes the digest of a history's rows, looking at each row once."""
 
-    def __init__(self, history: History) -> None:
-        """Has seen no row yet."""
+    def __init__(self, history: History, allocate: Allocate = np.empty) -> None:
+        """Has seen no row yet.
+
+        Args:
+            history: Whose rows these are.
+            allocate: Makes arrays, as of `growth.GrowingArray`.
+        """
         self._layers = Layers.of(history.layers)
         self._shares = list(history.shares)
         self._grown: dict[str, GrowingArray] = {}
+        self._allocate = allocate
         self._seen = 0
 
     def digest(self, rows: StepTable) -> Digest:
@@ -87,4 +94,4 @@ class Digester:
         return {name: getattr(rows, name) for name in _WIDE} | shares
 
     def _add(self, name: str, new: Any) -> Any:
-        return self._grown.setdefault(name, GrowingArray()).extend([new])
+        return self._grown.setdefault(name, GrowingArray(self._allocate)).extend([new])

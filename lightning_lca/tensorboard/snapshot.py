@@ -18,6 +18,7 @@ from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
 from lightning_lca.tensorboard.digest import Digest, Digester
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError, show
+from lightning_lca.tensorboard.spill import memory
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,10 @@ class Table:
 
     @property
     def bytes(self) -> int:
-        """Memory that the arrays take."""
+        """Memory that the arrays take, without what lies in files."""
         columns = [*self.rows.arrays.values()]
         columns += [] if self.neurons is None else [self.neurons.allocated]
-        return sum(int(column.nbytes) for column in columns) + self.digest.bytes
+        return sum(map(memory, columns)) + self.digest.bytes
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ class Run:
         settings: Of the callback, as the latest session says them.
         lost: Pieces of the record that could not be read.
         problem: What is wrong with the first of these, in words.
+        read: Share of the record that was read so far.
     """
 
     name: str
@@ -226,6 +228,7 @@ class Run:
     settings: Mapping[str, Any]
     lost: int
     problem: str = ""
+    read: float = 1.0
 
     def table(self, probe: str | None) -> Table:
         """Returns a probe's table; the first where none was named.
@@ -242,11 +245,18 @@ class Run:
                 f"{listing('probes', list(self.tables))}"
             )
         if not len(self.tables[name].rows):
+            if self.read < 1:
+                raise QueryError(f"Run {show(self.name)} is being read. Ask again in a moment.")
             raise QueryError(
                 f"Run {show(self.name)} has no measured step yet. Its record is written every 512 "
                 "measured steps or 15 seconds: wait a little."
             )
         return self.tables[name]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each probe has a measured step already."""
+        return bool(self.tables) and all(len(table.rows) for table in self.tables.values())
 
     @property
     def error(self) -> str | None:
@@ -275,6 +285,7 @@ class Run:
             "rows": rows,
             "channels": table is not None
             and (table.neurons is not None or table.group_by == "neuron"),
+            "read": self.read,
             "lost": self.lost,
             "stamp": self.stamp,
             "settings": dict(self.settings),

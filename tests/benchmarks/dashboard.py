@@ -200,16 +200,20 @@ def measure(log_dir: Path, steps: int, arguments: list[str]) -> dict[str, str]:
         while not (runs := server.lca("runs")["runs"]) or not runs[0]["rows"]:
             time.sleep(0.05)
         name = runs[0]["name"]
-        server.lca("bins", run=name, bins=1000)
+        fold = {"fold": 40, "toggle": "[]"}
+        server.get("plugin/lca/bins", run=name, bins=1000, **fold)
         found["first view (runs, bins)"] = f"{1000 * (time.perf_counter() - began):.0f}"
-        while server.lca("runs")["runs"][0]["rows"] < steps:
-            time.sleep(0.05)
+        while (run := server.lca("runs")["runs"][0])["read"] < 1 or run["rows"] < steps:
+            time.sleep(0.2)
         found["all steps are read after, s"] = f"{time.perf_counter() - began:.1f}"
         whole = {"run": name, "bins": 1000}
         layer = runs[0]["layers"][7]
         more = {
+            "bins": fold,
+            "table": fold,
+            "shares": fold,
             "helping": {"layer": layer},
-            "compare": {"run_b": name, "probe_b": "val"},
+            "compare": {"run_b": name, "probe_b": "val", **fold},
             "synchrony": {"bins": 300},
         }
         routes = ["bins", "table", "shares", "helping", "compare", "generalization", "findings"]

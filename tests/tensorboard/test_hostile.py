@@ -95,7 +95,7 @@ def test_one_run_that_fails_altogether_is_told_as_such(tmp_path, monkeypatch):
     def fail(source, name, *rest):
         if name == "bad":
             raise MemoryError("much")
-        fed(source, name, *rest)
+        return fed(source, name, *rest)
 
     monkeypatch.setattr(runs, "_feed", fail)
     tab = Tab(tmp_path)

@@ -1,5 +1,6 @@
 """The store between TensorBoard's data provider and the views, on a provider made of a dict."""
 
+import errno
 import json
 import threading
 import time
@@ -12,10 +13,11 @@ from werkzeug.datastructures import MultiDict
 from lightning_lca import History
 from lightning_lca.analysis.bins import Bins
 from lightning_lca.record import eventfile as record
+from lightning_lca.record.description import STEADY
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import runs as store_module
-from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard import spill, views
 from lightning_lca.tensorboard.answers import as_json, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
 from lightning_lca.tensorboard.provider import Source
@@ -322,6 +324,96 @@ def test_many_long_runs_are_described_bit_by_bit(provider, source, monkeypatch):
         assert all(d["error"] is None for d in described)
         unread.append(sum(d["rows"] is None for d in described))
     assert unread == [3, 2, 1, 0, 0]
+
+
+def test_a_long_record_is_shown_as_far_as_it_was_read(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 7)  # Less than two chunks of five parts.
+    provider.session("run")
+    for first in range(1, 301, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+    whole = from_scratch(provider, "run")
+    store, seen = Store(), []
+    while True:
+        (told,) = store.describe(source)
+        seen.append((told["read"], told["rows"]))
+        assert (told["lost"], told["error"]) == (0, None)
+        table = store.run(source, "run").table(None)
+        assert len(table.rows) == told["rows"] == store.run(source, "run").describe()["rows"]
+        assert np.array_equal(table.rows.allocated, whole.allocated[: len(table.rows)])
+        answer = views.bins(table, Range(bins=3))
+        wanted = whole.allocated[: len(table.rows)].sum(0, dtype=float)
+        assert answer["total"] == pytest.approx(wanted, abs=1e-12)
+        if told["read"] == 1:
+            break
+    assert len(seen) > 15
+    assert seen == sorted(set(seen)), "every look reads on"
+    assert_current(store, source, provider)
+
+
+def test_what_is_written_while_a_long_record_is_read_is_not_missed(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 7)
+    provider.session("run")
+    for first in range(1, 301, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+    store = Store()
+    for look in range(200):
+        (told,) = store.describe(source)
+        if look == 5:
+            provider.chunk("run", make_rows(range(301, 311), 301))
+        if look == 10:  # A session takes over, and writes over chunks that were not read yet.
+            provider.session("run", first_step=150, clock=STEADY)
+            provider.chunk("run", make_rows(range(151, 161), 7))
+        if look > 10 and told["read"] == 1 and told["rows"] == 160:
+            break
+    assert_current(store, source, provider)
+    assert store.run(source, "run").lost == 0
+
+
+def test_a_run_of_which_no_step_is_read_yet_says_so(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 2)
+    provider.session("run")
+    provider.chunk("run", make_rows(range(1, 11)))
+    store = Store()
+    with pytest.raises(QueryError, match="is being read"):
+        store.run(source, "run").table(None)
+    while store.describe(source)[0]["read"] < 1:
+        pass
+    assert_current(store, source, provider)
+
+
+@pytest.fixture(params=["files", "a full disk", "no such files"])
+def crowded(request, monkeypatch):
+    """Every array is too large for memory."""
+    monkeypatch.setattr(spill, "LARGE", 0)
+    if request.param == "a full disk":
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    if request.param == "no such files":
+        monkeypatch.delattr(spill.os, "posix_fallocate")
+    return request.param
+
+
+def test_what_is_too_large_for_memory_lies_in_files(provider, source, crowded):
+    store = Store()
+    provider.session("run")
+    kept = []
+    for first in range(1, 200, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+        assert_current(store, source, provider)
+        kept.append(store.run(source, "run").table(None))
+    whole = from_scratch(provider, "run").allocated
+    for table in kept:  # Later rows lie behind those that were handed out.
+        rows = len(table.rows)
+        assert np.array_equal(table.rows.allocated, whole[:rows])
+        total = table.column("allocated").total(slice(0, rows))
+        assert total == pytest.approx(whole[:rows].sum(0, dtype=float), abs=1e-12)
+    assert (kept[-1].bytes == 0) == (crowded == "files")
 
 
 def test_unknown_names_leave_nothing_behind(provider, source):

@@ -4,7 +4,7 @@ import { margins } from "../charts/axes.js";
 import { clampRange, panned, zoomed } from "../charts/zoom.js";
 import { Source } from "../lib/api.js";
 import { el } from "../lib/dom.js";
-import { steps } from "../lib/format.js";
+import { percent, steps } from "../lib/format.js";
 import { MANY, isBlock, isFound } from "../lib/rows.js";
 import { Runs } from "../lib/runs.js";
 import { Store } from "../lib/state.js";
@@ -107,7 +107,12 @@ export class App {
   /** Takes a list of runs, or why there is none. */
   onRuns(error, isNew) {
     const { updated } = this.topbar;
-    updated.textContent = error ? "no answer" : `updated ${new Date().toLocaleTimeString("en-GB")}`;
+    const read = this.run?.read ?? 1;
+    updated.textContent = error
+      ? "no answer"
+      : read < 1
+        ? `reading ${percent(read, 0)}`
+        : `updated ${new Date().toLocaleTimeString("en-GB")}`;
     updated.title = error ?? "";
     if (error && !this.runs.all) this.say(error, true);
     if (isNew) this.refresh();
@@ -185,7 +190,9 @@ export class App {
     const rows = "fold" in folding ? ROWS : run.layers.length;
     const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / rows)));
     const common = { run: run.name, probe, start: state.start, stop: state.stop };
-    const want = (name, bins, extra = {}, version = run.stamp, shown = {}) => {
+    // While a long record is being read, what takes longer is asked for at its beginning and its end.
+    const settled = run.read < 1 ? "reading" : run.stamp;
+    const want = (name, bins, extra = {}, version = settled, shown = {}) => {
       const source = this.sources[name];
       // An answer about something else must not stand under the new name.
       const about = JSON.stringify([run.name, probe, extra]);
@@ -196,7 +203,7 @@ export class App {
     };
     want("bins", fitting, {}, run.stamp, folding);
     want("table", null, {}, run.stamp, folding);
-    want("shares", null, {}, run.stamp, folding);
+    want("shares", null, {}, settled, folding);
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
     want("findings", null);
@@ -208,7 +215,7 @@ export class App {
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
     if (other?.probes.includes(state.vs_probe ?? "")) {
       const pair = { run_b: other.name, probe_b: state.vs_probe };
-      const version = `${run.stamp} ${other.stamp}`;
+      const version = `${settled} ${other.stamp}`;
       want("compare", Math.min(fitting, 600), pair, version, folding);
     } else this.sources.compare.reset();
     this.draw();
