@@ -88,7 +88,7 @@ class Overfitting:
         one step to the next do not either. It is a sign, for one run and one probe, and no test: of
         layers without direction about one in fifteen is called so.
         """
-        both = np.intersect1d(train_steps, val_steps)
+        both = np.intersect1d(train_steps, val_steps, assume_unique=True)
         lines = []
         for steps, credit in ((train_steps, train), (val_steps, val)):
             running = np.cumsum(np.nan_to_num(credit, posinf=0, neginf=0), 0, dtype=np.float64)

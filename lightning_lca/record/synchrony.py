@@ -45,10 +45,17 @@ class Dips:
     layers: int
 
     @classmethod
-    def of(cls, table: npt.NDArray[np.floating], strongest: int) -> Dips:
+    def of(
+        cls, table: npt.NDArray[np.floating], strongest: int, counts: Bools | None = None
+    ) -> Dips:
         """Finds the strongest of every layer: [T, G]; see `moments_of_learning`.
 
         Iterations are looked at in blocks. Only what is below the lowest found so far is kept.
+
+        Args:
+            table: LCA per iteration and layer.
+            strongest: Most of a layer.
+            counts: Iterations that are as good as finite [T]; None: all.
         """
         steps, layers = table.shape
         block = max(1, _LOOKED_AT // max(1, layers))
@@ -57,9 +64,13 @@ class Dips:
         for first in range(0, steps - 2, block):
             part = table[first : first + block + 2]
             before, middle, after = part[:-2], part[1:-1], part[2:]
-            row, layer = ((middle < before) & (middle < after) & (middle < enough)).nonzero()
+            # Far faster flat than in two dimensions.
+            cells = np.flatnonzero((middle < before) & (middle < after) & (middle < enough))
+            row, layer = np.divmod(cells, layers)
             values = np.stack([part[row + i, layer] for i in range(3)])
             finite = np.isfinite(values).all(0)
+            if counts is not None:
+                finite &= np.all([counts[first + row + i] for i in range(3)], 0)
             row, layer, depth = row[finite], layer[finite], values[1, finite]
             found.append(cls(first + 1 + row, layer, depth, layers))
             waiting += len(row)

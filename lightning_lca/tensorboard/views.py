@@ -309,7 +309,7 @@ def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
         )
     first, last = asked.of(train, val)
     spans = [Range(first, last).tile(one).rows for one in (train, val)]
-    both = np.intersect1d(train.rows.steps[spans[0]], val.rows.steps[spans[1]])
+    both = np.intersect1d(train.rows.steps[spans[0]], val.rows.steps[spans[1]], assume_unique=True)
     # The curves at so many of these steps, the last among them; exact at each.
     every = max(1, -(-len(both) // _POINTS))
     points = both[::-every][::-1]

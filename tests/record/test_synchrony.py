@@ -178,6 +178,14 @@ def test_moments_do_not_depend_on_how_many_steps_are_looked_at_at_once(
     assert (np.lexsort((dips.layer, dips.at)) == np.arange(len(dips.at))).all()
 
 
+def test_iterations_that_do_not_count_are_as_good_as_not_finite(monkeypatch):
+    monkeypatch.setattr("lightning_lca.record.synchrony._LOOKED_AT", 30)
+    table, counts = independent(0, 300, 4), np.random.default_rng(0).random(300) < 0.9
+    without = np.where(counts[:, None], table, np.nan)
+    found = Dips.of(table, 9, counts).moments(300)
+    np.testing.assert_array_equal(found, moments_by_a_plain_loop(without, 9))
+
+
 def test_rates_are_pairs_per_iteration_and_add_up():
     found = synchrony(together(0, 500, 6), draws=300)
     edges = np.array([0, 3, 100, 500])
