@@ -66,6 +66,7 @@ export class App {
         this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
       onToggle: (block) => this.toggle(block),
     };
+    this.waiting = new Set(); // Views to be drawn.
     this.main = el("main");
     const head = el("div", { id: "head" });
     this.topbar = new TopBar(head, this);
@@ -249,22 +250,40 @@ export class App {
     this.topbar.draw(context);
     if (this.main.hidden || !context.run) return;
     this.verdict.draw(context);
-    for (const view of this.views) {
-      const { data, error, busy } = this.sources[view.source];
+    const due = this.views.filter((view) => {
+      const { busy } = this.sources[view.source];
       view.section.root.setAttribute("aria-busy", busy);
-      if (name && ![view.source, view.also].includes(name)) continue;
-      const blocked = view.blocked?.(context);
-      if (blocked) {
-        const [text, buttons] = [blocked].flat();
-        view.section.say(text, { buttons });
-      } else if (error) view.section.fail(error);
-      else if (data) {
-        view.section.show();
-        view.draw(data, context);
-      }
+      // What waits for an answer is drawn with it.
+      return name ? [view.source, view.also].includes(name) : !busy;
+    });
+    this.waiting = new Set([...due, ...this.waiting]); // What is new comes first.
+    this.drawNext();
+  }
+
+  /** Draws the view that has waited longest; the browser may show it before the next one. */
+  drawNext() {
+    const [view] = this.waiting;
+    if (view) {
+      this.waiting.delete(view);
+      if (!this.main.hidden && this.run) this.drawView(view, this.context());
     }
-    const all = Object.values(this.sources);
-    document.documentElement.dataset.ready = String(!all.some((source) => source.busy));
+    clearTimeout(this.drawing);
+    if (this.waiting.size) this.drawing = setTimeout(() => this.drawNext());
+    const isBusy = Object.values(this.sources).some((source) => source.busy);
+    document.documentElement.dataset.ready = String(!isBusy && !this.waiting.size);
+  }
+
+  drawView(view, context) {
+    const { data, error } = this.sources[view.source];
+    const blocked = view.blocked?.(context);
+    if (blocked) {
+      const [text, buttons] = [blocked].flat();
+      view.section.say(text, { buttons });
+    } else if (error) view.section.fail(error);
+    else if (data) {
+      view.section.show();
+      view.draw(data, context);
+    }
   }
 
   /** Shows words in place of the whole page. */
