@@ -81,28 +81,36 @@ class Store:
     def run(self, source: Source, name: str) -> Run:
         """Returns a run as it is now.
 
-        Of a long record that is what was read so far: those who ask for descriptions read on.
+        Of a long record that is what was read so far: those who ask for descriptions read on, and
+        while they do nobody waits for them.
 
         Raises:
             QueryError: There is none of this name, or it has no LCA record.
         """
         there = self._readings.get((source.experiment, name))
-        if there is not None and there.feeding is not None and (run := there.run) and run.has_rows:
-            return run
-        with self._lock:
+        known = None if there is None else there.run
+        if there is not None and known is not None and known.has_rows:
+            if there.feeding is not None or not self._lock.acquire(blocking=False):
+                return known
+        else:
+            self._lock.acquire()
+        try:
             reading = self._current(source, name, time.monotonic() + BUDGET)
             assert reading.run is not None
             return reading.run
+        finally:
+            self._lock.release()
 
     def describe(self, source: Source) -> list[dict[str, Any]]:
         """Tells of every run what the page needs.
 
         Many long runs take long to read: every call reads for less than a second, first those that
-        waited longest. Of runs not read yet there is the name, and None for the number of rows.
+        are half read, then those that waited longest. Of runs not read yet there is the name, and
+        None for the number of rows.
         """
         names = source.runs()
         deadline = time.monotonic() + BUDGET
-        for name in sorted(names, key=lambda n: self._believed_until(source, n)):
+        for name in sorted(names, key=lambda n: self._turn(source, n)):
             with self._lock:
                 try:
                     self._current(source, name, deadline, to_describe=True)
@@ -116,15 +124,18 @@ class Store:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _believed_until(self, source: Source, name: str) -> float:
+    def _turn(self, source: Source, name: str) -> tuple[bool, float]:
+        """Tells when a run is read: those with less come first."""
         reading = self._readings.get((source.experiment, name))
-        return -math.inf if reading is None else reading.believed_until
+        if reading is None:
+            return True, -math.inf
+        return reading.feeding is None, reading.believed_until
 
     def _description(self, source: Source, name: str) -> dict[str, Any]:
         reading = self._readings.get((source.experiment, name))
         if reading is not None and reading.description is not None:
             return reading.description
-        return Run(name, "", {}, {}, 0).describe() | {"rows": None, "error": None}
+        return Run(name, "", {}, {}, 0, read=0.0).describe() | {"rows": None, "error": None}
 
     def _give_up(self, source: Source, name: str, error: Exception) -> None:
         """Describes a run that cannot be read, whatever the reason."""

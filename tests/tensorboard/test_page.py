@@ -565,6 +565,8 @@ def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
         ActionChains(page.driver).send_keys(Keys.ENTER).perform()
         page.ready()
         assert inside[0] not in json.loads(page.data("heatmap")["layers"])
+        assert page.data("heatmap")["selected"] == "net.h.3.*", "its block stands for it"
+        assert page.hash()["p.lca.layer"] == inside[0]
 
         field = page.find("find")
         field.send_keys("OUT  attn")

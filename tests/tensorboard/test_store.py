@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.processes import PATIENCE
 from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History
@@ -414,6 +415,36 @@ def test_what_is_too_large_for_memory_lies_in_files(provider, source, crowded):
         total = table.column("allocated").total(slice(0, rows))
         assert total == pytest.approx(whole[:rows].sum(0, dtype=float), abs=1e-12)
     assert (kept[-1].bytes == 0) == (crowded == "files")
+
+
+def test_nobody_waits_while_another_run_is_being_read(provider, source, monkeypatch):
+    for name in ("known", "long"):
+        provider.session(name)
+        provider.chunk(name, make_rows(range(1, 11)))
+    store, reads, goes_on = Store(), threading.Event(), threading.Event()
+    store.run(source, "known")
+    read = provider.read_tensors
+
+    def slowly(context, *, run_tag_filter, **more):
+        if "long" in run_tag_filter.runs:
+            reads.set()
+            assert goes_on.wait(PATIENCE)
+        return read(context, run_tag_filter=run_tag_filter, **more)
+
+    monkeypatch.setattr(provider, "read_tensors", slowly)
+    reader = threading.Thread(target=store.describe, args=(source,))
+    reader.start()
+    assert reads.wait(PATIENCE)
+    answers = []
+    asker = threading.Thread(target=lambda: answers.append(store.run(source, "known")))
+    asker.start()
+    asker.join(60)
+    waited = asker.is_alive()
+    goes_on.set()
+    reader.join()
+    asker.join()
+    assert not waited
+    assert len(answers[0].table(None).rows) == 10
 
 
 def test_unknown_names_leave_nothing_behind(provider, source):

@@ -38,6 +38,12 @@ const NAMES = [
   "compare",
 ];
 
+/** The row that shows a layer: its own, or that of a block that it lies in. */
+function rowOf(layer, run, bins) {
+  if (!run || !bins || bins.layers.includes(layer)) return layer;
+  return bins.layers[bins.row_of[run.layers.indexOf(layer)]] ?? layer;
+}
+
 /** The blocks that the address says are the other way than at first. */
 function toggledOf({ toggle }) {
   try {
@@ -227,13 +233,15 @@ export class App {
     const { state } = this.store;
     const { run, sources } = this;
     const table = sources.table.data;
+    const bins = sources.bins.data;
     const choices = run && !run.error ? this.runs.others(run, state.probe) : [];
     return {
       state,
       run,
       runs: this.runs.all ?? [],
       table,
-      bins: sources.bins.data,
+      bins,
+      row: rowOf(state.layer, run, bins),
       synchrony: sources.synchrony.data,
       shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
@@ -298,6 +306,7 @@ export class App {
 
   sayNoRun(run) {
     if (run?.error) this.say(`Run ${run.name} cannot be shown. ${run.error}`, true);
+    else if (run?.read < 1) this.say(`Run ${run.name} is being read.`);
     else if (run)
       this.say(
         `Run ${run.name} has no measured step yet. They appear here as soon as the first are written.`,

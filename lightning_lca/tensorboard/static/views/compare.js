@@ -55,7 +55,7 @@ export function compareView(app) {
       ];
     },
     /** @param {CompareAnswer} data */
-    draw(data, { state, own, other, shares }) {
+    draw(data, { state, row, own, other, shares }) {
       const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);
       const rows = treeRows(data);
@@ -66,7 +66,7 @@ export function compareView(app) {
         low: edges[0],
         high: edges.at(-1),
         unit: data.unit,
-        selected: state.layer,
+        selected: row,
         rowHeight: rowHeight(layers.length, { room: 260, least: isTree ? 14 : 3, most: 22 }),
       };
       const [a, b, difference] = maps;
@@ -94,14 +94,14 @@ export function compareView(app) {
         limit: data.limit_difference,
         words: ["helps more", "hurts more"],
       });
-      const chosen = layers.indexOf(state.layer);
+      const chosen = layers.indexOf(row);
       const sums = (letter) => {
         const part = (name) =>
           chosen >= 0 ? data[`${name}_${letter}`][chosen] : data[`${name}_total_${letter}`];
         return startingFrom(state.origin === "run" ? part("before") : 0, part("running"));
       };
       const [sumA, sumB] = [sums("a"), sums("b")];
-      sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? state.layer : "all layers"}`;
+      sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? row : "all layers"}`;
       chart.update({
         x: edges,
         lines: [

@@ -43,13 +43,13 @@ export function cumulativeView(app) {
     section,
     source: "bins",
     /** @param {BinsAnswer} answer */
-    draw(answer, { state }) {
+    draw(answer, { state, row }) {
       const bins = withoutOpenBlocks(answer);
       const stacked = state.stack === "1";
       stack.setAttribute("aria-pressed", stacked);
       drawOrigin(state);
       const { sums, total, truth } = sumsOf(bins, state.origin === "run");
-      const chosen = bins.layers.indexOf(state.layer);
+      const chosen = bins.layers.indexOf(row);
       const style = stacked
         ? asAreas(bins, sums, total, truth, chosen)
         : asLines(bins, sums, chosen);

@@ -56,7 +56,7 @@ export function layersView(app) {
     source: "bins",
     also: "table",
     /** @param {BinsAnswer} bins */
-    draw(bins, { state, run, shares }) {
+    draw(bins, { state, run, row, shares }) {
       const { edges, layers, credit, total, measured, not_finite: notFinite } = bins;
       const isTree = bins.open.some((open) => open !== null);
       every.hidden = run.layers.length <= MANY || state.find !== null;
@@ -72,7 +72,7 @@ export function layersView(app) {
         high: edges.at(-1),
         limit: bins.limit,
         unit: bins.unit,
-        selected: state.layer,
+        selected: row,
         rowHeight: rowHeight(layers.length, { tall: isTree || state.tall === "1" }),
       });
       const empty = measured.filter((n) => !n).length;

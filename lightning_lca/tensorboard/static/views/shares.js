@@ -68,7 +68,7 @@ export function sharesView(app) {
     );
     body.replaceChildren(
       ...data.layers.map((name, i) => {
-        const pressed = name === context.state.layer;
+        const pressed = name === context.row;
         const { label, depth } = rows[i];
         const select = el("button", { type: "button", "aria-pressed": pressed, title: name }, label);
         select.addEventListener("click", () => app.act.onSelect(name));

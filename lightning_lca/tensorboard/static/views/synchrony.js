@@ -53,7 +53,7 @@ export function synchronyView(app) {
       return run.layers.length < 2 ? "One layer has no other to learn with." : null;
     },
     /** @param {SynchronyAnswer} data */
-    draw(data, { state, bins }) {
+    draw(data, { state, bins, row }) {
       if (document.activeElement !== strongest) strongest.value = state.strongest ?? 20;
       const { edges } = data;
       const [low, high] = [edges[0], edges.at(-1)];
@@ -66,7 +66,7 @@ export function synchronyView(app) {
         low,
         high,
         axis: false,
-        selected: state.layer,
+        selected: row,
         rowHeight: rowHeight(rows.length, { room: 320, least: isTree ? 14 : 3, most: 20 }),
       });
       chart.update(data.expected ? perStep(data) : perBin(data));

@@ -104,7 +104,7 @@ export function tableView(app) {
     });
     body.replaceChildren(
       ...rows.map((row) => {
-        const chosen = row.name === context.state.layer;
+        const chosen = row.name === context.row;
         const cells = COLUMNS.map(({ key, text }) => {
           if (key === "name") {
             const select = el(
