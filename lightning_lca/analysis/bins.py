@@ -113,8 +113,10 @@ class Bins:
 
         Floats are nan where a bin has rows, and none that counts.
         """
-        values = counted(values, self.finite)
-        parts = (values[a:b].astype(dtype, copy=False).sum(0) for a, b in pairwise(self.cuts))
+        first, rows = int(self.cuts[0]), self.rows
+        values = counted(values[rows], None if self.finite is None else self.finite[rows])
+        cuts = self.cuts - first
+        parts = (values[a:b].astype(dtype, copy=False).sum(0) for a, b in pairwise(cuts))
         total = np.stack(list(parts))
         if np.issubdtype(total.dtype, np.floating):
             total[(self.measured > 0) & (self.counted == 0)] = np.nan

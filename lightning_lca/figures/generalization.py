@@ -10,7 +10,6 @@ from lightning_lca.figures import style
 from lightning_lca.figures.timeline import Array, check
 from lightning_lca.record.history import History
 from lightning_lca.record.overfitting import Overfitting
-from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +40,7 @@ def generalization(train_history: History, val_history: History) -> Figure:
     for history in (train_history, val_history):
         check(history)
     found = Overfitting.of(train_history, val_history)
-    shown = _most_telling(found)
+    shown = np.sort(found.most_telling[:_PANELS])
     columns = 1 if len(shown) == 1 else 2
     lines = -(-len(shown) // columns)
     with style.page(1.0 + _PANEL * lines) as figure:
@@ -87,13 +86,6 @@ def _thinned(count: int, kept: int) -> Array:
     """Chooses the points of a line to draw, one of them where it must be."""
     every = max(1, -(-count // style.POINTS))
     return np.unique(np.append(np.arange(0, count, every), [kept, count - 1]))
-
-
-def _most_telling(found: Overfitting) -> Array:
-    """Chooses layers for the panels, in network order."""
-    reach: Floats = np.abs(found.train[-1]) + np.abs(found.val[-1])
-    telling = np.lexsort([-reach, -np.where(found.overfits, found.given_back, 0.0)])
-    return np.sort(telling[:_PANELS])
 
 
 def _legend(figure: Figure, overfits: bool) -> None:

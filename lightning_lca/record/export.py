@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_lca.record.decimals import WIDTH, singles
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import SCALARS, StepTable
@@ -18,6 +20,8 @@ Columns = dict[str, npt.NDArray[Any]]
 FORMATS = (".csv", ".parquet", ".npz")
 BLOCK = 10_000  # Most rows that are written at once,
 CELLS = 2**20  # and most numbers.
+_SPECIAL = re.compile('[,"\\r\\n]')
+_TOLD_APART = 2**22  # Weights of which float32 tells k from k + 1, as fractions.
 _PER_STEP = ("steps", *SCALARS, "finite")
 _PER_GROUP = ("allocated", "helping", "hurting")
 
@@ -27,6 +31,7 @@ def wide(history: History, rows: slice = slice(None), *, by_layer: bool = False)
 
     Units: LCA, losses and residuals are in loss units, negative LCA helped; helping and hurting are
     fractions of the group's weights. Steps that are not ``finite`` count in no sum elsewhere.
+    Numbers are float32 where the record's are, and fractions where that tells every count apart.
 
     Args:
         history: What was measured.
@@ -57,17 +62,23 @@ def long(history: History) -> Columns:
 
 def _per_group(history: History, table: StepTable, layers: Layers) -> Columns:
     sizes = np.maximum(layers.sums(history.sizes), 1)
+    narrow = np.float32 if sizes.max(initial=1) <= _TOLD_APART else np.float64
     return {
-        "lca": layers.sums(table.allocated.astype(np.float64)),
-        "helping": layers.sums(table.helping) / sizes,
-        "hurting": layers.sums(table.hurting) / sizes,
+        "lca": _sums(table.allocated, layers),
+        "helping": (layers.sums(table.helping) / sizes).astype(narrow),
+        "hurting": (layers.sums(table.hurting) / sizes).astype(narrow),
     }
+
+
+def _sums(values: npt.NDArray[Any], layers: Layers) -> npt.NDArray[Any]:
+    """Adds what belongs to one layer: [T, G] -> [T, L]; what is not added stays as it is."""
+    return layers.sums(values if len(layers) == len(layers.owner) else values.astype(np.float64))
 
 
 def _per_share(history: History, table: StepTable, layers: Layers) -> Columns:
     """Sums the shares of breakdowns: {"part/noise": [T, layers]}."""
     return {
-        f"{name}/{share}": layers.sums(table.shares[name][:, :, k].astype(np.float64))
+        f"{name}/{share}": _sums(table.shares[name][:, :, k], layers)
         for name, breakdown in history.breakdowns.items()
         for k, share in enumerate(breakdown.names)
     }
@@ -108,12 +119,40 @@ def blocks(columns: Mapping[str, npt.NDArray[Any]]) -> Iterator[Columns]:
 
 
 def write_csv(path: Path, header: Iterable[str], parts: Iterable[Columns]) -> None:
-    """Writes blocks of rows as CSV; numbers are written so that they read back exactly."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
+    """Writes blocks of rows as CSV; see `csv_rows`."""
+    with path.open("wb") as file:
+        file.write(csv_header(header))
         for part in parts:
-            writer.writerows(zip(*(column.tolist() for column in part.values()), strict=True))
+            file.write(csv_rows(part))
+
+
+def csv_header(names: Iterable[str]) -> bytes:
+    """Writes the names of columns as a line of CSV."""
+    return ",".join(map(_quoted, names)).encode() + b"\r\n"
+
+
+def csv_rows(columns: Columns) -> bytes:
+    """Writes rows as lines of CSV; numbers read back exactly, float32 ones as float32."""
+    parts: list[Iterable[bytes]] = []
+    for narrow, run in groupby(columns.values(), lambda column: bool(column.dtype == np.float32)):
+        some = list(run)
+        if narrow:
+            text = singles(np.stack(some, 1)).tobytes()
+            width = WIDTH * len(some)
+            parts.append([text[i : i + width] for i in range(0, len(text), width)])
+        else:
+            lists = [
+                map(_quoted if column.dtype == object else str, column.tolist()) for column in some
+            ]
+            parts.append(f",{','.join(row)}".encode() for row in zip(*lists, strict=True))
+    lines = (b"".join(line)[1:] for line in zip(*parts, strict=True))
+    # What is shorter than its place has bytes that are nothing.
+    return b"".join(line + b"\r\n" for line in lines).translate(None, b"\0")
+
+
+def _quoted(text: str) -> str:
+    """Quotes a text where CSV needs it."""
+    return '"' + text.replace('"', '""') + '"' if _SPECIAL.search(text) else text
 
 
 def write_parquet(path: Path, parts: Iterable[Columns]) -> None:

@@ -11,7 +11,8 @@ and may touch 0 where p is just below 5 %.
 Another run or another seed are other questions, which the steps of one run cannot answer; every
 statement ends with what it does not show. So are other data, unless the probe has two batches or
 more: then intervals of credit cover how far its batches lie apart (Student's t over the batches, so
-that two of them tell next to nothing). Steps that are not finite are left out.
+that two of them tell next to nothing). Steps that are not finite are left out. Of more than 16,384
+steps, means of neighbours stand for them in tests of a mean.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_lca.record.statistics import LEAST, Floats, Mean, holm
-from lightning_lca.record.synchrony import synchrony
+from lightning_lca.record.synchrony import Dips, Synchrony
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
+
+_Take = Callable[[slice], Any]  # Reads a column of the groups in some rows [n, G].
 
 LEVEL = 0.05  # Of a whole list: the chance that noise has a finding with a p.
 NETWORK = "network"
@@ -44,6 +48,7 @@ KINDS = (  # Most important first: first what casts doubt on the rest.
     "synchrony",
     "helping",
 )
+_CELLS = 2**20  # Numbers that are looked at at once.
 _IDLE = 0.1  # Share of sampled weights without any credit that is worth a finding.
 _LAYERS = 4  # Fewer cannot be told apart from shifted ones: no p is below 5 %.
 _PAIRED = 2000  # Most layers of which every pair is compared.
@@ -200,27 +205,44 @@ def _stands(
 class _Run:
     """The finite rows of one probe's history within a range of steps.
 
+    They are looked at in pieces, so that a long run takes no more memory than a short one.
+
     Attributes:
         history: All of it.
-        keep: Rows within the range that are finite [all rows].
+        rows: Those within the range [T].
+        keep: Which of them are finite [T].
         layers: What is tested, as figures and the tab show it.
-        credit: Of every layer in the rows kept, in loss units [T, L].
         probe: The probe's name, where there are several.
     """
 
     def __init__(self, history: History, first: int | None, last: int | None, probe: str) -> None:
         self.history, self.probe = history, probe
-        steps = history.steps
-        within = np.ones(len(steps), bool)
-        within &= True if first is None else steps >= first
-        within &= True if last is None else steps <= last
+        rows = history.rows
+        start = 0 if first is None else int(np.searchsorted(rows.steps, first))
+        stop = None if last is None else int(np.searchsorted(rows.steps, last, side="right"))
+        self.rows = rows[start:stop]
         self.layers = history.shown
-        sums = self.layers.sums(history.rows.allocated.astype(float))
-        self.within, self.keep = within, within & history.finite & np.isfinite(sums).all(1)
-        self.credit: Floats = sums[self.keep]
+        self.keep = self.rows.finite
+        sums = [np.isfinite(piece).all(1) for piece in self.pieces(self._credit)]
+        self.keep[self.keep] = np.concatenate(sums) if sums else False
 
     def __len__(self) -> int:
         return int(self.keep.sum())
+
+    def pieces(self, take: _Take, keep: npt.NDArray[np.bool_] | None = None) -> Iterator[Floats]:
+        """Reads a column of every layer, of rows that are kept, piece by piece [n, L]."""
+        for part, kept in self._parts(self.keep if keep is None else keep):
+            yield self.layers.sums(take(part)[kept].astype(np.float64, copy=False))
+
+    def _parts(self, keep: npt.NDArray[np.bool_]) -> Iterator[tuple[slice, Any]]:
+        """Cuts the rows into parts, and tells which rows of each are kept."""
+        step = max(1, _CELLS // max(1, len(self.history.groups)))
+        for first in range(0, len(keep), step):
+            part = slice(first, first + step)
+            yield part, slice(None) if keep[part].all() else keep[part]
+
+    def _credit(self, part: slice) -> Any:
+        return self.rows.allocated[part]
 
     @cached_property
     def doubted(self) -> dict[str, float]:
@@ -229,13 +251,23 @@ class _Run:
         A step's residual is shared out as its credit is, by size, and none of it cancels over
         steps. Where that reaches the layer's whole credit, its sign is open.
         """
-        size = np.abs(self.credit)
-        all_of_it = size.sum(1)
-        residual = np.abs(self.history.residual[self.keep])
-        per_credit = np.divide(
-            residual, all_of_it, out=np.zeros_like(residual), where=all_of_it > 0
-        )
-        missed, net = per_credit @ size, np.abs(self.credit.sum(0))
+        missed, net = np.zeros(len(self.layers)), np.zeros(len(self.layers))
+        residual, first = np.abs(self.rows.residual[self.keep]), 0
+        for credit in self.pieces(self._credit):
+            size = np.abs(credit)
+            all_of_it = size.sum(1)
+            per_credit = np.divide(
+                residual[first : first + len(credit)],
+                all_of_it,
+                out=np.zeros(len(credit)),
+                where=all_of_it > 0,
+            )
+            missed, net, first = (
+                missed + per_credit @ size,
+                net + credit.sum(0),
+                first + len(credit),
+            )
+        net = np.abs(net)
         return {
             name: float(missed[i] / net[i]) if net[i] else np.inf
             for i, name in enumerate(self.layers.names)
@@ -245,40 +277,49 @@ class _Run:
     @cached_property
     def batches(self) -> Floats | None:
         """Mean credit of every layer on each batch of the probe [K, L]; None: it is not known."""
-        by_batch = getattr(self.history, "by_batch", None)
-        if by_batch is None or len(by_batch.allocated) != len(self.keep):
+        from lightning_lca.record.history import BATCH  # Which imports this module.
+
+        values = self.rows.shares.get(BATCH)
+        if values is None or not len(self):
             return None
-        values = self.layers.sums(by_batch.allocated[self.keep].mean(0).T)
-        return values if np.isfinite(values).all() else None
+        sums = sum(
+            values[part][kept].sum(0, dtype=np.float64) for part, kept in self._parts(self.keep)
+        )
+        means = self.layers.sums(np.asarray(sums).T / len(self))
+        return means if np.isfinite(means).all() else None
 
     # -- what is tested
 
     def questions(self) -> Iterator[_Question]:
         """Asks what one probe can answer."""
-        yield self._mean("hurts", self.credit, _hurts, self.batches)
+        yield self._mean("hurts", self._credit, _hurts, self.batches)
         yield from self._helping()
         yield from self._synchrony()
-        part = self._breakdown("part")
+        part, moves = self._breakdown("part")
         for name, tell in (("momentum", _momentum), ("weight_decay", _weight_decay)):
-            if name in part and part[name].any():
+            if name in part and moves[name]:
                 yield self._mean(name, part[name], tell)
-        order = self._breakdown("order")
+        order, _ = self._breakdown("order")
         if {"first_order", "curvature"} <= order.keys():
             straight, bent = order["first_order"], order["curvature"]
             yield self._mean("against_gradient", straight, _against_gradient)
-            past = self._mean("curvature", bent + straight / 2, _curvature)
+            past = self._mean("curvature", lambda rows: bent(rows) + straight(rows) / 2, _curvature)
             # Both must hold, so the larger p counts.
-            yield replace(past, p=np.maximum(past.p, Mean.of(straight).below()))
+            yield replace(past, p=np.maximum(past.p, self.mean(straight).below()))
+
+    def mean(self, take: _Take) -> Mean:
+        """Estimates the mean of a column of every layer [L]."""
+        return Mean.of_pieces(self.pieces(take), len(self))
 
     def _mean(
         self,
         kind: str,
-        series: Floats,
+        take: _Take,
         words: Callable[..., tuple[str, str]],
         batches: Floats | None = None,
     ) -> _Question:
-        """Asks in which layers a series lies above 0 [T, L]; on all data like batches [K, L]."""
-        mean = Mean.of(series)
+        """Asks in which layers a column lies above 0; on all data like batches [K, L]."""
+        mean = self.mean(take)
         mean = mean if batches is None else mean.over(batches)
 
         def tell(place: int, p: float, tail: float) -> Finding:
@@ -286,21 +327,23 @@ class _Run:
             low, high = (float(end[place]) for end in mean.interval(tail))
             effect = float(mean.mean[place])
             numbers = f"{effect:+.2g} a step (95% interval {low:+.2g} to {high:+.2g}, {_p(p)})"
-            said, advice = words(_name(layer), numbers, float(series[:, place].sum()), self)
+            said, advice = words(_name(layer), numbers, effect * len(self), self)
             return Finding(kind, layer, self._on(said), effect, (low, high), p, advice)
 
         return _Question(self.probe, mean.above(), tell)
 
     def _helping(self) -> Iterator[_Question]:
-        rows = self.history.rows
         helped, hurt = (
-            counts[self.keep].sum(1, dtype=np.int64) for counts in (rows.helping, rows.hurting)
+            np.concatenate(
+                [counts[part][kept].sum(1, dtype=np.int64) for part, kept in self._parts(self.keep)]
+            )
+            for counts in (self.rows.helping, self.rows.hurting)
         )
         moved = helped + hurt
         if (moved > 0).sum() < LEAST:
             return
         share = helped[moved > 0] / moved[moved > 0]
-        mean = Mean.of(share[:, None] - 0.5)
+        mean = Mean.of_pieces([share[:, None] - 0.5], len(share))
 
         def tell(place: int, p: float, tail: float) -> Finding:
             low, high = (float(end[place]) for end in mean.interval(tail / 2))
@@ -324,11 +367,12 @@ class _Run:
         layers = len(self.layers)
         if not _LAYERS <= layers <= _PAIRED:
             return
-        # Rows that are not finite stay in place, so that no layer's neighbours change.
-        credit = self.history.rows.allocated[self.within].astype(float)
-        credit[~self.keep[self.within]] = np.nan
+        credit = self.rows.allocated
+        if layers != len(self.history.groups):
+            credit = self.layers.sums(credit.astype(np.float64))
         draws = int(np.clip(_DRAWS // (20 * layers), 100, 1000))
-        found = synchrony(self.layers.sums(credit), draws=draws)
+        # Rows that are not finite stay in place, so that no layer's neighbours change.
+        found = Synchrony.of(Dips.of(credit, 20, self.keep), len(credit), draws)
         if found.excess is None:
             return
         effect = found.excess
@@ -350,15 +394,23 @@ class _Run:
 
         yield _Question(self.probe, np.array([found.p_pairs]), tell)
 
-    def _breakdown(self, name: str) -> dict[str, Floats]:
-        """Reads the shares of a breakdown in credit, {share: [T, L]}; {} where there is none."""
-        breakdown: Any = getattr(self.history, "breakdowns", {}).get(name)
-        if breakdown is None or len(breakdown.allocated) != len(self.keep):
-            return {}
-        shares = np.asarray(breakdown.allocated)[self.keep].astype(float)
-        if not np.isfinite(shares).all():
-            return {}
-        return {share: self.layers.sums(shares[:, :, k]) for k, share in enumerate(breakdown.names)}
+    def _breakdown(self, name: str) -> tuple[dict[str, _Take], dict[str, bool]]:
+        """Finds the shares of a breakdown, and whether they are not 0 throughout; {}: none."""
+        shares, values = self.history.shares.get(name, ()), self.rows.shares.get(name)
+        if values is None:
+            return {}, {}
+        moves = np.zeros(len(shares), bool)
+        for part, kept in self._parts(self.keep):
+            some = values[part][kept]
+            if not np.isfinite(some).all():
+                return {}, {}
+            moves |= some.any((0, 1))
+
+        def taking(k: int) -> _Take:
+            return lambda part: values[part][:, :, k].astype(np.float64)
+
+        takes = {share: taking(k) for k, share in enumerate(shares)}
+        return takes, dict(zip(shares, moves.tolist(), strict=True))
 
     # -- what is counted
 
@@ -384,8 +436,8 @@ class _Run:
             )
 
     def _not_converged(self) -> Iterator[Finding]:
-        steps, limits = int(self.within.sum()), self.limits("which credits are wrong")
-        missed = int((~self.history.converged & self.keep).sum())
+        steps, limits = len(self.rows), self.limits("which credits are wrong")
+        missed = int((~self.rows.converged & self.keep).sum())
         broken = steps - len(self)
         if missed:
             yield Finding(
@@ -410,8 +462,10 @@ class _Run:
             )
 
     def _never_moves(self) -> Iterator[Finding]:
-        rows = self.history.rows
-        credited = sum(counts[self.keep].any(0) for counts in (rows.helping, rows.hurting))
+        credited = np.zeros(len(self.history.groups), bool)
+        for part, kept in self._parts(self.keep):
+            for counts in (self.rows.helping, self.rows.hurting):
+                credited |= counts[part][kept].any(0)
         still = self.layers.sums(np.where(credited, 0, 1)) == self.layers.sums(
             np.ones(len(self.history.groups), np.int64)
         )
@@ -472,23 +526,23 @@ class _Run:
 
 def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
     """Asks which layers help on one probe and hurt on the other."""
-    both = [name for name in train.layers.names if name in set(val.layers.names)]
-    steps = np.intersect1d(train.history.steps[train.keep], val.history.steps[val.keep])
-    if not both or len(steps) < LEAST:
+    theirs = {name: place for place, name in enumerate(val.layers.names)}
+    ours = {name: place for place, name in enumerate(train.layers.names) if name in theirs}
+    both = list(ours)
+    both_have = np.intersect1d(
+        train.rows.steps[train.keep], val.rows.steps[val.keep], assume_unique=True
+    )
+    if not both or len(both_have) < LEAST:
         return
-    learned, kept = (
-        run.credit[np.isin(run.history.steps[run.keep], steps)][
-            :, [run.layers.names.index(name) for name in both]
-        ]
-        for run in (train, val)
-    )
-    on_train, on_val = (
-        mean if run.batches is None else mean.over(run.batches[:, places])
-        for mean, run, places in (
-            (Mean.of(learned), train, [train.layers.names.index(name) for name in both]),
-            (Mean.of(kept), val, [val.layers.names.index(name) for name in both]),
-        )
-    )
+
+    def mean(run: _Run, places: list[int]) -> Mean:
+        keep = run.keep & np.isin(run.rows.steps, both_have, assume_unique=True)
+        pieces = (piece[:, places] for piece in run.pieces(run._credit, keep))
+        found = Mean.of_pieces(pieces, len(both_have))
+        return found if run.batches is None else found.over(run.batches[:, places])
+
+    on_train = mean(train, list(ours.values()))
+    on_val = mean(val, [theirs[name] for name in both])
 
     def tell(place: int, p: float, tail: float) -> Finding:
         layer, effect = both[place], float(on_val.mean[place])

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import findings, summary
+from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import (
     Breakdown,
@@ -42,7 +43,11 @@ class History:
         layers: The layer that every group belongs to (G,).
         settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
+        cuts: How often rows were dropped; while it stays, rows only join those that are there.
     """
+
+    cuts = 0
+    _growing: GrowingTable | None = None  # Made when rows are added; a pickle has none.
 
     def __init__(
         self,
@@ -89,6 +94,11 @@ class History:
         """Adds windows of steps to the table "parameters", "neurons" or "weights"."""
         self._windows.setdefault(table, []).append(windows)
 
+    def grow_in(self, allocate: Allocate) -> None:
+        """Says how arrays are made that rows are joined in; see `growth.GrowingTable`."""
+        if self._growing is None:
+            self._growing = GrowingTable(allocate)
+
     def declare(self, table: str, columns: Columns) -> None:
         """Says what a table of windows holds, before it has rows."""
         self._declared[table] = columns
@@ -122,6 +132,7 @@ class History:
 
     def cut(self, last_step: int) -> None:
         """Drops what was measured after a step, as a session does that starts there."""
+        self.cuts += 1
         self._parts = [self.rows[self.steps <= last_step]]
         for name in list(self._windows):
             windows = self._table(name)
@@ -139,9 +150,15 @@ class History:
         counts = {name: len(names) for name, names in self._shares.items()}
         parts = [part.split_into(counts) for part in self._parts]
         if len(parts) > 1:
-            parts = [StepTable.join([p for p in parts if len(p)] or parts[:1])]
+            if self._growing is None:
+                self._growing = GrowingTable()
+            parts = [self._growing.join([p for p in parts if len(p)] or parts[:1])]
         self._parts = parts
         return parts[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the rows, without the room for more."""
+        return {name: value for name, value in vars(self).items() if name != "_growing"}
 
     def go_on_like(self, other: History) -> None:
         """Takes over what another session says of the same columns: settings, layers, shares."""

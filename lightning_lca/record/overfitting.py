@@ -88,10 +88,10 @@ class Overfitting:
         one step to the next do not either. It is a sign, for one run and one probe, and no test: of
         layers without direction about one in fifteen is called so.
         """
-        both = np.intersect1d(train_steps, val_steps)
+        both = np.intersect1d(train_steps, val_steps, assume_unique=True)
         lines = []
         for steps, credit in ((train_steps, train), (val_steps, val)):
-            running = np.cumsum(np.nan_to_num(credit, posinf=0, neginf=0), 0)
+            running = np.cumsum(np.nan_to_num(credit, posinf=0, neginf=0), 0, dtype=np.float64)
             known = running[np.searchsorted(steps, both)]
             lines.append(np.concatenate([np.zeros((1, len(layers))), known]))
         spacing = int(np.median(np.diff(both))) if len(both) > 1 else 1
@@ -116,6 +116,32 @@ class Overfitting:
         """By how much each layer raised the validation loss since its turn [L], in loss units."""
         rise: Floats = self.val[-1] - self.val[self.turn, np.arange(len(self.layers))]
         return rise
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """What each layer did over all these steps, in words (L,).
+
+        "overfits" comes first: such a layer may well have helped both before it turned.
+        """
+        train, val = np.sign(self.train[-1]), np.sign(self.val[-1])
+        words = {
+            (-1, -1): "helps both",
+            (-1, 0): "helps train only",
+            (-1, 1): "helps train only",
+            (0, -1): "helps val only",
+            (1, -1): "helps val only",
+            (0, 0): "does nothing",
+        }
+        return tuple(
+            "overfits" if self.overfits[i] else words.get((train[i], val[i]), "hurts both")
+            for i in range(len(self.layers))
+        )
+
+    @property
+    def most_telling(self) -> Ints:
+        """Places of the layers [L]: first those that overfit most, then those that did most."""
+        reach: Floats = np.abs(self.train[-1]) + np.abs(self.val[-1])
+        return np.lexsort([-reach, -np.where(self.overfits, self.given_back, 0.0)])
 
 
 def text(histories: Mapping[str | None, History]) -> str:

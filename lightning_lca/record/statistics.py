@@ -11,6 +11,7 @@ Journal of Business and Economic Statistics 36(4), equations 3 to 5 and their ru
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 LEAST = 50  # Steps: with fewer, noise that swings slowly is found significant too often.
+_LONGEST = 2**14  # Steps; of more, means of neighbours stand for them.
 _CELLS = 2**21  # Numbers that are transformed at once: bounds memory whatever the run's length.
 
 
@@ -69,6 +71,31 @@ class Mean:
             waves = _cosines(part - part[:1], degrees)  # A constant becomes exactly 0.
             errors[some] = np.sqrt((waves**2).mean(0) / len(table))
         return cls(means * scale, errors * scale, np.full(len(means), degrees))
+
+    @classmethod
+    def of_pieces(cls, pieces: Iterable[Floats], steps: int) -> Mean:
+        """Estimates the same from pieces of the series, one after the other [n, L].
+
+        Of more than 16,384 steps, means of so many neighbours stand for them that there are no
+        more: their slow waves are those of the steps. The mean is that of all steps.
+
+        Args:
+            pieces: Of all steps.
+            steps: How many there are in all.
+        """
+        every = -(-steps // _LONGEST)
+        if every <= 1:
+            return cls.of(np.concatenate(list(pieces)))
+        total: Floats | float = 0.0
+        blocks, rest = [], None
+        for piece in pieces:
+            total = total + piece.sum(0)
+            rows = piece if rest is None else np.concatenate([rest, piece])
+            whole = len(rows) // every * every
+            blocks.append(rows[:whole].reshape(-1, every, rows.shape[1]).mean(1))
+            rest = rows[whole:]
+        found = cls.of(np.concatenate(blocks))
+        return cls(np.asarray(total) / steps, found.error, found.degrees)
 
     def over(self, batches: npt.ArrayLike) -> Mean:
         """Widens the errors by that of the data: means on K batches of them [K, L].

@@ -15,12 +15,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_lca.record.findings import LEVEL, Finding, find, short
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.sampling import OfRun, of_run
 from lightning_lca.record.statistics import LEAST
-from lightning_lca.record.tables import Floats
+from lightning_lca.record.tables import Floats, StepTable
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
@@ -29,6 +30,28 @@ LARGE = 0.01  # A residual beyond this share of all credit is pointed out.
 _WIDEST = 200  # Longer names get a line that is longer.
 _HELPS = 0.5  # Simpson's residual against that of the ends alone, where halving does not help.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
+
+
+@dataclass(frozen=True)
+class PerStep:
+    """What every step shows of how far to trust it.
+
+    Attributes:
+        finite: Whether its loss and credit are, so that sums count it [T].
+        credited: Σ over layers of |A|, in loss units; 0 where that is not finite [T].
+        unmoved: Whether it moved no weight [T].
+    """
+
+    finite: npt.NDArray[np.bool_]
+    credited: Floats
+    unmoved: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, table: StepTable, layers: Layers) -> PerStep:
+        """Looks at the steps of a table."""
+        finite = table.finite
+        credit = np.where(finite[:, None], table.allocated, 0).astype(np.float64)
+        return cls(finite, np.abs(layers.sums(credit)).sum(1), table.unmoved)
 
 
 @dataclass(frozen=True)
@@ -54,19 +77,27 @@ class Trust:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, history: History, rows: slice = slice(None)) -> Trust:
-        """Looks at some steps of a history."""
+    def of(
+        cls, history: History, rows: slice = slice(None), per_step: PerStep | None = None
+    ) -> Trust:
+        """Looks at some steps of a history.
+
+        Args:
+            history: What was measured.
+            rows: Which steps.
+            per_step: What is known of these steps already.
+        """
         table = history.rows[rows]
-        finite = table[table.finite]
-        layers = Layers.of(history.layers)
-        moved = float(np.abs(layers.sums(finite.allocated.astype(np.float64))).sum())
-        missed = float(np.abs(finite.residual).sum())
+        if per_step is None:
+            per_step = PerStep.of(table, Layers.of(history.layers))
+        moved = float(per_step.credited.sum())
+        missed = float(np.abs(table.residual[per_step.finite]).sum())
         refines = history.settings.get("tolerance") is not None
         return cls(
             measured=len(table),
-            not_finite=len(table) - len(finite),
+            not_finite=int((~per_step.finite).sum()),
             unconverged=int((~table.converged).sum()),
-            unmoved=int(table.unmoved.sum()),
+            unmoved=int(per_step.unmoved.sum()),
             halved=0 if refines else int((table.splits > 1).sum()),
             unexplained=missed / moved if moved else math.inf if missed else None,
             settings=history.settings,

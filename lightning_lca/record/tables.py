@@ -120,6 +120,22 @@ class StepTable:
             shares=shares,
         )
 
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """All columns by name, those of breakdowns under ``split_`` and their name."""
+        columns = {name: getattr(self, name) for name in _columns()}
+        return columns | {f"{_SPLIT}{name}": values for name, values in self.shares.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Any]) -> StepTable:
+        """Makes a table of what `arrays` gave."""
+        shares = {
+            name.removeprefix(_SPLIT): values
+            for name, values in arrays.items()
+            if name.startswith(_SPLIT)
+        }
+        return cls(**{name: arrays[name] for name in _columns()}, shares=shares)
+
     @classmethod
     def none(cls, groups: int) -> StepTable:
         """Makes a table without rows."""

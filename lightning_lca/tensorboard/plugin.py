@@ -74,6 +74,7 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         from tensorboard.backend import http_util
         from werkzeug import Request, Response
 
+        from lightning_lca.tensorboard import answers
         from lightning_lca.tensorboard.provider import Source
         from lightning_lca.tensorboard.query import Query, QueryError
         from lightning_lca.tensorboard.routes import ANSWERS
@@ -90,7 +91,8 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 with np.errstate(over="ignore", invalid="ignore"):
                     answer = ANSWERS[name](self._store, source, Query(request.args))
                 if isinstance(answer, dict):
-                    text = json.dumps(answer, allow_nan=False, separators=(",", ":"))
+                    as_bytes = answers.COLUMNS in request.headers.get("Accept", "")
+                    text = answers.as_columns(answer) if as_bytes else answers.as_json(answer)
             except QueryError as error:
                 return _refuse(request, str(error), 400)
             except Exception as error:
@@ -98,7 +100,8 @@ class LCAPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
                 why = f"This cannot be answered: {type(error).__name__}: {error}"
                 return _refuse(request, f"{why}. Is the record damaged? Please report it.", 500)
             if isinstance(answer, dict):
-                return http_util.Respond(request, text, "application/json")
+                kind = answers.COLUMNS if as_bytes else "application/json"
+                return http_util.Respond(request, text, kind)
             # A table may be long: it is written while it is sent.
             return Response(
                 answer.text if request.method == "GET" else None,

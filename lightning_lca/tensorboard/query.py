@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -58,6 +59,19 @@ class Query:
                 f"got {show(value)}."
             )
         return int(value)
+
+    def names(self, name: str) -> list[str]:
+        """Takes a list of names, in JSON; none if it is missing."""
+        text = self.optional(name)
+        try:
+            value = [] if text is None else json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise QueryError(
+                f'{name} must be a list of names in JSON, as ["a", "b"]; got {show(text or "")}.'
+            )
+        return value
 
     def steps(self) -> tuple[int | None, int | None]:
         """Takes the range of optimizer steps; None where an end was left open."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +10,11 @@ from typing import Any
 from lightning_lca.record import export
 from lightning_lca.tensorboard import views
 from lightning_lca.tensorboard.provider import Source
-from lightning_lca.tensorboard.query import Query, QueryError
+from lightning_lca.tensorboard.query import MOST_BINS, Query, QueryError, show
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
 
-_BLOCK = 2**17  # Numbers that are turned to text at once.
+_BLOCK = 2**17  # Credits that are turned to text at once.
 _CELLS = 2**20  # Most numbers in an answer: of more layers than anyone looks at, fewer bins.
 _PAIRED = 2000  # Most layers of which every pair is compared.
 
@@ -26,7 +24,7 @@ class Download:
     """A text file, made while it is sent."""
 
     file_name: str
-    text: Iterator[str]
+    text: Iterator[bytes]
 
 
 Answer = Callable[[Store, Source, Query], "dict[str, Any] | Download"]
@@ -38,9 +36,9 @@ def _runs(store: Store, source: Source, query: Query) -> dict[str, Any]:
 
 
 def _bins(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    table = store.run(source, run).table(probe)
+    table = fold(store.run(source, run).table(probe))
     return views.bins(table, _bounded(asked, table))
 
 
@@ -57,23 +55,37 @@ def _channels(store: Store, source: Source, query: Query) -> dict[str, Any]:
 
 
 def _table(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    return views.table(store.run(source, run).table(probe), asked)
+    return views.table(fold(store.run(source, run).table(probe)), asked)
 
 
 def _shares(store: Store, source: Source, query: Query) -> dict[str, Any]:
-    run, probe, asked = _common(query)
+    (run, probe, asked), fold = _common(query), _folding(query)
     query.done()
-    return views.shares(store.run(source, run).table(probe), asked)
+    return views.shares(fold(store.run(source, run).table(probe)), asked)
 
 
 def _compare(store: Store, source: Source, query: Query) -> dict[str, Any]:
     run, probe, asked = _common(query)
-    run_b, probe_b = query.text("run_b"), query.optional("probe_b")
+    run_b, probe_b, fold = query.text("run_b"), query.optional("probe_b"), _folding(query)
     query.done()
     a, b = store.run(source, run).table(probe), store.run(source, run_b).table(probe_b)
+    a, b = fold(a), fold(b)
     return views.compare(a, b, _bounded(asked, a, b))
+
+
+def _generalization(store: Store, source: Source, query: Query) -> dict[str, Any]:
+    run, asked = query.text("run"), Range(*query.steps(), query.bins())
+    query.done()
+    found = store.run(source, run)
+    if not {"train", "val"} <= found.tables.keys():
+        raise QueryError(
+            f"Run {show(run)} has no probes named train and val. Train with "
+            'LCACallback(probe={"train": "train", "val": "val"}) to see which layers overfit.'
+        )
+    pair = found.table("train"), found.table("val")
+    return views.generalization(*pair, _bounded(asked, *pair))
 
 
 def _synchrony(store: Store, source: Source, query: Query) -> dict[str, Any]:
@@ -110,26 +122,26 @@ def _common(query: Query) -> tuple[str, str | None, Range]:
     return query.text("run"), query.optional("probe"), Range(*query.steps(), query.bins())
 
 
+def _folding(query: Query) -> Callable[[Table], Table]:
+    """Takes what is folded: returns what folds a table so."""
+    most = query.whole("fold", 0, MOST_BINS, 0) or None
+    toggled, found = query.names("toggle"), query.text("find", "")
+    return lambda table: table.folded(most, toggled, found)
+
+
 def _bounded(asked: Range, *tables: Table) -> Range:
     """Asks for fewer bins, where there are very many layers."""
     most = max(1, _CELLS // sum(len(table.layers) for table in tables))
     return replace(asked, bins=min(asked.bins, most))
 
 
-def _csv(table: Table, rows: slice) -> Iterator[str]:
+def _csv(table: Table, rows: slice) -> Iterator[bytes]:
     """Writes rows as text, with the columns of `export.wide`."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    step = max(1, min(512, _BLOCK // len(table.layers)))
-    writer.writerow(export.wide(table.history, slice(0, 0), by_layer=True))
+    yield export.csv_header(export.wide(table.history, slice(0, 0), by_layer=True))
+    step = max(1, _BLOCK // len(table.layers))
     for first in range(rows.start, rows.stop, step):
         block = slice(first, min(first + step, rows.stop))
-        columns = export.wide(table.history, block, by_layer=True).values()
-        writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
-    yield text.getvalue()
+        yield export.csv_rows(export.wide(table.history, block, by_layer=True))
 
 
 ANSWERS: dict[str, Answer] = {
@@ -140,6 +152,7 @@ ANSWERS: dict[str, Answer] = {
     "table": _table,
     "shares": _shares,
     "compare": _compare,
+    "generalization": _generalization,
     "synchrony": _synchrony,
     "findings": _findings,
     "export": _export,

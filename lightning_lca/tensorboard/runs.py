@@ -20,16 +20,18 @@ from lightning_lca.record.description import Description, DescriptionError
 from lightning_lca.record.history import History
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable
+from lightning_lca.tensorboard.digest import Digester
 from lightning_lca.tensorboard.provider import Event, Mark, Source
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Run, Table, listing
+from lightning_lca.tensorboard.spill import allocate
 
 _LOG = logging.getLogger(__name__)
 MEMORY = 200 * 2**20  # Bytes of tables that are kept; the one in use stays in any case.
 PATIENCE = 1.0  # Seconds for which a listing is believed,
 SELDOM = 10.0  # or so many times the seconds that it took: for very long records it takes long.
-BUDGET = 1.0  # Seconds for which runs are read in order to describe them.
-_BATCH = 256  # Tags that are read at once: some 8 MB.
+BUDGET = 0.4  # Seconds for which records are read before something is answered.
+_BATCH = 128  # Tags that are read at once: some 4 MB.
 _TABLES = ("chunk", "neurons")  # What the page shows. Single weights would fill the memory.
 
 
@@ -37,7 +39,8 @@ _TABLES = ("chunk", "neurons")  # What the page shows. Single weights would fill
 class _Reading:
     """A run's reader, and what it was fed.
 
-    ``run`` is None before the first reading, and after the memory was given to others.
+    ``run`` is None before the first reading, and after the memory was given to others. ``feeding``
+    goes on reading where it was left; None: all there was is read.
     """
 
     reader: Reader = field(default_factory=Reader)
@@ -47,10 +50,21 @@ class _Reading:
     until: float = -math.inf  # Wall time of the latest event that was fed.
     failed: int = 0
     believed_until: float = -math.inf
+    feeding: Iterator[float] | None = None
+    digesters: dict[str, tuple[History, int, Digester]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Frees the memory; the description stays, and what it was made of."""
         self.reader, self.run, self.until, self.failed = Reader(), None, -math.inf, 0
+        self.digesters = {}
+
+    def digester(self, probe: str, history: History) -> Digester:
+        """Finds what has seen the earlier rows of a history; a new one, where rows were dropped."""
+        of, cuts, digester = self.digesters.get(probe, (None, 0, None))
+        if digester is None or of is not history or cuts != history.cuts:
+            digester = Digester(history, allocate)
+            self.digesters[probe] = history, history.cuts, digester
+        return digester
 
 
 class Store:
@@ -67,26 +81,39 @@ class Store:
     def run(self, source: Source, name: str) -> Run:
         """Returns a run as it is now.
 
+        Of a long record that is what was read so far: those who ask for descriptions read on, and
+        while they do nobody waits for them.
+
         Raises:
             QueryError: There is none of this name, or it has no LCA record.
         """
-        with self._lock:
-            reading = self._current(source, name)
+        there = self._readings.get((source.experiment, name))
+        known = None if there is None else there.run
+        if there is not None and known is not None and known.has_rows:
+            if there.feeding is not None or not self._lock.acquire(blocking=False):
+                return known
+        else:
+            self._lock.acquire()
+        try:
+            reading = self._current(source, name, time.monotonic() + BUDGET)
             assert reading.run is not None
             return reading.run
+        finally:
+            self._lock.release()
 
     def describe(self, source: Source) -> list[dict[str, Any]]:
         """Tells of every run what the page needs.
 
-        Many long runs take long to read: every call reads for about a second, first those that
-        waited longest. Of runs not read yet there is the name, and None for the number of rows.
+        Many long runs take long to read: every call reads for less than a second, first those that
+        are half read, then those that waited longest. Of runs not read yet there is the name, and
+        None for the number of rows.
         """
         names = source.runs()
         deadline = time.monotonic() + BUDGET
-        for name in sorted(names, key=lambda n: self._believed_until(source, n)):
+        for name in sorted(names, key=lambda n: self._turn(source, n)):
             with self._lock:
                 try:
-                    self._current(source, name, to_describe=True)
+                    self._current(source, name, deadline, to_describe=True)
                 except QueryError:  # It is gone.
                     pass
                 except Exception as error:  # One run never takes the others along.
@@ -97,32 +124,37 @@ class Store:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _believed_until(self, source: Source, name: str) -> float:
+    def _turn(self, source: Source, name: str) -> tuple[bool, float]:
+        """Tells when a run is read: those with less come first."""
         reading = self._readings.get((source.experiment, name))
-        return -math.inf if reading is None else reading.believed_until
+        if reading is None:
+            return True, -math.inf
+        return reading.feeding is None, reading.believed_until
 
     def _description(self, source: Source, name: str) -> dict[str, Any]:
         reading = self._readings.get((source.experiment, name))
         if reading is not None and reading.description is not None:
             return reading.description
-        return Run(name, "", {}, {}, 0).describe() | {"rows": None, "error": None}
+        return Run(name, "", {}, {}, 0, read=0.0).describe() | {"rows": None, "error": None}
 
     def _give_up(self, source: Source, name: str, error: Exception) -> None:
         """Describes a run that cannot be read, whatever the reason."""
         _LOG.warning("LCA: run %r cannot be read.", name, exc_info=error)
         reading = self._readings.setdefault((source.experiment, name), _Reading())
         reading.forget()
-        reading.seen = {}
+        reading.seen, reading.feeding = {}, None
         reading.description = _unreadable(name, f"{type(error).__name__}: {error}")
         reading.believed_until = time.monotonic() + SELDOM
 
-    def _current(self, source: Source, name: str, to_describe: bool = False) -> _Reading:
+    def _current(
+        self, source: Source, name: str, deadline: float, to_describe: bool = False
+    ) -> _Reading:
         """Brings a run up to date; if only to describe it, not where its memory was given away."""
         key = (source.experiment, name)
         reading = self._readings.get(key) or _Reading()
         known = reading.description if to_describe else reading.run
         asked = time.monotonic()
-        if known is None or asked >= reading.believed_until:
+        if reading.feeding is None and (known is None or asked >= reading.believed_until):
             tags = source.tags(name)
             listed = time.monotonic()
             if not tags:
@@ -132,9 +164,11 @@ class Store:
                     "A run gets a record by training with LCACallback."
                 )
             if known is None or tags != reading.seen:
-                _feed(source, name, reading, tags)
+                reading.feeding = _feed(source, name, reading, tags)
             done = time.monotonic()
             reading.believed_until = done + max(PATIENCE, SELDOM * (listed - asked))
+        if reading.feeding is not None:
+            _read_on(source, name, reading, deadline)
         if reading.run is not None:
             self._readings.pop(key, None)
             self._readings[key] = reading
@@ -147,14 +181,49 @@ class Store:
             if taken > MEMORY and reading is not used:
                 taken -= _bytes(reading)
                 reading.forget()
+                reading.feeding = None
 
 
 def _bytes(reading: _Reading) -> int:
     return sum(t.bytes for t in reading.run.tables.values()) if reading.run else 0
 
 
-def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -> None:
-    """Feeds what is new; from the start where a session wrote over an older one."""
+def _read_on(source: Source, name: str, reading: _Reading, deadline: float) -> None:
+    """Reads until all is read, or a time; then tells what there is."""
+    assert reading.feeding is not None
+    try:
+        share = next((s for s in reading.feeding if time.monotonic() > deadline), 1.0)
+    except Exception:
+        reading.feeding = None
+        raise
+    reader = reading.reader
+    if share == 1:
+        reading.feeding = None
+    # What is only half read is not lost.
+    lost = reader.lost + reading.failed if share == 1 else 0
+    stamp = f"{len(reading.seen)}-{reading.until:.6f}-{lost}" + f"-{share:.6f}" * (share < 1)
+    for history in reader.histories.values():
+        history.grow_in(allocate)
+    tables = {
+        p: Table.of(h, source.experiment, name, stamp, p, digester=reading.digester(p, h))
+        for p, h in reader.histories.items()
+    }
+    settings = reader.description.settings if reader.description is not None else {}
+    problem = reader.problems[0] if reader.problems else ""
+    reading.run = Run(name, stamp, tables, settings, lost, problem, share)
+    reading.description = reading.run.describe()
+    try:
+        json.dumps(reading.description, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        reading.description = _unreadable(name, str(error))
+
+
+def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -> Iterator[float]:
+    """Feeds what is new, in batches; from the start where a session wrote over an older one.
+
+    Yields:
+        Which share is fed, wherever the rest may wait.
+    """
     new = {tag: mark for tag, mark in tags.items() if reading.seen.get(tag) != mark}
     again = (new.keys() & reading.seen.keys()) - {eventfile.META}
     late = any(mark.wall_time <= reading.until for mark in new.values())
@@ -162,29 +231,15 @@ def _feed(source: Source, name: str, reading: _Reading, tags: dict[str, Mark]) -
         reading.forget()
         new = tags
     order = _Order.of(source, name, new, reading.until)
-    fed, join_at = 0, _BATCH
-    for event in order.events(source, name):
-        if (fed := fed + 1) == join_at:
-            _join(reading.reader)
-            join_at += max(_BATCH, fed // 2)
+    for fed, event in enumerate(order.events(source, name)):
+        if fed and fed % _BATCH == 0:
+            _join(reading.reader, fed)
+            yield min(0.999, fed / len(new))
         _take(reading, event)
     if order.astray and not _is_steady(reading.reader):
         _find_astray(source, name, reading, order.astray)
     reading.seen = tags
     reading.until = max(mark.wall_time for mark in tags.values())
-    reader, lost = reading.reader, reading.reader.lost + reading.failed
-    stamp = f"{len(tags)}-{reading.until:.6f}-{lost}"
-    tables = {
-        p: Table.of(h, source.experiment, name, stamp, p) for p, h in reader.histories.items()
-    }
-    settings = reader.description.settings if reader.description is not None else {}
-    problem = reader.problems[0] if reader.problems else ""
-    reading.run = Run(name, stamp, tables, settings, lost, problem)
-    reading.description = reading.run.describe()
-    try:
-        json.dumps(reading.description, allow_nan=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        reading.description = _unreadable(name, str(error))
 
 
 def _take(reading: _Reading, event: Event) -> None:
@@ -198,10 +253,14 @@ def _unreadable(name: str, why: str) -> dict[str, Any]:
     return Run(name, "", {}, {}, 1, why).describe()
 
 
-def _join(reader: Reader) -> None:
+def _join(reader: Reader, fed: int) -> None:
     """Makes one array of many small ones; these leave holes that the process would keep."""
     for history in reader.histories.values():
-        _ = history.rows, history.group_by != "neuron" and history.neurons
+        history.grow_in(allocate)
+        _ = history.rows
+        # Windows are copied each time: the more there are, the more seldom.
+        if history.group_by != "neuron" and (fed // _BATCH).bit_count() == 1:
+            _ = history.neurons
 
 
 @dataclass(frozen=True)

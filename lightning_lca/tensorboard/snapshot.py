@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.analysis.bins import Bins, spacing
+from lightning_lca.analysis.sums import Column
+from lightning_lca.analysis.tree import Folded, Row, tree
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
+from lightning_lca.tensorboard.digest import Digest, Digester
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError, show
+from lightning_lca.tensorboard.spill import memory
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,80 @@ class Table:
         history: As it was: rows that come later go to new arrays.
         rows: One row for each measured step.
         neurons: Credit of channels over windows of steps; None if they were not recorded.
-        shown: Which groups make up each row that is shown.
+        shown: Which groups make up each layer, or block of layers, that is shown as a row.
+        digest: Sums of blocks of rows, and what judges each.
     """
 
     key: tuple[str, ...]
     history: History
     rows: StepTable
     neurons: WindowTable | None
-    shown: Layers
+    shown: Layers | Folded
+    digest: Digest
 
     @classmethod
-    def of(cls, history: History, *key: str) -> Table:
-        """Takes what a history holds now."""
+    def of(cls, history: History, *key: str, digester: Digester | None = None) -> Table:
+        """Takes what a history holds now.
+
+        Args:
+            history: A probe's.
+            key: As the attribute.
+            digester: Has seen the earlier rows of this history, if any.
+        """
         now = history.as_it_is()
         # The rows of neurons are windows already; as such they would be copied to float64.
         neurons = None if history.group_by == "neuron" else now.neurons
-        return cls(key, now, now.rows, neurons, now.shown)
+        digest = (digester or Digester(history)).digest(now.rows)
+        return cls(key, now, now.rows, neurons, now.shown, digest)
+
+    def folded(self, most: int | None, toggled: Sequence[str] = (), found: str = "") -> Table:
+        """Shows blocks in place of their layers, where there are many.
+
+        Args:
+            most: As of `Tree.rows`; None: each layer has its row.
+            toggled: As of `Tree.rows`.
+            found: Shows only layers whose names have these words, and their sum.
+
+        Raises:
+            QueryError: No layer has such a name.
+        """
+        layers = self.history.shown
+        if found.split():
+            rows = tree(layers.names).find(found)
+            if not rows:
+                raise QueryError(f"No layer's name has {show(found)}. Look for something else.")
+        elif most is None:
+            return self
+        else:
+            rows = tree(layers.names).rows(most, toggled)
+        return replace(self, shown=Folded(tuple(rows), layers))
+
+    @property
+    def lines(self) -> list[Row]:
+        """What is shown as a row each: layers, and blocks of them."""
+        if isinstance(self.shown, Folded):
+            return list(self.shown.rows)
+        return [Row(name, 0, (i,), None) for i, name in enumerate(self.shown.names)]
+
+    def columns_of(self, layer: str) -> Ints:
+        """Finds the groups of a layer, or of a block of layers, whether it is shown or not.
+
+        Raises:
+            QueryError: No such layer.
+        """
+        layers = self.history.shown
+        block = None if layer in layers.names else tree(layers.names).block(layer)
+        if block is None:
+            return layers.columns(replace(self, shown=layers).find(layer))
+        return np.flatnonzero(np.isin(layers.owner, block))
+
+    def column(self, name: str) -> Column:
+        """Finds credit, counts, or the shares of a breakdown, to be added up."""
+        return self.digest.columns[name]
+
+    def credit(self, rows: slice) -> Any:
+        """Adds up the credit of every layer over a range of rows [L], in loss units."""
+        return self.by_layer(self.column("allocated").total(rows))
 
     @property
     def group_by(self) -> str:
@@ -81,10 +143,10 @@ class Table:
     def _places(self) -> dict[str, int]:
         return {layer: place for place, layer in enumerate(self.layers)}
 
-    @cached_property
+    @property
     def finite(self) -> npt.NDArray[np.bool_]:
         """Which rows sums count [T]."""
-        return self.rows.finite
+        return self.digest.per_step.finite
 
     @cached_property
     def spacing(self) -> int:
@@ -103,11 +165,10 @@ class Table:
 
     @property
     def bytes(self) -> int:
-        """Memory that the arrays take."""
-        columns = [getattr(self.rows, f.name) for f in fields(self.rows) if f.name != "shares"]
-        columns += self.rows.shares.values()
+        """Memory that the arrays take, without what lies in files."""
+        columns = [*self.rows.arrays.values()]
         columns += [] if self.neurons is None else [self.neurons.allocated]
-        return sum(column.nbytes for column in columns)
+        return sum(map(memory, columns)) + self.digest.bytes
 
 
 @dataclass(frozen=True)
@@ -158,6 +219,7 @@ class Run:
         settings: Of the callback, as the latest session says them.
         lost: Pieces of the record that could not be read.
         problem: What is wrong with the first of these, in words.
+        read: Share of the record that was read so far.
     """
 
     name: str
@@ -166,6 +228,7 @@ class Run:
     settings: Mapping[str, Any]
     lost: int
     problem: str = ""
+    read: float = 1.0
 
     def table(self, probe: str | None) -> Table:
         """Returns a probe's table; the first where none was named.
@@ -182,11 +245,18 @@ class Run:
                 f"{listing('probes', list(self.tables))}"
             )
         if not len(self.tables[name].rows):
+            if self.read < 1:
+                raise QueryError(f"Run {show(self.name)} is being read. Ask again in a moment.")
             raise QueryError(
                 f"Run {show(self.name)} has no measured step yet. Its record is written every 512 "
                 "measured steps or 15 seconds: wait a little."
             )
         return self.tables[name]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each probe has a measured step already."""
+        return bool(self.tables) and all(len(table.rows) for table in self.tables.values())
 
     @property
     def error(self) -> str | None:
@@ -215,6 +285,7 @@ class Run:
             "rows": rows,
             "channels": table is not None
             and (table.neurons is not None or table.group_by == "neuron"),
+            "read": self.read,
             "lost": self.lost,
             "stamp": self.stamp,
             "settings": dict(self.settings),

@@ -1,7 +1,7 @@
 """What the page draws, from tables: sums over bins of optimizer steps, and what follows from them.
 
-Every view takes a `Table` and a range and gives plain values that JSON can hold, with None in
-place of what is not finite. Credit is in loss units; negative = helped.
+Every view takes a `Table` and a range and gives arrays and plain values; `answers` turns them into
+what travels, with null in place of what is not finite. Credit is in loss units; negative = helped.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lca.analysis.bins import Bins, accumulated, counted
+from lightning_lca.analysis.bins import Bins, Bools, accumulated, counted
 from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.record.findings import LEVEL, find
+from lightning_lca.record.overfitting import Overfitting
 from lightning_lca.record.statistics import LEAST
-from lightning_lca.record.summary import Trust
-from lightning_lca.record.synchrony import rates
-from lightning_lca.record.synchrony import synchrony as measure
+from lightning_lca.record.summary import PerStep, Trust
+from lightning_lca.record.synchrony import Dips, Synchrony
 from lightning_lca.record.tables import Floats, Ints
 from lightning_lca.tensorboard.query import QueryError, show
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 _CELLS = 2**17  # Most numbers in a heatmap of channels: JSON of more takes too long.
+_TOLD = 2  # Layers that are named as those that helped or hurt most.
+_POINTS = 2048  # Steps at which train and validation are compared, at most.
 _CHANNELS = 256  # Most channels in it: half of them the most helpful, half the most hurting.
 
 
@@ -30,50 +32,53 @@ def bins(table: Table, asked: Range) -> dict[str, Any]:
     """Credit of every layer and the ledger, per bin and as running sums."""
     rows, tiles = table.rows, asked.tile(table)
     before = slice(0, tiles.rows.start)
-    credit, credit_before = _credit(table, tiles), _total(table, rows.allocated, before)
+    groups = table.column("allocated").per_bin(tiles)
+    credit, credit_before = table.by_layer(groups).T, table.column("allocated").total(before)
     truth, truth_before = _true_change(table, tiles)
     return {
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "unit": tiles.unit,
         "layers": table.layers,
-        "sizes": table.layer_sizes.tolist(),
-        "credit": plain(credit),
-        "total": plain(table.by_layer(_total(table, rows.allocated, tiles.rows))),
-        "limit": colour_limit(credit),
-        "running": plain(accumulated(credit.T).T),
-        "running_total": plain(accumulated(credit.sum(0))),
-        "running_truth": plain(truth),
-        "before": plain(table.by_layer(credit_before)),
-        "before_total": plain(credit_before.sum()),
-        "before_truth": plain(truth_before),
-        "loss": plain(_loss_at_edges(table, tiles)),
-        "loss_first": plain(rows.loss_before[0]),
-        "residual": plain(tiles.sums(rows.residual)),
-        "drift": plain(tiles.sums(rows.drift)),
-        "measured": tiles.measured.tolist(),
-        "not_finite": tiles.not_finite.tolist(),
-        "unconverged": _count(~rows.converged, tiles).tolist(),
-        "beyond_tolerance": _count(~rows.converged & table.finite, tiles).tolist(),
-        "residual_before": plain(_total(table, rows.residual, before)),
-        "drift_before": plain(_total(table, rows.drift, before)),
+        **_rows(table),
+        "row_of": _row_of(table),
+        "sizes": table.layer_sizes,
+        "credit": credit,
+        "total": table.credit(tiles.rows),
+        "limit": colour_limit(credit[_adding_up(table)]),
+        "running": accumulated(credit.T).T,
+        "running_total": accumulated(groups.sum(1)),
+        "running_truth": truth,
+        "before": table.by_layer(credit_before),
+        "before_total": credit_before.sum(),
+        "before_truth": truth_before,
+        "loss": _loss_at_edges(table, tiles),
+        "loss_first": rows.loss_before[0],
+        "residual": tiles.sums(rows.residual),
+        "drift": tiles.sums(rows.drift),
+        "measured": tiles.measured,
+        "not_finite": tiles.not_finite,
+        "unconverged": _count(~rows.converged, tiles),
+        "beyond_tolerance": _count(~rows.converged & table.finite, tiles),
+        "residual_before": _total(table, rows.residual, before),
+        "drift_before": _total(table, rows.drift, before),
     }
 
 
 def helping(table: Table, asked: Range, layer: str | None) -> dict[str, Any]:
     """How many of the weights that moved helped, of the network and of one layer, per bin."""
     rows, tiles = table.rows, asked.tile(table)
-    helped, hurt = (_counts(values, tiles, slice(None)) for values in (rows.helping, rows.hurting))
+    helped, hurt = (table.column(name).per_bin(tiles) for name in ("helping", "hurting"))
     answer = {
-        "edges": tiles.edges.tolist(),
-        "measured": tiles.counted.tolist(),
-        "network": _shares(helped, hurt, tiles.sums(rows.trained, np.int64)),
+        "edges": tiles.edges,
+        "measured": tiles.counted,
+        "network": _shares(helped.sum(1), hurt.sum(1), tiles.sums(rows.trained, np.int64)),
         "layer": None,
     }
     if layer is not None:
-        place = table.find(layer)
-        columns = table.shown.columns(place)
-        helped, hurt = (_counts(values, tiles, columns) for values in (rows.helping, rows.hurting))
-        answer["layer"] = _shares(helped, hurt, tiles.counted * table.layer_sizes[place])
+        columns = table.columns_of(layer)
+        helped, hurt = (counts[:, columns].sum(1) for counts in (helped, hurt))
+        weights = table.history.sizes[columns].sum()
+        answer["layer"] = _shares(helped, hurt, tiles.counted * weights)
     return answer
 
 
@@ -118,11 +123,11 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
     binned = tiles.sums(credit[:, shown]).T
     return {
         "layer": layer,
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "unit": tiles.unit,
         "channels": [names[i] for i in shown],
-        "credit": plain(binned),
-        "total": plain(total[order]),
+        "credit": binned,
+        "total": total[order],
         "limit": colour_limit(binned),
         "helped": int((total < 0).sum()),
         "hurt": int((total > 0).sum()),
@@ -134,64 +139,91 @@ def channels(table: Table, asked: Range, layer: str) -> dict[str, Any]:
 def shares(shown: Table, asked: Range) -> dict[str, Any]:
     """What the credit of every layer in the range is made of, by breakdown."""
     span = asked.tile(shown).rows
-    rows = shown.rows[span]
     breakdowns = []
     for name, names in shown.history.shares.items():
-        values = rows.shares[name]
-        known = rows.finite & np.isfinite(values).all((1, 2))
-        sums = values[known].sum(0, dtype=float)  # [groups, shares].
+        column = shown.column(name)
+        (sums,) = column.between([span.start, span.stop])  # [groups, shares].
         credit = shown.by_layer(sums.T).T
         breakdowns.append(
             {
                 "name": name,
                 "shares": list(names),
-                "credit": plain(credit),
-                "total": plain(credit.sum(0)),
-                "measured": int(known.sum()),
+                "credit": credit,
+                "total": sums.sum(0),
+                "measured": int(column.counts[span].sum()),
             }
         )
-    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
-    return {"layers": shown.layers, "credit": plain(credit), "breakdowns": breakdowns}
+    credit = shown.credit(span)
+    return {"layers": shown.layers, **_rows(shown), "credit": credit, "breakdowns": breakdowns}
 
 
 def table(shown: Table, asked: Range) -> dict[str, Any]:
     """The ledger of the range: what every layer gave, and what the credits leave over."""
     span = asked.tile(shown).rows
     rows = shown.rows[span]
-    trust = Trust.of(shown.history, span)
-    credit = shown.by_layer(_total(shown, shown.rows.allocated, span))
+    per_step = shown.digest.per_step
+    finite = per_step.finite[span]
+    judged = PerStep(finite, per_step.credited[span], per_step.unmoved[span])
+    trust = Trust.of(shown.history, span, judged)
+    groups = shown.column("allocated").total(span)
+    credit = shown.by_layer(groups)
     helped, hurt = (
-        shown.by_layer(_total(shown, counts, span, np.int64))
-        for counts in (shown.rows.helping, shown.rows.hurting)
+        shown.by_layer(shown.column(name).total(span)) for name in ("helping", "hurting")
     )
     start, stop = _loss_before(shown, span.start), _loss_before(shown, span.stop)
     weights = shown.layer_sizes * (trust.measured - trust.not_finite)
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = {
-            "credit": plain(credit),
-            "share": plain(credit / (stop - start)),
-            "helping": plain(helped / weights),
-            "hurting": plain(hurt / weights),
+            "credit": credit,
+            "share": credit / (stop - start),
+            "helping": helped / weights,
+            "hurting": hurt / weights,
         }
     sizes = shown.layer_sizes.tolist()
-    residual = rows.residual[rows.finite]
+    residual = rows.residual[finite]
+    each = shown.history.shown.sums(groups)  # Of every layer, whatever is folded.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = each / (stop - start)
+    by_credit = np.argsort(each, kind="stable")
+    by_credit = by_credit[np.isfinite(each[by_credit])]
+
+    def told(places: Ints) -> dict[str, Any]:
+        names = shown.history.shown.names
+        return {
+            "name": [names[i] for i in places.tolist()],
+            "credit": each[places],
+            "share": shares[places],
+        }
+
     return {
         "layers": [
-            {"name": name, "size": sizes[i], **{k: column[i] for k, column in columns.items()}}
-            for i, name in enumerate(shown.layers)
+            {
+                "name": line.name,
+                "depth": line.depth,
+                "inside": len(line.layers),
+                "open": line.is_open,
+                "size": sizes[i],
+                **{k: column[i] for k, column in columns.items()},
+            }
+            for i, line in enumerate(shown.lines)
         ],
-        "true_change": plain(stop - start),
-        "allocated": plain(credit.sum()),
-        "residual": plain(residual.sum()),
-        "drift": plain(_total(shown, shown.rows.drift, span)),
+        "helped": int((each < 0).sum()),
+        "hurt": int((each > 0).sum()),
+        "broken": int((~np.isfinite(each)).sum()),
+        "most_helpful": told(by_credit[each[by_credit] < 0][:_TOLD]),
+        "most_hurtful": told(by_credit[each[by_credit] > 0][::-1][:_TOLD]),
+        "true_change": stop - start,
+        "allocated": groups.sum(),
+        "residual": residual.sum(),
+        "drift": _total(shown, shown.rows.drift, span),
         "rows": trust.measured,
         "unconverged": trust.unconverged,
-        "beyond_tolerance": int((~rows.converged & rows.finite).sum()),
+        "beyond_tolerance": int((~rows.converged & finite).sum()),
         "not_finite": trust.not_finite,
-        "unexplained": plain(np.nan if trust.unexplained is None else trust.unexplained),
+        "unexplained": np.nan if trust.unexplained is None else trust.unexplained,
         "is_large": trust.is_large,
         "remarks": trust.remarks,
-        "largest_residual": plain(np.abs(residual).max(initial=0.0)),
+        "largest_residual": np.abs(residual).max(initial=0.0),
         "first_step": int(rows.steps[0]) if len(rows) else None,
         "last_step": int(rows.steps[-1]) if len(rows) else None,
     }
@@ -211,10 +243,14 @@ def findings(tables: Mapping[str, Table], probe: str, asked: Range) -> dict[str,
         "layer": [one.where if tables[probe].has(one.where) else None for one in found],
         "statement": [one.statement for one in found],
         "try_this": [one.try_this for one in found],
-        "effect": plain([one.effect for one in found]),
-        "low": plain([np.nan if one.interval is None else one.interval[0] for one in found]),
-        "high": plain([np.nan if one.interval is None else one.interval[1] for one in found]),
-        "p": plain([np.nan if one.p is None else one.p for one in found]),
+        "effect": [one.effect for one in found],
+        "low": np.array(
+            [np.nan if one.interval is None else one.interval[0] for one in found], float
+        ),
+        "high": np.array(
+            [np.nan if one.interval is None else one.interval[1] for one in found], float
+        ),
+        "p": [one.p for one in found],
     }
 
 
@@ -223,68 +259,122 @@ def compare(a: Table, b: Table, asked: Range) -> dict[str, Any]:
     first, last = asked.of(a, b)
     width = max(a.spacing, b.spacing)
     both = [name for name in a.layers if b.has(name)]
+    rows = _rows(a)
+    places = [a.find(name) for name in both]
     answer: dict[str, Any] = {"layers": both}
+    answer |= {name: [values[i] for i in places] for name, values in rows.items()}
     credits, totals = [], []
     for letter, one in (("a", a), ("b", b)):
         tiles = Bins.by_steps(one.rows.steps, first, last, asked.bins, width, one.finite)
-        places = [one.find(name) for name in both]
-        before = one.by_layer(_total(one, one.rows.allocated, slice(0, tiles.rows.start)))[places]
-        total = one.by_layer(_total(one, one.rows.allocated, tiles.rows))[places]
-        credit = _credit(one, tiles)[places]
+        at = [one.find(name) for name in both]
+        before = one.credit(slice(0, tiles.rows.start))[at]
+        total = one.credit(tiles.rows)[at]
+        credit = one.by_layer(one.column("allocated").per_bin(tiles)).T[at]
         # Lines end with the run, in the bin that holds its last step.
         beyond = np.append(False, tiles.edges[:-1] >= one.last_step)
         sums = np.where(beyond, np.nan, accumulated(credit.T).T)
         all_sums = np.where(beyond, np.nan, accumulated(credit.sum(0)))
-        answer["edges"], answer["unit"] = tiles.edges.tolist(), tiles.unit
-        answer[letter] = plain(credit)
-        answer[f"total_{letter}"] = plain(total)
-        answer[f"running_{letter}"] = plain(sums)
-        answer[f"running_total_{letter}"] = plain(all_sums)
-        answer[f"before_{letter}"] = plain(before)
-        answer[f"before_total_{letter}"] = plain(before.sum())
-        answer[f"measured_{letter}"] = tiles.measured.tolist()
+        answer["edges"], answer["unit"] = tiles.edges, tiles.unit
+        answer[letter] = credit
+        answer[f"total_{letter}"] = total
+        answer[f"running_{letter}"] = sums
+        answer[f"running_total_{letter}"] = all_sums
+        answer[f"before_{letter}"] = before
+        answer[f"before_total_{letter}"] = before.sum()
+        answer[f"measured_{letter}"] = tiles.measured
         credits.append(np.where(tiles.measured > 0, credit, np.nan))
         totals.append(total)
     difference = credits[1] - credits[0]
-    answer["difference"] = plain(difference)
-    answer["total_difference"] = plain(totals[1] - totals[0])
-    answer["limit"] = colour_limit(*credits)
-    answer["limit_difference"] = colour_limit(difference)
+    answer["difference"] = difference
+    answer["total_difference"] = totals[1] - totals[0]
+    shown = _adding_up(a)[places]
+    answer["limit"] = colour_limit(*(credit[shown] for credit in credits))
+    answer["limit_difference"] = colour_limit(difference[shown])
     answer["only_a"] = [name for name in a.layers if not b.has(name)]
     answer["only_b"] = [name for name in b.layers if not a.has(name)]
     return answer
 
 
-def plain(values: Any) -> Any:
-    """Turns numbers into what JSON can hold, with None for what is not finite."""
-    numbers: Any = np.asarray(values, np.float64)
-    finite = np.isfinite(numbers)
-    if not finite.all():
-        numbers = np.where(finite, numbers.astype(object), None)
-    return numbers.tolist()
+def generalization(train: Table, val: Table, asked: Range) -> dict[str, Any]:
+    """What each layer did for training data, and what for validation data, over the range.
+
+    Raises:
+        QueryError: The two have no layer in common.
+    """
+    names = tuple(name for name in train.layers if val.has(name))
+    if not names:
+        raise QueryError(
+            'The probes "train" and "val" have no layer in common. Measure the same layers with '
+            "both."
+        )
+    first, last = asked.of(train, val)
+    spans = [Range(first, last).tile(one).rows for one in (train, val)]
+    both = np.intersect1d(train.rows.steps[spans[0]], val.rows.steps[spans[1]], assume_unique=True)
+    # The curves at so many of these steps, the last among them; exact at each.
+    every = max(1, -(-len(both) // _POINTS))
+    points = both[::-every][::-1]
+    parts: list[Any] = []
+    for one, span in zip((train, val), spans, strict=True):
+        cuts = [span.start, *np.searchsorted(one.rows.steps, points, side="right")]
+        credit = one.by_layer(one.column("allocated").between(cuts))
+        parts += [points, credit[:, [one.find(name) for name in names]]]
+    found = Overfitting.between(names, *parts)
+    width = max(train.spacing, val.spacing)
+    tiles = Bins.by_steps(found.steps[1:], first, last, asked.bins, width)
+    at = np.maximum(np.searchsorted(found.steps, tiles.edges, side="right") - 1, 0)
+    since = np.where(found.overfits, np.maximum(found.since, first - 1), -1).tolist()
+    return {
+        "edges": tiles.edges,
+        "layers": list(names),
+        "measured": len(both),
+        "train": found.train[at].T,
+        "val": found.val[at].T,
+        "total_train": found.train[-1],
+        "total_val": found.val[-1],
+        "verdict": list(found.verdicts),
+        "since": [None if step < 0 else step for step in since],
+        "given_back": np.where(found.overfits, found.given_back, np.nan),
+        "most_telling": found.most_telling,
+    }
 
 
-def _total(shown: Table, values: Any, rows: slice, dtype: Any = np.float64) -> Any:
-    """Adds up the rows of a range that sums count: [T, ...] -> [...].
+def _rows(table: Table) -> dict[str, Any]:
+    """Tells of every row whether it is a block, and where it lies in the tree [L]."""
+    lines = table.lines
+    return {
+        "depth": [line.depth for line in lines],
+        "inside": [len(line.layers) for line in lines],
+        "open": [line.is_open for line in lines],
+    }
 
-    Floats are nan where the range has rows, and none that counts.
+
+def _adding_up(table: Table) -> Bools:
+    """Marks the rows that add up to the whole: all but open blocks, whose layers follow [L]."""
+    return np.array([not line.is_open for line in table.lines], bool)
+
+
+def _row_of(table: Table) -> Ints:
+    """Finds the innermost row that shows each layer [N]; -1 where none does."""
+    row_of = np.full(len(table.history.shown), -1, np.int64)
+    for place, line in enumerate(table.lines):
+        row_of[list(line.layers)] = place  # What lies within comes later.
+    return row_of
+
+
+def _total(shown: Table, values: Any, rows: slice) -> Any:
+    """Adds up the rows of a range that sums count: [T] -> a number.
+
+    It is nan where the range has rows, and none that counts.
     """
     finite = shown.finite[rows]
-    total = counted(values[rows], finite).sum(0, dtype=dtype)
-    nothing = len(finite) and not finite.any() and np.issubdtype(dtype, np.floating)
-    return total * np.nan if nothing else total
+    total = counted(values[rows], finite).sum(0)
+    return total if finite.any() or not len(finite) else total * np.nan
 
 
 def _count(which: Any, tiles: Bins) -> Ints:
     """Counts the rows of every bin that are such [T] -> [B]."""
     running = np.concatenate([[0], np.cumsum(which, dtype=np.int64)])
     return np.diff(running[tiles.cuts])
-
-
-def _credit(shown: Table, tiles: Bins) -> Floats:
-    """Adds up credit per layer and bin [L, B]."""
-    credit: Floats = shown.by_layer(tiles.sums(shown.rows.allocated)).T
-    return credit
 
 
 def _loss_before(shown: Table, row: int) -> float:
@@ -313,29 +403,23 @@ def _true_change(shown: Table, tiles: Bins) -> tuple[Floats, float]:
     return edges - start, float(start - loss[0])
 
 
-def _counts(counts: Ints, tiles: Bins, columns: Any) -> Ints:
-    """Counts weights of these columns per bin [B]."""
-    counts = counted(counts, tiles.finite)
-    parts = (counts[a:b] for a, b in zip(tiles.cuts, tiles.cuts[1:], strict=False))
-    return np.array([part[:, columns].sum(dtype=np.int64) for part in parts], np.int64)
-
-
 def _shares(helped: Ints, hurt: Ints, trained: Ints) -> dict[str, Any]:
     moved = helped + hurt
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
-            "share": plain(helped / moved),
-            "mean": plain(helped.sum() / moved.sum()),
+            "share": helped / moved,
+            "mean": helped.sum() / moved.sum(),
             # For programs that ask for it, as fields stay; weights are no coins: nothing is drawn.
-            "sd": plain(0.5 / np.sqrt(moved)),
-            "helping": plain(helped / trained),
-            "hurting": plain(hurt / trained),
+            "sd": 0.5 / np.sqrt(moved),
+            "helping": helped / trained,
+            "hurting": hurt / trained,
         }
 
 
 MOST_MOMENTS = 1000  # Moments per layer that may be asked for.
+_PRODUCTS = 2**26  # Most that are added up for the correlation of all pairs of layers.
 _WORK = (
-    6_000_000  # Moments times draws: with more of the one, less of the other, to answer in time.
+    4_000_000  # Moments times draws: with more of the one, less of the other, to answer in time.
 )
 
 
@@ -343,53 +427,50 @@ def synchrony(shown: Table, asked: Range, strongest: int) -> dict[str, Any]:
     """Moments of learning of the range, and whether layers have them together."""
     tiles = asked.tile(shown)
     credit = shown.by_layer(shown.rows.allocated[tiles.rows])
-    steps = shown.rows.steps[tiles.rows]
-    most = min(strongest, len(steps)) * credit.shape[1]
-    draws = int(np.clip(_WORK // max(1, most), 100, 1000))
-    found = measure(credit, strongest, draws)
+    steps, layers = credit.shape
+    draws = int(np.clip(_WORK // max(1, min(strongest, steps) * layers), 100, 1000))
     full = np.flatnonzero(tiles.measured > 0)
+    rows = np.append(tiles.cuts[full], tiles.cuts[-1]) - tiles.cuts[0] if len(full) else None
+    found = Synchrony.of(Dips.of(credit, strongest), steps, draws, edges=rows, table=credit)
     rate = {
         name: np.full(len(tiles.measured), np.nan)
         for name in ("observed", "expected", "low", "high")
     }
-    if len(full):
-        rows = np.append(tiles.cuts[full], tiles.cuts[-1]) - tiles.cuts[0]
-        binned = rates(found.moments, rows, draws)
+    if found.rates is not None:
         for name, values in rate.items():
-            values[full] = getattr(binned, name)
+            values[full] = getattr(found.rates, name)
     single = (tiles.measured == 1).all()
-    row, layer = found.moments.nonzero()
-    at_once = found.moments.sum(1)  # Layers with a moment in each row.
-    shared = found.moments & (at_once > 1)[:, None]
+    row, layer = found.dips.at, found.dips.layer
+    at_once = found.coincidences[row]  # Layers with a moment there.
     low, high = np.quantile(found.null, [0.025, 0.975])
     pairs_low, pairs_high = np.quantile(found.null_pairs, [0.025, 0.975])
     return {
-        "edges": tiles.edges.tolist(),
+        "edges": tiles.edges,
         "width": int(tiles.edges[1] - tiles.edges[0]),
         "layers": shown.layers,
         "strongest": strongest,
-        "raster": np.stack([layer, steps[row]], 1).tolist(),
-        "raster_at_once": at_once[row].tolist(),
-        "moments_by_layer": found.moments.sum(0).tolist(),
-        "shared_by_layer": shared.sum(0).tolist(),
-        "coincidences": found.coincidences.tolist() if single else None,
-        "expected": plain(found.expected) if single else None,
-        "band": plain(found.band) if single else None,
-        "rate": plain(rate["observed"]),
-        "rate_null": plain(rate["expected"]),
-        "rate_low": plain(rate["low"]),
-        "rate_high": plain(rate["high"]),
-        "moments": int(found.moments.sum()),
+        "raster": np.stack([layer, shown.rows.steps[tiles.rows][row]], 1),
+        "raster_at_once": at_once,
+        "moments_by_layer": np.bincount(layer, minlength=layers),
+        "shared_by_layer": np.bincount(layer[at_once > 1], minlength=layers),
+        "coincidences": found.coincidences if single else None,
+        "expected": found.expected if single else None,
+        "band": found.band if single else None,
+        "rate": rate["observed"],
+        "rate_null": rate["expected"],
+        "rate_low": rate["low"],
+        "rate_high": rate["high"],
+        "moments": len(row),
         "synchronized": found.synchronized,
-        "null_mean": plain(found.null.mean()),
-        "null_low": plain(low),
-        "null_high": plain(high),
+        "null_mean": found.null.mean(),
+        "null_low": low,
+        "null_high": high,
         "p_value": found.p_value,
         "pairs": found.pairs,
-        "pairs_null_mean": plain(found.null_pairs.mean()),
-        "pairs_null_low": plain(pairs_low),
-        "pairs_null_high": plain(pairs_high),
+        "pairs_null_mean": found.null_pairs.mean(),
+        "pairs_null_low": pairs_low,
+        "pairs_null_high": pairs_high,
         "p_pairs": found.p_pairs,
         "draws": draws,
-        "correlation": plain(found.correlation),
+        "correlation": found.correlation if steps * layers**2 <= _PRODUCTS else None,
     }

@@ -1,9 +1,10 @@
-"""What the TensorBoard dashboard costs: on the disk, while training, at start, and per request.
+"""What the TensorBoard page costs on long runs and large models, per request.
 
-    python tests/benchmarks/dashboard.py [--steps 100000] [--layers 50] [--channels 0]
+    python tests/benchmarks/dashboard.py [50x100000 2000x5000 ...] [--slow] [--logs DIRECTORY]
 
-A synthetic record goes through the real writer into a real event file; two TensorBoards, one for
-each way of loading, then answer what the page asks. Reads /proc, so Linux only.
+Synthetic records of so many layers x steps go through the real writer into real event files; a real
+TensorBoard then answers what the page asks. Reads /proc, so Linux only. With --logs the records are
+kept there, and not made again.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from lightning_lca.record.tables import StepTable, WindowTable
-from lightning_lca.reporting.loggers import Board
+from lightning_lca.record.tables import StepTable
+from lightning_lca.record.writer import RecordWriter
+from lightning_lca.tensorboard.answers import COLUMNS
 
-WINDOW = 50  # Steps of a window of channels: Lightning's default interval.
-MODES = {"fast loading": [], "--load_fast=false": ["--load_fast=false"]}
+CASES = ["50x100000", "2000x5000", "100x1000000"]
+BLOCK = 4096  # Steps that are made at once.
 WITHOUT = "import tensorboard.default as d; d.get_dynamic_plugins = lambda: []; "
 LAUNCH = "from tensorboard.main import run_main; run_main()"
 
@@ -40,76 +42,62 @@ LAUNCH = "from tensorboard.main import run_main; run_main()"
 # -- the record -----------------------------------------------------------------------------------
 
 
-def synthetic(steps: int, layers: int, generator: np.random.Generator) -> tuple[StepTable, Any]:
+def names(layers: int) -> list[str]:
+    """Names layers as those of a model of blocks of ten."""
+    inside = ("norm1", "q", "k", "v", "out", "norm2", "up", "gate", "down", "scale")
+    return [f"model.blocks.{i // 10}.{inside[i % 10]}" for i in range(layers)]
+
+
+def synthetic(steps: int, sizes: Any, generator: np.random.Generator) -> Iterator[StepTable]:
     """Makes rows like a training's: credits of all sizes, counts near one half."""
+    layers = len(sizes)
+    size = 10 ** generator.uniform(-7, -4, layers)
+    loss = 2.3
+    for first in range(0, steps, BLOCK):
+        count = min(BLOCK, steps - first)
+        scale = size / np.sqrt(1 + np.arange(first, first + count)[:, None] / 500)
+        credit = scale * generator.normal(-0.1, 1, (count, layers))
+        share = generator.normal(0.5, 0.003, (count, layers))
+        helping = np.rint(sizes * share).astype(np.int64)
+        residual = 1e-8 * generator.normal(size=count)
+        losses = loss + np.concatenate([[0], (credit.sum(1) + residual).cumsum()])
+        loss = float(losses[-1])
+        yield StepTable(
+            steps=np.arange(first + 1, first + count + 1),
+            allocated=credit,
+            helping=helping,
+            hurting=sizes - helping,
+            loss_before=losses[:-1],
+            loss_after=losses[1:],
+            residual=residual,
+            drift=np.zeros(count),
+            splits=np.ones(count, np.int64),
+            converged=np.ones(count, bool),
+            trained=np.full(count, sizes.sum()),
+            seconds=generator.uniform(0.01, 0.02, count),
+        )
+
+
+def write(root: Path, layers: int, steps: int) -> None:
+    """Writes a run with the probes "train" and "val"; the second has every tenth step."""
+    generator = np.random.default_rng(0)
     sizes = generator.integers(500, 2_000_000, layers)
-    scale = 10 ** generator.uniform(-7, -4, layers) / np.sqrt(1 + np.arange(steps)[:, None] / 500)
-    credit = scale * generator.normal(-0.1, 1, (steps, layers))
-    helping = np.rint(sizes * generator.normal(0.5, 0.003, (steps, layers))).astype(np.int64)
-    residual = 1e-8 * generator.normal(size=steps)
-    loss = 2.3 + np.concatenate([[0], (credit.sum(1) + residual).cumsum()])
-    rows = StepTable(
-        steps=np.arange(1, steps + 1),
-        allocated=credit,
-        helping=helping,
-        hurting=sizes - helping,
-        loss_before=loss[:-1],
-        loss_after=loss[1:],
-        residual=residual,
-        drift=np.zeros(steps),
-        splits=np.ones(steps, np.int64),
-        converged=np.ones(steps, bool),
-        trained=np.full(steps, sizes.sum()),
-        seconds=generator.uniform(0.01, 0.02, steps),
-    )
-    return rows, sizes
-
-
-def write(root: Path, rows: StepTable, sizes: Any, channels: int) -> tuple[float, float]:
-    """Writes a run as the callback would. Gives bytes and seconds per step."""
-    trainer = SimpleNamespace(
-        loggers=[],
-        is_global_zero=True,
-        fast_dev_run=False,
-        default_root_dir=str(root),
-        strategy=SimpleNamespace(broadcast=lambda value: value),
-    )
-    generator = np.random.default_rng(1)
-    board = Board(trainer, sizes)
-    names = [f"layer_{i:02d}" for i in range(len(sizes))]
-    stems = [[name, channels] for name in names]
-    board.meta(
+    writer = RecordWriter(root / "run", sizes, None, print)
+    writer.describe(
         {
-            "version": 1,
-            "first_step": 0,
-            "probes": [None],
+            "probes": ["train", "val"],
             "group_by": "layer",
-            "groups": names,
+            "groups": names(layers),
             "sizes": sizes.tolist(),
-            "windows": {"neurons": {"stems": stems}} if channels else {},
             "settings": {"every_n_steps": 1},
         },
         0,
     )
-    empty = WindowTable.none([f"{name}/{i}" for name in names for i in range(channels)])
-    seconds = 0.0
-    for first in range(0, len(rows), WINDOW):
-        some = rows[first : first + WINDOW]
-        credit = generator.normal(size=(1, len(empty.names)))
-        began = time.perf_counter()
-        board.add(None, some)
-        if channels:
-            last, measured = some.steps[-1:], np.array([len(some)])
-            board.add_windows(None, {"neurons": WindowTable(empty.names, last, measured, credit)})
-        if board.waiting(None) >= board.chunk_steps:
-            board.write(everything=False)
-        seconds += time.perf_counter() - began
-    began = time.perf_counter()
-    board.write(everything=True)
-    board.close()
-    seconds += time.perf_counter() - began
-    written = sum(path.stat().st_size for path in root.rglob("*tfevents*"))
-    return written / len(rows), seconds / len(rows)
+    for rows in synthetic(steps, sizes, generator):
+        writer.add("train", rows)
+        writer.add("val", rows[rows.steps % 10 == 0])
+        writer.write(everything=False)
+    writer.close()
 
 
 # -- a TensorBoard --------------------------------------------------------------------------------
@@ -136,14 +124,23 @@ class Server:
             time.sleep(0.01)
         self.start = time.perf_counter() - began
 
-    def get(self, route: str, **query: Any) -> bytes:
-        """Asks for a route below data/."""
+    def open(self, route: str, *, accept: str = COLUMNS, **query: Any) -> Any:
+        """Asks for a route below data/, as the page does in a browser."""
         address = self.root + route + ("?" + urllib.parse.urlencode(query) if query else "")
-        # Like a browser: compressing the answer takes its part of the time.
-        request = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        headers = {"Accept-Encoding": "gzip", "Accept": accept}
+        return urllib.request.urlopen(
+            urllib.request.Request(address, headers=headers), timeout=1200
+        )
+
+    def get(self, route: str, **query: Any) -> bytes:
+        """Reads an answer."""
+        with self.open(route, **query) as reply:
             data: bytes = reply.read()
             return gzip.decompress(data) if reply.headers["Content-Encoding"] == "gzip" else data
+
+    def lca(self, route: str, **query: Any) -> Any:
+        """Reads an answer of the plugin as JSON."""
+        return json.loads(self.get(f"plugin/lca/{route}", accept="application/json", **query))
 
     def settle(self) -> float:
         """Waits until the event files are loaded, that is until the processes idle."""
@@ -152,9 +149,9 @@ class Server:
             time.sleep(0.7)
         return time.perf_counter() - began
 
-    def memory(self) -> float:
-        """Adds up the resident memory of the process and its children, in MB."""
-        return sum(_status(pid, "VmRSS") for pid in self._processes()) / 1024
+    def memory(self, name: str) -> float:
+        """Tells a kind of memory of the Python process in MB, by its name in /proc."""
+        return _status(self.process.pid, name) / 1024
 
     def close(self) -> None:
         """Stops it."""
@@ -178,95 +175,126 @@ def _status(pid: int, name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def milliseconds(ask: Callable[[], Any], times: int = 1) -> float:
-    """Times requests; the median."""
-    took = []
-    for _ in range(times):
-        began = time.perf_counter()
-        ask()
-        took.append(1000 * (time.perf_counter() - began))
-    return float(np.median(took))
+def milliseconds(ask: Callable[[], Any]) -> float:
+    """Times a request."""
+    began = time.perf_counter()
+    ask()
+    return 1000 * (time.perf_counter() - began)
 
 
-def measure(log_dir: Path, arguments: list[str], steps: int, channels: int) -> dict[str, str]:
+def spans(steps: int, generator: np.random.Generator, count: int) -> list[dict[str, int]]:
+    """Draws ranges of all lengths, from 200 steps to nearly all."""
+    widths = np.geomspace(200, 0.9 * steps, count).astype(int)
+    starts = [int(generator.integers(1, steps - width + 1)) for width in widths]
+    return [{"start": s, "stop": s + int(w) - 1} for s, w in zip(starts, widths, strict=True)]
+
+
+def measure(log_dir: Path, steps: int, arguments: list[str]) -> dict[str, str]:
     """Asks one TensorBoard everything."""
     found: dict[str, str] = {}
-    starts: dict[str, list[float]] = {WITHOUT: [], "": []}
-    for _ in range(3):
-        for patch in starts:
-            server = Server(log_dir, arguments, patch + LAUNCH)
-            starts[patch].append(server.start)
-            server.close()
-    found["start without the plugin, s"] = f"{min(starts[WITHOUT]):.2f}"
-    found["start with it, s"] = f"{min(starts['']):.2f}"
     server = Server(log_dir, arguments)
-    found["event file loaded after, s"] = f"{server.settle():.1f}"
-    before = server.memory()
+    try:
+        found["TensorBoard has loaded the file after, s"] = f"{server.settle():.1f}"
+        before = {kind: server.memory(kind) for kind in ("RssAnon", "RssFile")}
+        began = time.perf_counter()
+        while not (runs := server.lca("runs")["runs"]) or not runs[0]["rows"]:
+            time.sleep(0.05)
+        name = runs[0]["name"]
+        fold = {"fold": 40, "toggle": "[]"}
+        server.get("plugin/lca/bins", run=name, bins=1000, **fold)
+        found["first view (runs, bins)"] = f"{1000 * (time.perf_counter() - began):.0f}"
+        while (run := server.lca("runs")["runs"][0])["read"] < 1 or run["rows"] < steps:
+            time.sleep(0.2)
+        found["all steps are read after, s"] = f"{time.perf_counter() - began:.1f}"
+        whole = {"run": name, "bins": 1000}
+        layer = runs[0]["layers"][7]
+        more = {
+            "bins": fold,
+            "table": fold,
+            "shares": fold,
+            "helping": {"layer": layer},
+            "compare": {"run_b": name, "probe_b": "val", **fold},
+            "synchrony": {"bins": 300},
+        }
+        routes = ["bins", "table", "shares", "helping", "compare", "generalization", "findings"]
+        generator = np.random.default_rng(1)
+        zooms = spans(steps, generator, 8)
+        for route in [*routes, "synchrony"]:
+            asked = whole | more.get(route, {})
 
-    def ask(route: str, **query: Any) -> Any:
-        return json.loads(server.get(f"plugin/lca/{route}", **query))
+            def took(route: str = route, asked: Any = asked, **span: Any) -> float:
+                return milliseconds(lambda: server.get(f"plugin/lca/{route}", **asked, **span))
 
-    first = milliseconds(lambda: ask("runs"))
-    run = ask("runs")["runs"][0]
-    assert run["rows"] == steps, run
-    name = run["name"]
-    first += milliseconds(lambda: ask("bins", run=name, bins=500))
-    found["first runs and bins, ms"] = f"{first:.0f}"
-    middle, hundredth = steps // 2, steps // 100
-    ranges = {
-        "all": (1, steps),
-        "a half": (middle // 2, middle // 2 + middle),
-        "a hundredth": (middle, middle + hundredth),
-        "200 steps": (middle, middle + 199),
-    }
-    for what, (start, stop) in ranges.items():
-        query = {"run": name, "start": start, "stop": stop}
-        for bins in (500, 2000):
-            took = milliseconds(lambda: ask("bins", **query, bins=bins), 5)  # noqa: B023
-            found[f"bins of {what}, {bins}, ms"] = f"{took:.0f}"
-    whole = {"run": name, "bins": 500}
-    found["helping, ms"] = (
-        f"{milliseconds(lambda: ask('helping', **whole, layer='layer_07'), 5):.0f}"
-    )
-    found["table, ms"] = f"{milliseconds(lambda: ask('table', run=name), 5):.0f}"
-    found["compare, ms"] = f"{milliseconds(lambda: ask('compare', **whole, run_b=name), 5):.0f}"
-    for strongest in (20, 19, 1000):
-        took = milliseconds(lambda: ask("synchrony", **whole, strongest=strongest))  # noqa: B023
-        found[f"synchrony, strongest={strongest}, ms"] = f"{took:.0f}"
-    if channels:
-        took = milliseconds(lambda: ask("channels", **whole, layer="layer_07"), 5)
-        found["channels, ms"] = f"{took:.0f}"
-    found["memory before, MB"] = f"{before:.0f}"
-    found["memory growth, MB"] = f"{server.memory() - before:.0f}"
-    took = milliseconds(lambda: server.get("plugin/lca/export", run=name))
-    found["export of all, ms"] = f"{took:.0f}"
-    found["peak of the Python process, MB"] = f"{_status(server.process.pid, 'VmHWM') / 1024:.0f}"
-    server.close()
+            found[f"{route}, whole run"] = f"{took():.0f}"
+            times = [took(**span) for span in zooms]
+            found[f"{route}, zooms: median"] = f"{np.median(times):.0f}"
+            found[f"{route}, zooms: longest"] = f"{max(times):.0f}"
+        asks = [
+            (route, whole | more.get(route, {}) | zooms[-2]) for route in ["synchrony", *routes]
+        ]
+        with ThreadPoolExecutor(len(asks)) as pool:
+            began = time.perf_counter()
+            every = [pool.submit(server.get, f"plugin/lca/{r}", **asked) for r, asked in asks]
+            for one in every:
+                one.result()
+            found["all of these at once, a zoom"] = f"{1000 * (time.perf_counter() - began):.0f}"
+        for kind, what in (("RssAnon", "memory growth"), ("RssFile", "and in temporary files")):
+            found[f"{what}, MB"] = f"{server.memory(kind) - before[kind]:.0f}"
+        began, sent, first = time.perf_counter(), 0, 0.0
+        with server.open("plugin/lca/export", run=name) as reply:
+            while part := reply.read(2**20):
+                first = first or time.perf_counter() - began
+                sent += len(part)
+        took = time.perf_counter() - began
+        found["export, s"] = f"{took:.1f}"
+        found["export, MB"] = f"{sent / 2**20:.0f}"
+        found["export, first bytes after"] = f"{1000 * first:.0f}"
+    finally:
+        server.close()
     return found
+
+
+def starts(log_dir: Path, arguments: list[str]) -> str:
+    """Times how long TensorBoard takes to start without the plugin and with it, in seconds."""
+    took: dict[str, list[float]] = {WITHOUT: [], "": []}
+    for _ in range(3):
+        for patch in took:
+            server = Server(log_dir, arguments, patch + LAUNCH)
+            took[patch].append(server.start)
+            server.close()
+    without, with_it = (min(seconds) for seconds in took.values())
+    return f"TensorBoard starts in {without:.2f} s without the plugin, {with_it:.2f} s with it."
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--layers", type=int, default=50)
-    parser.add_argument("--channels", type=int, default=0, help="per layer")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("cases", nargs="*", default=CASES, help="layers x steps, as 50x100000")
+    parser.add_argument("--slow", action="store_true", help="TensorBoard without fast loading")
+    parser.add_argument("--logs", type=Path, help="keeps the records here")
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments = ["--load_fast=false"] if asked.slow else []
+    columns: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        rows, sizes = synthetic(asked.steps, asked.layers, np.random.default_rng(0))
-        size, seconds = write(root, rows, sizes, asked.channels)
-        print(f"{asked.layers} layers, {asked.steps} steps, {asked.channels} channels a layer")
-        print(f"{size:.0f} bytes and {1e6 * seconds:.0f} µs a step to write\n")
-        del rows
-        columns = {
-            mode: measure(root, arguments, asked.steps, asked.channels)
-            for mode, arguments in MODES.items()
-        }
-    print(f"{'':36}" + "".join(f"{mode:>20}" for mode in columns))
+        for case in asked.cases:
+            layers, _, steps = case.partition("x")
+            logs = (asked.logs or Path(directory)) / case
+            if not logs.exists():
+                began = time.perf_counter()
+                write(logs, int(layers), int(steps))
+                took = time.perf_counter() - began
+                size = sum(path.stat().st_size for path in logs.rglob("*tfevents*"))
+                print(f"{case}: {size / 2**20:.0f} MB, written in {took:.0f} s", flush=True)
+            if not columns:
+                print(starts(logs, arguments), flush=True)
+            columns[case] = measure(logs, int(steps), arguments)
+            print(f"\n{case}; ms, if not said otherwise", flush=True)
+            for what, told in columns[case].items():
+                print(f"  {what:42}{told:>10}", flush=True)
+    print(f"\n{'ms, if not said otherwise':42}" + "".join(f"{case:>16}" for case in columns))
     for what in next(iter(columns.values())):
-        print(f"{what:36}" + "".join(f"{column[what]:>20}" for column in columns.values()))
+        print(f"{what:42}" + "".join(f"{column[what]:>16}" for column in columns.values()))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,11 @@ def test_csv_wide_and_long_hold_the_history_exactly(logs, tmp_path, capsys):
             ("helping", "helping"),
             ("hurting", "hurting"),
         ):
-            read = [float(r[f"{prefix}/{layer}"]) for r in wide]
-            assert read == getattr(history, column)[:, g].tolist()
+            read = np.array([r[f"{prefix}/{layer}"] for r in wide], np.float32)
+            assert np.array_equal(read, getattr(history, column)[:, g].astype(np.float32))
+            if prefix != "lca":
+                counts = np.rint(read.astype(float) * history.sizes[g])
+                assert np.array_equal(counts, getattr(history.rows, column)[:, g])
     for name in ("loss_before", "residual", "seconds"):
         assert [float(r[name]) for r in wide] == getattr(history, name).tolist()
     text = (tmp_path / "new" / "long.csv").read_text()
@@ -76,7 +79,7 @@ def test_csv_wide_and_long_hold_the_history_exactly(logs, tmp_path, capsys):
     assert [(int(r["steps"]), r["layer"]) for r in long] == [
         (s, g) for s in history.steps for g in history.groups
     ]
-    assert [float(r["lca"]) for r in long] == history.allocated.ravel().tolist()
+    assert [np.float32(r["lca"]) for r in long] == history.allocated.ravel().tolist()
 
 
 def test_npz_and_parquet_hold_the_history_exactly(logs, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Losses, gradients and weights that are NaN or infinite are recorded, and training goes on."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_lca import History, LCACallback, figures
 from lightning_lca.probe.precision import LossScale
 from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard.answers import as_json
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 STEPS = 14
@@ -172,7 +172,7 @@ def test_every_view_of_a_run_with_numbers_that_are_not_finite_can_be_made(
     assert (history.converged == lca.history.converged).all()
     assert not history.converged.all()
     for answer in every_view(history):
-        json.dumps(answer, allow_nan=False)
+        as_json(answer)
     for name, make in figures.available(history).items():
         make(history).savefig(tmp_path / f"{name}.png")
     summary = lca.summary()

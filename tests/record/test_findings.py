@@ -27,17 +27,6 @@ def kinds(findings):
     return {(finding.kind, finding.where) for finding in findings}
 
 
-@pytest.fixture
-def breakdown(monkeypatch):
-    """Gives every history a breakdown."""
-
-    def give(name, **shares):
-        parts = SimpleNamespace(names=tuple(shares), allocated=np.stack([*shares.values()], -1))
-        monkeypatch.setattr(History, "breakdowns", {name: parts}, raising=False)
-
-    return give
-
-
 def drawn(seed, steps=200, layers=L):
     return SPREAD * autoregressive(np.random.default_rng(seed), steps, layers, 0.5)
 
@@ -59,12 +48,15 @@ def test_noise_has_a_finding_no_more_often_than_the_level(phi):
 
 
 @pytest.mark.slow
-def test_noise_on_two_probes_with_breakdowns_keeps_to_the_level_too(breakdown):
+def test_noise_on_two_probes_with_breakdowns_keeps_to_the_level_too():
     runs, found = 200, 0
     for seed in range(runs):
         shares = ("signal", "momentum", "weight_decay", "noise", "other")
-        breakdown("part", **{name: drawn(9000 + 7 * seed + k) for k, name in enumerate(shares)})
-        both = {name: noisy(2 * seed + k) for k, name in enumerate(("train", "val"))}
+        part = {name: drawn(9000 + 7 * seed + k) for k, name in enumerate(shares)}
+        both = {
+            name: noisy(2 * seed + k, split={"part": part})
+            for k, name in enumerate(("train", "val"))
+        }
         found += bool(find(both))
     assert found <= most(runs)
 
@@ -224,28 +216,52 @@ def test_moments_that_coincide_are_told_by_their_excess_over_chance():
 
 
 @pytest.mark.parametrize("part", ["momentum", "weight_decay"])
-def test_harm_by_a_part_of_the_step_is_found_in_its_layer(breakdown, part):
+def test_harm_by_a_part_of_the_step_is_found_in_its_layer(part):
     shares = {name: drawn(k) for k, name in enumerate(("signal", "momentum", "weight_decay"))}
-    breakdown("part", **shares)
-    assert noisy().findings() == []
-    breakdown("part", **(shares | {part: shares[part] + SPREAD * at(4, 0.8)}))
-    assert kinds(noisy().findings()) == {(part, "layer4")}
+
+    def found(**changed):
+        return kinds(noisy(split={"part": shares | changed}).findings())
+
+    assert found() == set()
+    assert found(**{part: shares[part] + SPREAD * at(4, 0.8)}) == {(part, "layer4")}
     # The signal's harm is none of the momentum's.
-    breakdown("part", **(shares | {"signal": shares["signal"] + SPREAD * at(4, 0.8)}))
-    assert noisy().findings() == []
+    assert found(signal=shares["signal"] + SPREAD * at(4, 0.8)) == set()
 
 
-def test_curvature_beyond_half_of_the_gain_is_a_step_too_far(breakdown):
+def test_curvature_beyond_half_of_the_gain_is_a_step_too_far():
     straight, bent = drawn(1) - SPREAD, drawn(2)
+
+    def found(first_order, curvature):
+        order = {"first_order": first_order, "curvature": curvature}
+        return kinds(noisy(split={"order": order}).findings())
+
     # Half of the gain is lost at the lowest point of a parabola; a third is a careful step.
-    breakdown("order", first_order=straight, curvature=bent + SPREAD / 3)
-    assert noisy().findings() == []
-    breakdown("order", first_order=straight, curvature=bent + SPREAD * (1 / 3 + at(1, 1.2)))
-    assert kinds(noisy().findings()) == {("curvature", "layer1")}
+    assert found(straight, bent + SPREAD / 3) == set()
+    too_far = bent + SPREAD * (1 / 3 + at(1, 1.2))
+    assert found(straight, too_far) == {("curvature", "layer1")}
     # Curvature without a gain at first order is another matter.
     uphill = straight + SPREAD * at(1, 2.0)
-    breakdown("order", first_order=uphill, curvature=bent + SPREAD * (1 / 3 + at(1, 1.2)))
-    assert kinds(noisy().findings()) == {("against_gradient", "layer1")}
+    assert found(uphill, too_far) == {("against_gradient", "layer1")}
+
+
+@pytest.mark.parametrize("cells", [1, 12, 400])
+def test_findings_do_not_depend_on_how_many_steps_are_looked_at_at_once(monkeypatch, cells):
+    random = np.random.default_rng(0)
+    part = {"signal": drawn(1), "momentum": drawn(2) + SPREAD * at(4, 0.8)}
+    runs = {
+        "train": noisy(
+            1, planted=at(3, -1), split={"part": part}, residual=random.normal(size=200)
+        ),
+        "val": noisy(2, planted=at(3, 1), converged=np.arange(200) > 5),
+    }
+    runs["val"].rows.allocated[[7, 100]] = np.nan
+    told = find(runs)
+    assert {finding.kind for finding in told} >= {"residual", "not_converged", "momentum"}
+    monkeypatch.setattr("lightning_lca.record.findings._CELLS", cells)
+    for again, before in zip(find(runs), told, strict=True):
+        assert (again.kind, again.where) == (before.kind, before.where)
+        assert again.effect == pytest.approx(before.effect, rel=1e-9)
+        assert again.interval == (before.interval and pytest.approx(before.interval, rel=1e-9))
 
 
 def test_layers_and_weights_that_never_move_are_told():

@@ -158,3 +158,27 @@ def test_errors_of_steps_and_of_data_add_up_in_squares():
     np.testing.assert_allclose(high - low, 2 * stats.t.ppf(0.975, 4) * wide.error, rtol=1e-8)
     many = draws.standard_normal((100, 3))
     assert mean.over(many).degrees.tolist() == mean.degrees.tolist()
+
+
+@pytest.mark.parametrize("steps", [999, 1000, 1001, 3500])
+def test_of_a_long_series_means_of_neighbours_stand_for_its_steps(monkeypatch, steps):
+    series = ar1(0, steps, 0.5, 3) + np.array([0, 1e3, -1])
+    pieces = [series[:1], series[1:1], series[1:400], series[400:]]
+    short = Mean.of_pieces(pieces, steps)
+    whole = Mean.of(series)
+    np.testing.assert_allclose(short.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(short.error, whole.error, rtol=1e-12)
+    monkeypatch.setattr("lightning_lca.record.statistics._LONGEST", 500)
+    found = Mean.of_pieces(pieces, steps)
+    every = math.ceil(steps / 500)
+    blocks = [series[i : i + every].mean(0) for i in range(0, steps - every + 1, every)]
+    np.testing.assert_allclose(found.mean, series.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.error, Mean.of(np.array(blocks)).error, rtol=1e-12)
+    assert found.degrees.tolist() == [int(0.4 * len(blocks) ** (2 / 3))] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phi", [-0.6, 0, 0.8])
+def test_the_mean_of_a_long_noise_is_called_apart_from_0_no_more_often_than_said(phi):
+    p = Mean.of_pieces([ar1(1, 40_000, phi, 400)], 40_000).apart()
+    assert (p < 0.05).sum() <= 0.05 * 400 + 2.33 * math.sqrt(0.05 * 0.95 * 400)

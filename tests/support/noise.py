@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def noisy(
     layers: int = 6,
     planted: Any = 0.0,
     share: float = 0.5,
+    split: Mapping[str, Mapping[str, Any]] | None = None,
     **columns: Any,
 ) -> History:
     """Makes a run in which every layer helps as often as it hurts.
@@ -40,6 +42,7 @@ def noisy(
         layers: L.
         planted: Added to the credits, as a multiple of their spread; broadcast to [T, L].
         share: Mean share of the moving weights that help.
+        split: Shares of credit by name, {breakdown: {share: [T, L]}}.
         columns: Of the table, in place of its own.
     """
     drawn = autoregressive(np.random.default_rng(seed), steps, layers + 1, phi)
@@ -49,7 +52,9 @@ def noisy(
     helped = helped + np.zeros((1, layers), np.int64)
     loss = 2 + np.concatenate([[0], credit.sum(1).cumsum()])
     nothing = np.zeros(steps)
-    history = History([f"layer{i}" for i in range(layers)], np.full(layers, SIZE))
+    split = split or {}
+    names = [f"layer{i}" for i in range(layers)]
+    history = History(names, np.full(layers, SIZE), breakdowns={k: [*v] for k, v in split.items()})
     table: dict[str, Any] = {
         "steps": np.arange(1, steps + 1),
         "allocated": credit,
@@ -63,6 +68,7 @@ def noisy(
         "converged": np.ones(steps, bool),
         "trained": np.full(steps, SIZE * layers),
         "seconds": nothing,
+        "shares": {name: np.stack([*shares.values()], -1) for name, shares in split.items()},
     }
     history.append(StepTable(**(table | columns)))
     return history

@@ -6,6 +6,7 @@ from pathlib import Path
 from werkzeug.datastructures import MultiDict
 
 import lightning_lca
+from lightning_lca.tensorboard.answers import plain
 from lightning_lca.tensorboard.query import Query
 from lightning_lca.tensorboard.routes import ANSWERS
 from lightning_lca.tensorboard.snapshot import Run, Table
@@ -15,11 +16,14 @@ _TYPES = {"int": "number", "float": "number", "text": "string", "bool": "boolean
 
 
 class Store:
-    """Runs, each with one unnamed probe, made of histories by name."""
+    """Runs by name, made of a history, or of one for each probe."""
 
     def __init__(self, **histories):
-        tables = {name: Table.of(history, name) for name, history in histories.items()}
-        self.runs = {n: Run(n, "1", {"": table}, {}, 0) for n, table in tables.items()}
+        self.runs = {}
+        for name, probes in histories.items():
+            probes = probes if isinstance(probes, dict) else {"": probes}
+            tables = {probe: Table.of(one, name, probe) for probe, one in probes.items()}
+            self.runs[name] = Run(name, "1", tables, {}, 0)
 
     def run(self, source, name):
         return self.runs[name]
@@ -30,7 +34,8 @@ class Store:
     def ask(self, route, **parameters):
         """Gives the route's answer; parameters are as in an address."""
         texts = {name: str(value) for name, value in parameters.items()}
-        return ANSWERS[route](self, None, Query(MultiDict(texts)))
+        answer = ANSWERS[route](self, None, Query(MultiDict(texts)))
+        return plain(answer) if isinstance(answer, dict) else answer
 
 
 def _cells(line):

@@ -95,7 +95,7 @@ def test_one_run_that_fails_altogether_is_told_as_such(tmp_path, monkeypatch):
     def fail(source, name, *rest):
         if name == "bad":
             raise MemoryError("much")
-        fed(source, name, *rest)
+        return fed(source, name, *rest)
 
     monkeypatch.setattr(runs, "_feed", fail)
     tab = Tab(tmp_path)
@@ -109,7 +109,7 @@ def test_one_run_that_fails_altogether_is_told_as_such(tmp_path, monkeypatch):
 
 def test_a_view_that_fails_says_so_in_json(tmp_path, monkeypatch):
     good(tmp_path / "good")
-    monkeypatch.setattr(views, "bins", lambda *_: {"a": float("nan")})
+    monkeypatch.setattr(views, "bins", lambda *_: {"a": object()})
     code, text = Tab(tmp_path).reply("bins", run="good")
     assert code == 500
     assert "cannot be answered" in json.loads(text)["error"]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import urllib.parse
@@ -28,10 +29,12 @@ from torch.utils.data import DataLoader, Subset
 from lightning_lca import History
 from lightning_lca.record import writer as board
 from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard.answers import as_json
 from lightning_lca.tensorboard.snapshot import Range, Table
 
 pytestmark = pytest.mark.slow
 
+MINUS = str.maketrans("\N{MINUS SIGN}", "-")
 EVIL = "<img src=x onerror=alert(1)>"
 LAYERS = ["first", EVIL, "planted", "last"]
 STEPS = 60
@@ -333,7 +336,7 @@ def test_the_verdict_tells_what_happened(page, history):
 @contextlib.contextmanager
 def answering(page, route, answer):
     """Gives the page an answer of one's own, whatever the server says."""
-    given, body = json.dumps(f"/lca/{route}?"), json.dumps(json.dumps(answer))
+    given, body = json.dumps(f"/lca/{route}?"), json.dumps(as_json(answer))
     script = f"""
         const real = window.fetch;
         window.fetch = (url, ...more) => String(url).includes({given})
@@ -482,6 +485,107 @@ def test_two_probes_are_compared(page, history):
     assert maps[0]["limit"] == maps[1]["limit"]
     gap = np.sort(abs(history["val"].allocated - history["train"].allocated), axis=None)
     assert float(maps[2]["limit"]) == pytest.approx(gap[int(0.99 * gap.size)], rel=1e-4)
+
+
+def test_layers_that_overfit_stand_out(page, history):
+    layers = history["train"].groups
+    after = np.arange(200)[:, None] >= 80
+    planted = {"train": [-1, -1, 1, -1], "val": np.where(after, [1, -1, 1, -1], [-1, -1, 1, -1])}
+    tables = []
+    for seed, credit in enumerate(planted.values()):
+        run = History(layers, np.full(4, 1000))
+        run.append(noisy(seed=seed, layers=4, planted=credit, phi=0).rows)
+        tables.append(Table.of(run))
+    answer = views.generalization(*tables, Range())
+    with answering(page, "generalization", answer):
+        page.open(run="run_1")
+    assert page.find("generalization", "h2").text.endswith(f": {layers[0]} overfits")
+    assert json.loads(page.data("pairs")["layers"]) == list(layers)
+    # It has a red area; the other rows have none.
+    red = """
+        const {plotLeft, plotTop, plotWidth, rowHeight} = arguments[0].dataset;
+        const canvas = arguments[0].querySelector("canvas");
+        const pixels = canvas.getContext("2d").getImageData(
+            plotLeft, Number(plotTop) + arguments[1] * rowHeight, plotWidth, rowHeight).data;
+        let red = 0;
+        for (let i = 0; i < pixels.length; i += 4) red += pixels[i] > pixels[i + 2] + 60;
+        return red;
+    """
+    areas = [page.js(red, page.find("pairs"), row) for row in range(4)]
+    assert areas[0] > 1000
+    assert areas[1:] == [0, 0, 0]
+    page.open(run="run_2")
+    assert 'LCACallback(probe={"train": "train", "val": "val"})' in page.text(
+        "generalization-message"
+    )
+
+
+PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
+
+
+def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
+    names = ["net.wte", *names, "head"]
+    run = noisy(steps=40, layers=len(names))
+    writer = board.RecordWriter(logs / "run_9", run.sizes, None, pytest.fail)
+    try:
+        said = {"probes": [None], "groups": names, "sizes": run.sizes.tolist(), "group_by": "layer"}
+        writer.describe(said | {"settings": {}}, 0)
+        writer.add(None, run.rows)
+        writer.close()
+        history = History.load(logs / "run_9")
+        page.open(run="run_2")
+        wait(lambda: "run_9" in page.text("run"), "the large run")
+        page.open(run="run_9")
+        blocks = [f"net.h.{i}.*" for i in range(12)]
+        shown = ["net.*", "net.wte", "net.h.*", *blocks, "head"]
+        assert json.loads(page.data("heatmap")["layers"]) == shown
+        assert f"{len(names)} layers" in page.text("layers-note")
+        allocated = float(re.search("LCA ([^,]+),", page.text("ledger-note"))[1].translate(MINUS))
+        assert allocated == pytest.approx(history.allocated.sum(), rel=1e-4), "all layers"
+
+        page.click("heatmap", "[data-name='net.h.3.*']")
+        inside = [name for name in names if name.startswith("net.h.3.")]
+        shown[shown.index("net.h.3.*") + 1 : shown.index("net.h.4.*")] = inside
+        assert json.loads(page.data("heatmap")["layers"]) == shown
+        opened = page.find("heatmap", "[data-name='net.h.3.*']").get_attribute("aria-expanded")
+        folded = page.find("heatmap", "[data-name='net.h.4.*']").get_attribute("aria-expanded")
+        assert (opened, folded) == ("true", "false")
+        table, places = page.table(), [names.index(name) for name in inside]
+        assert list(table) == shown
+        told = float(table["net.h.3.*"][3].translate(MINUS))
+        assert told == pytest.approx(history.allocated[:, places].sum(), rel=6e-3)
+        assert json.loads(page.data("raster")["layers"]) == [
+            name for name in shown if name not in ("net.*", "net.h.*", "net.h.3.*")
+        ]
+        # A layer within is chosen; its block folds from the keyboard.
+        page.click("heatmap", f"[data-name='{inside[0]}']")
+        assert page.hash()["p.lca.layer"] == inside[0]
+        page.js("arguments[0].focus()", page.find("heatmap", "[data-name='net.h.3.*']"))
+        ActionChains(page.driver).send_keys(Keys.ENTER).perform()
+        page.ready()
+        assert inside[0] not in json.loads(page.data("heatmap")["layers"])
+        assert page.data("heatmap")["selected"] == "net.h.3.*", "its block stands for it"
+        assert page.hash()["p.lca.layer"] == inside[0]
+
+        field = page.find("find")
+        field.send_keys("OUT  attn")
+        found = [name for name in names if name.endswith("attn_out")]
+        wait(lambda: json.loads(page.data("heatmap")["layers"]) == ["*out attn*", *found])
+        assert f"12 layers of {len(names)} found" in page.text("layers-note")
+        field.send_keys(" nowhere")
+        wait(lambda: field.get_attribute("aria-invalid") == "true")
+        page.ready()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.DELETE)
+        wait(lambda: "p.lca.find" not in page.hash())
+        page.ready()
+        page.click("every")
+        assert json.loads(page.data("heatmap")["layers"]) == names
+    finally:
+        shutil.rmtree(logs / "run_9")
+    page.open(run="run_1")
+    assert not page.find("find").is_displayed(), "a few layers need no search"
 
 
 def test_dark_mode_is_followed(page):

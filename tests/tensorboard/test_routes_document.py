@@ -17,14 +17,14 @@ VALUES = {"run": "a", "layer": "net.2", "run_b": "b"}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two runs, one of them with steps that are not finite."""
+    """Two runs, the second one with steps that are not finite; each is the other's validation."""
     history = fit(tmp_path_factory.mktemp("run"), steps=20, neurons=True, breakdown=True)
     history = history.lca.history
     names = {name: split.names for name, split in history.breakdowns.items()}
     broken = History(history.groups, history.sizes, breakdowns=names)
     residual = np.where(np.arange(len(history)) < 7, np.nan, history.residual)
     broken.append(replace(history.rows, residual=residual, converged=np.isfinite(residual)))
-    return Store(a=history, b=broken)
+    return Store(a={"train": history, "val": broken}, b={"train": broken, "val": history})
 
 
 def needed(route):
@@ -92,11 +92,18 @@ def test_a_route_takes_the_parameters_that_are_told(store, route):
 
 
 RANGES = [{}, {"bins": "3"}, {"start": "1", "stop": "5"}, {"stop": "400", "bins": "39"}]
+FOLDED = [{"fold": "1"}, {"fold": "2", "toggle": '["net.*"]'}, {"find": "net"}]
 
 
-@pytest.mark.parametrize("span", RANGES, ids=str)
+ASKED = [
+    (route, span)
+    for route in sorted(ANSWERS.keys() - {"export"})
+    for span in [*RANGES, *(FOLDED if "fold" in parameters()[route] else [])]
+]
+
+
 @pytest.mark.parametrize("run", ["a", "b"])
-@pytest.mark.parametrize("route", sorted(ANSWERS.keys() - {"export"}))
+@pytest.mark.parametrize(("route", "span"), ASKED, ids=str)
 def test_a_route_answers_with_the_fields_that_are_told(store, route, run, span):
     more = {} if route == "runs" else {"run": run, **span}
     if route == "helping":

@@ -1,5 +1,6 @@
 """The store between TensorBoard's data provider and the views, on a provider made of a dict."""
 
+import errno
 import json
 import threading
 import time
@@ -7,21 +8,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.processes import PATIENCE
 from werkzeug.datastructures import MultiDict
 
 from lightning_lca import History
 from lightning_lca.analysis.bins import Bins
 from lightning_lca.record import eventfile as record
+from lightning_lca.record.description import STEADY
 from lightning_lca.record.reader import Reader
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.tensorboard import runs as store_module
-from lightning_lca.tensorboard import views
+from lightning_lca.tensorboard import spill, views
+from lightning_lca.tensorboard.answers import as_json, plain
 from lightning_lca.tensorboard.plugin import LCALoader, LCAPlugin
 from lightning_lca.tensorboard.provider import Source
 from lightning_lca.tensorboard.query import Query, QueryError
 from lightning_lca.tensorboard.runs import Store
 from lightning_lca.tensorboard.snapshot import Range, Table
-from lightning_lca.tensorboard.views import plain
 
 LAYERS = ("conv", "head")
 SIZES = np.array([100, 7])
@@ -194,6 +197,24 @@ def test_a_session_that_takes_over_or_writes_over_is_followed(provider, source):
     assert (len(store.run(source, "run").table(None).rows), store.run(source, "run").lost) == (3, 0)
 
 
+def test_sums_that_were_kept_are_made_anew_where_a_session_takes_over(provider, source):
+    store = Store()
+    provider.session("run")
+    provider.chunk("run", make_rows(range(1, 201), 1))
+    before = store.run(source, "run").table(None)
+    for first_step, stop in ((100, 180), (20, 30), (25, 230)):
+        provider.session("run", first_step=first_step)
+        provider.chunk("run", make_rows(range(first_step + 1, stop + 1), stop))
+        table = store.run(source, "run").table(None)
+        rows = from_scratch(provider, "run")
+        for name in ("allocated", "helping", "hurting"):
+            told = table.column(name).total(slice(0, len(rows)))
+            assert told == pytest.approx(getattr(rows, name).sum(0, dtype=float), abs=1e-9)
+        assert table.finite.tolist() == rows.finite.tolist()
+    was = make_rows(range(1, 201), 1).allocated.sum(0, dtype=float)
+    assert before.column("allocated").total(slice(0, 200)) == pytest.approx(was, abs=1e-9)
+
+
 def test_a_chunk_seen_in_part_and_then_written_over_is_not_lost(provider, source):
     store, rows = Store(), make_rows(range(1, 11), 1)
     provider.session("run")
@@ -269,11 +290,11 @@ def test_memory_goes_to_the_runs_in_use(provider, source, monkeypatch):
         provider.chunk(name, make_rows(range(1, 101)))
     store = Store()
     one = store.run(source, "a").table(None).bytes
-    assert one == sum(
-        getattr(make_rows(range(100)), f).nbytes
-        for f in StepTable.__dataclass_fields__
-        if f != "shares"
-    )
+    table = store.run(source, "a").table(None)
+    arrays = [*make_rows(range(100)).arrays.values()]
+    arrays += [c.blocks for c in table.digest.columns.values()]
+    arrays += vars(table.digest.per_step).values()
+    assert one == sum(array.nbytes for array in arrays)
     monkeypatch.setattr(store_module, "MEMORY", int(2.5 * one))
 
     def held():
@@ -304,6 +325,126 @@ def test_many_long_runs_are_described_bit_by_bit(provider, source, monkeypatch):
         assert all(d["error"] is None for d in described)
         unread.append(sum(d["rows"] is None for d in described))
     assert unread == [3, 2, 1, 0, 0]
+
+
+def test_a_long_record_is_shown_as_far_as_it_was_read(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 7)  # Less than two chunks of five parts.
+    provider.session("run")
+    for first in range(1, 301, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+    whole = from_scratch(provider, "run")
+    store, seen = Store(), []
+    while True:
+        (told,) = store.describe(source)
+        seen.append((told["read"], told["rows"]))
+        assert (told["lost"], told["error"]) == (0, None)
+        table = store.run(source, "run").table(None)
+        assert len(table.rows) == told["rows"] == store.run(source, "run").describe()["rows"]
+        assert np.array_equal(table.rows.allocated, whole.allocated[: len(table.rows)])
+        answer = views.bins(table, Range(bins=3))
+        wanted = whole.allocated[: len(table.rows)].sum(0, dtype=float)
+        assert answer["total"] == pytest.approx(wanted, abs=1e-12)
+        if told["read"] == 1:
+            break
+    assert len(seen) > 15
+    assert seen == sorted(set(seen)), "every look reads on"
+    assert_current(store, source, provider)
+
+
+def test_what_is_written_while_a_long_record_is_read_is_not_missed(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 7)
+    provider.session("run")
+    for first in range(1, 301, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+    store = Store()
+    for look in range(200):
+        (told,) = store.describe(source)
+        if look == 5:
+            provider.chunk("run", make_rows(range(301, 311), 301))
+        if look == 10:  # A session takes over, and writes over chunks that were not read yet.
+            provider.session("run", first_step=150, clock=STEADY)
+            provider.chunk("run", make_rows(range(151, 161), 7))
+        if look > 10 and told["read"] == 1 and told["rows"] == 160:
+            break
+    assert_current(store, source, provider)
+    assert store.run(source, "run").lost == 0
+
+
+def test_a_run_of_which_no_step_is_read_yet_says_so(provider, source, monkeypatch):
+    monkeypatch.setattr(store_module, "BUDGET", 0.0)
+    monkeypatch.setattr(store_module, "_BATCH", 2)
+    provider.session("run")
+    provider.chunk("run", make_rows(range(1, 11)))
+    store = Store()
+    with pytest.raises(QueryError, match="is being read"):
+        store.run(source, "run").table(None)
+    while store.describe(source)[0]["read"] < 1:
+        pass
+    assert_current(store, source, provider)
+
+
+@pytest.fixture(params=["files", "a full disk", "no such files"])
+def crowded(request, monkeypatch):
+    """Every array is too large for memory."""
+    monkeypatch.setattr(spill, "LARGE", 0)
+    if request.param == "a full disk":
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    if request.param == "no such files":
+        monkeypatch.delattr(spill.os, "posix_fallocate")
+    return request.param
+
+
+def test_what_is_too_large_for_memory_lies_in_files(provider, source, crowded):
+    store = Store()
+    provider.session("run")
+    kept = []
+    for first in range(1, 200, 10):
+        provider.chunk("run", make_rows(range(first, first + 10), first))
+        assert_current(store, source, provider)
+        kept.append(store.run(source, "run").table(None))
+    whole = from_scratch(provider, "run").allocated
+    for table in kept:  # Later rows lie behind those that were handed out.
+        rows = len(table.rows)
+        assert np.array_equal(table.rows.allocated, whole[:rows])
+        total = table.column("allocated").total(slice(0, rows))
+        assert total == pytest.approx(whole[:rows].sum(0, dtype=float), abs=1e-12)
+    assert (kept[-1].bytes == 0) == (crowded == "files")
+
+
+def test_nobody_waits_while_another_run_is_being_read(provider, source, monkeypatch):
+    for name in ("known", "long"):
+        provider.session(name)
+        provider.chunk(name, make_rows(range(1, 11)))
+    store, reads, goes_on = Store(), threading.Event(), threading.Event()
+    store.run(source, "known")
+    read = provider.read_tensors
+
+    def slowly(context, *, run_tag_filter, **more):
+        if "long" in run_tag_filter.runs:
+            reads.set()
+            assert goes_on.wait(PATIENCE)
+        return read(context, run_tag_filter=run_tag_filter, **more)
+
+    monkeypatch.setattr(provider, "read_tensors", slowly)
+    reader = threading.Thread(target=store.describe, args=(source,))
+    reader.start()
+    assert reads.wait(PATIENCE)
+    answers = []
+    asker = threading.Thread(target=lambda: answers.append(store.run(source, "known")))
+    asker.start()
+    asker.join(60)
+    waited = asker.is_alive()
+    goes_on.set()
+    reader.join()
+    asker.join()
+    assert not waited
+    assert len(answers[0].table(None).rows) == 10
 
 
 def test_unknown_names_leave_nothing_behind(provider, source):
@@ -405,7 +546,8 @@ def test_what_is_not_finite_is_none():
     table.rows.allocated[1, 0] = np.nan
     table.rows.loss_after[3] = np.inf
     table.rows.residual[2] = np.nan
-    answer = views.bins(table, Range(bins=3))
+    table = Table.of(table.history)
+    answer = plain(views.bins(table, Range(bins=3)))
     assert answer["not_finite"] == [1, 2, 0]
     for layer in range(2):
         first, second, third = answer["credit"][layer]
@@ -415,7 +557,7 @@ def test_what_is_not_finite_is_none():
     assert answer["loss"][2] is None
     assert answer["residual"][1] is None
     for view in (views.table(table, Range()), views.synchrony(table, Range(), 3), answer):
-        json.dumps(view, allow_nan=False)
+        as_json(view)
     assert plain(np.nan) is None
     assert plain([1.5, np.inf]) == [1.5, None]
 
@@ -429,14 +571,14 @@ def test_an_empty_range_is_answered():
         views.compare(table, table, Range(50, 60)),
         views.synchrony(table, Range(50, 60), 20),
     ):
-        json.dumps(view, allow_nan=False)
+        as_json(view)
     assert views.table(table, Range(50, 60))["rows"] == 0
     assert views.bins(table, Range(50, 60))["loss"][0] == table.rows.loss_after[-1]
 
 
 def test_one_row_and_one_group_are_enough():
     table = make_table([40], groups=["only"], sizes=[3])
-    answer = views.bins(table, Range())
+    answer = plain(views.bins(table, Range()))
     assert (answer["edges"], answer["credit"]) == ([39, 40], plain(table.rows.allocated))
     assert views.synchrony(table, Range(), 20)["moments"] == 0
 
@@ -446,7 +588,7 @@ def test_of_many_channels_the_most_helpful_and_the_most_hurting_are_shown():
     table = make_table(range(1, 1001), groups=names, sizes=[1] * 701, group_by="neuron")
     assert table.layers == ["wide", "thin"]
     assert table.layer_sizes.tolist() == [700, 1]
-    answer = views.channels(table, Range(bins=2000), "wide")
+    answer = plain(views.channels(table, Range(bins=2000), "wide"))
     assert (answer["shown"], answer["of"]) == (256, 700)
     total = table.rows.allocated[:, :700].astype(float).sum(0)
     assert answer["total"] == [*np.sort(total)[:128], *np.sort(total)[-128:]]
@@ -464,7 +606,7 @@ def test_the_channels_of_a_parameter_are_those_of_its_layer():
     history.append_windows("neurons", WindowTable(("conv/0", "conv/1"), steps, measured, credit))
     table = Table.of(history)
     for layer in (original, "conv.bias"):
-        answer = views.channels(table, Range(bins=2000), layer)
+        answer = plain(views.channels(table, Range(bins=2000), layer))
         assert (answer["edges"], answer["credit"]) == ([0, 5, 10, 15, 20], credit.T.tolist())
     with pytest.raises(QueryError, match="Layer 'free' has no channels"):
         views.channels(table, Range(), "free")
@@ -484,10 +626,10 @@ def test_the_channels_of_a_recurrent_layer_are_those_of_all_its_levels():
 
 def test_spacing_of_a_sparse_run_is_the_least_width():
     table = make_table([10, 20, 30, 37])
-    answer = views.bins(table, Range(bins=2000))
+    answer = plain(views.bins(table, Range(bins=2000)))
     assert answer["edges"] == [0, 10, 20, 30, 37]
     assert answer["measured"] == [1, 1, 1, 1]
-    assert views.bins(table, Range(11, 30, 2000))["edges"] == [10, 20, 30]
+    assert plain(views.bins(table, Range(11, 30, 2000))["edges"]) == [10, 20, 30]
 
 
 # -- the way in -----------------------------------------------------------------------------------

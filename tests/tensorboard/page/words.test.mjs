@@ -11,15 +11,16 @@ import {
   sureWords,
   synchronyWords,
   findingWords,
+  generalizationWords,
   trustWords,
 } from "../../../lightning_lca/tensorboard/static/lib/words.js";
 
 const TABLE = {
-  layers: [
-    { name: "a", credit: -3, share: 0.75 },
-    { name: "b", credit: -2, share: 0.5 },
-    { name: "c", credit: 1, share: -0.25 },
-  ],
+  helped: 2,
+  hurt: 1,
+  broken: 0,
+  most_helpful: { name: ["a", "b"], credit: [-3, -2], share: [0.75, 0.5] },
+  most_hurtful: { name: ["c"], credit: [1], share: [-0.25] },
   true_change: -4,
   allocated: -4,
   residual: 0.001,
@@ -59,7 +60,7 @@ test("the verdict names the layers that did most, with their served shares", () 
   assert.equal(head, "2 layers helped, 1 hurt");
   assert.match(plain(detail), /hurting most: c \+1.0 · helping most: a -3.0 \(75 %\), b -2.0 \(50 %\)/);
   assert.equal(warn, false);
-  assert.equal(layerWords({ layers: [{ credit: null }], true_change: -1 }).warn, true);
+  assert.equal(layerWords({ ...TABLE, helped: 0, hurt: 0, broken: 3 }).warn, true);
 });
 
 test("trust follows the served share, and all is never said where something is left", () => {
@@ -161,4 +162,21 @@ test("no finding is told apart from too few steps to find one", () => {
   assert.match(sureWords(data), /^Nothing in these 230 measured steps is beyond chance/);
   assert.match(sureWords({ ...data, steps: 49 }), /^Findings need 50 .* here are 49\.$/);
   assert.match(sureWords({ ...data, kind: ["hurts"] }), /^From 230 .* about 5\u202f% of runs/);
+});
+
+test("who overfits is named, and what all layers did together", () => {
+  const data = {
+    layers: ["a", "b", "c"],
+    measured: 200,
+    verdict: ["helps both", "overfits", "overfits"],
+    most_telling: [2, 1, 0],
+    total_train: [-1, -0.5, null],
+    total_val: [-0.75, 0.25, 1],
+  };
+  const told = (change) => generalizationWords({ ...data, ...change });
+  assert.equal(told({}).head, "2 of 3 layers overfit, c most");
+  assert.match(plain(told({}).words), /over 200 steps: train -1.50, validation \+0.500\./);
+  assert.equal(told({ verdict: ["helps both", "helps both", "overfits"] }).head, "c overfits");
+  assert.equal(told({ verdict: ["helps both"] }).head, "no layer overfits");
+  assert.equal(told({ measured: 0 }).head, "no measured step here");
 });

@@ -2,6 +2,7 @@
 
 import { el } from "../lib/dom.js";
 import { elide } from "../lib/format.js";
+import { isBlock } from "../lib/rows.js";
 import { colors } from "../lib/theme.js";
 import { stepTicks } from "../lib/ticks.js";
 import { FONT_BOLD, FONT_SMALL, margins } from "./axes.js";
@@ -11,13 +12,15 @@ import { cursor, zoomable } from "./zoom.js";
 const TOP = 26; // The strip with the legend.
 const TICKS = 20;
 const TITLE = 18;
+const INDENT = 9; // Of what lies within a block, in CSS pixels.
 
 /**
  * A canvas with rows. Subclasses paint cells.
  *
  * `update` takes a view: {rows: [{name, label}], low, high, rowHeight, selected, axis}, and what the
- * subclass needs. `act` has onRange(start, stop), onWhole(), onWheel(kind, turn, step), and
- * onSelect(name) where rows can be chosen.
+ * subclass needs. Rows of a tree also have `depth` and `open`: true or false for a block, null for
+ * another row. `act` has onRange(start, stop), onWhole(), onWheel(kind, turn, step), onSelect(name)
+ * where rows can be chosen, and onToggle(name) where there are blocks.
  */
 export class Grid {
   constructor(host, { testid, label, act }) {
@@ -123,15 +126,23 @@ export class Grid {
     const { left, top } = this.plot;
     const every = Math.ceil(13 / rowHeight);
     const chosen = rows.findIndex((row) => row.name === selected);
-    context.textAlign = "right";
+    const isTree = this.isTree();
+    context.textAlign = isTree ? "left" : "right";
     context.textBaseline = "middle";
     rows.forEach((row, i) => {
       const near = chosen >= 0 && i !== chosen && Math.abs(i - chosen) * rowHeight < 13;
       if (i !== chosen && (i % every || near)) return;
       context.font = i === chosen ? FONT_BOLD : FONT_SMALL;
       context.fillStyle = i === chosen ? colors.selected : colors.text;
-      const text = elide(row.label, left - 18, (t) => context.measureText(t).width);
-      context.fillText(text, left - 8, top + (i + 0.5) * rowHeight + 0.5);
+      const y = top + (i + 0.5) * rowHeight + 0.5;
+      const measure = (t) => context.measureText(t).width;
+      if (!isTree) {
+        context.fillText(elide(row.label, left - 18, measure), left - 8, y);
+        return;
+      }
+      const x = 4 + INDENT * row.depth;
+      if (typeof row.open === "boolean") context.fillText(row.open ? "▾" : "▸", x, y);
+      context.fillText(elide(row.label, left - x - 19, measure), x + 11, y);
     });
     if (chosen >= 0) {
       context.strokeStyle = colors.selected;
@@ -174,14 +185,21 @@ export class Grid {
     Object.assign(this.line.style, { top: `${top}px`, height: `${height}px` });
     while (this.list.childElementCount > rows.length) this.list.lastChild.remove();
     while (this.list.childElementCount < rows.length) {
-      this.list.append(el("div", { role: this.act.onSelect ? "option" : "listitem" }));
+      this.list.append(el("div"));
     }
+    const isTree = this.isTree();
+    this.list.setAttribute("role", isTree ? "tree" : this.act.onSelect ? "listbox" : "list");
     const entry = Math.max(
       0,
       rows.findIndex((row) => row.name === selected),
     );
     rows.forEach((row, i) => {
       const node = this.list.children[i];
+      node.setAttribute("role", isTree ? "treeitem" : this.act.onSelect ? "option" : "listitem");
+      if (isTree) node.setAttribute("aria-level", row.depth + 1);
+      else node.removeAttribute("aria-level");
+      if (typeof row.open === "boolean") node.setAttribute("aria-expanded", row.open);
+      else node.removeAttribute("aria-expanded");
       node.style.height = `${rowHeight}px`;
       node.title = row.name;
       node.dataset.name = row.name;
@@ -199,8 +217,21 @@ export class Grid {
     if (row !== null && row >= 0) this.act.onSelect?.(this.view.rows[row].name);
   }
 
+  /** Whether some rows are blocks of others. */
+  isTree() {
+    return this.view.rows.some(({ open }) => typeof open === "boolean");
+  }
+
+  /** Opens or folds a block; selects another row. */
+  enter(row) {
+    if (row < 0) return;
+    const { name, open } = this.view.rows[row];
+    if (typeof open === "boolean" && isBlock(name)) this.act.onToggle?.(name);
+    else this.select(row);
+  }
+
   onRowClick(event) {
-    this.select([...this.list.children].indexOf(event.target));
+    this.enter([...this.list.children].indexOf(event.target));
   }
 
   onKey(event) {
@@ -219,7 +250,7 @@ export class Grid {
       PageDown: () => focus(at + 10),
       Home: () => focus(0),
       End: () => focus(nodes.length - 1),
-      Enter: () => this.select(at),
+      Enter: () => this.enter(at),
       " ": () => this.select(at),
       ArrowLeft: () => this.act.onWheel("pan", -1),
       ArrowRight: () => this.act.onWheel("pan", 1),

@@ -6,14 +6,13 @@ import { colors, diverging, rgb } from "../lib/theme.js";
 import { FONT_BOLD, FONT_SMALL } from "./axes.js";
 import { Grid } from "./grid.js";
 
-/** Rows of a heatmap with their sums; [names], [L][B], [L], and each one's part of the loss change. */
-export function heatRows(names, credit, totals, { label = (name) => name, shares = {} } = {}) {
-  return names.map((name, i) => ({
-    name,
-    label: label(name),
+/** Rows of a heatmap with their sums; [L], [L][B], [L], and each one's part of the loss change. */
+export function heatRows(rows, credit, totals, shares = {}) {
+  return rows.map((row, i) => ({
+    ...row,
     values: credit[i],
     total: totals[i],
-    share: shares[name],
+    share: shares[row.name],
   }));
 }
 
@@ -132,7 +131,8 @@ export class Heatmap extends Grid {
     const { left, top, width, right } = this.plot;
     const text = rowHeight >= 12;
     const room = right - 14 - (text ? 58 : 6);
-    const totals = rows.map((row) => row.total ?? 0);
+    // An open block has no bar: what it holds would be too small to be seen beside it.
+    const totals = rows.map((row) => (row.open === true ? 0 : (row.total ?? 0)));
     const low = Math.min(0, ...totals);
     const high = Math.max(0, ...totals);
     if (low === high) return;
@@ -146,7 +146,7 @@ export class Heatmap extends Grid {
       context.fillStyle = totals[i] < 0 ? colors.helps : colors.hurts;
       context.fillRect(zero, y - thick / 2, length, thick);
       if (!text) return;
-      context.fillStyle = colors.text;
+      context.fillStyle = row.open === true ? colors.muted : colors.text;
       context.textAlign = "right";
       context.fillText(
         row.total === null ? "–" : signed(row.total, 2),

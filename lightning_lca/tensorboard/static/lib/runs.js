@@ -3,7 +3,8 @@
 import { Source } from "./api.js";
 import { natural } from "./order.js";
 
-const POLL = 3000; // Milliseconds between looks.
+const POLL = 3000; // Milliseconds between looks,
+const READING = 200; // and while the server is still reading a long record.
 
 /** The list of runs; `all` is null until the first answer. */
 export class Runs {
@@ -23,9 +24,10 @@ export class Runs {
 
   /** Looks, and again in a while; never twice at once. */
   poll() {
-    const due = !this.all || this.isLive();
+    const due = !this.all || this.isLive() || this.all.some(({ read }) => read < 1);
     if (due && !this.hidden && !this.listing.busy) this.listing.want({}, Date.now());
-    setTimeout(() => this.poll(), this.all?.length ? POLL : POLL / 2);
+    const isReading = this.all?.some(({ read }) => read < 1) && !this.hidden;
+    setTimeout(() => this.poll(), isReading ? READING : this.all?.length ? POLL : POLL / 2);
   }
 
   /**

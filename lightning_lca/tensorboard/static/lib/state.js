@@ -12,6 +12,9 @@ const DEFAULTS = {
   strongest: null, // Moments of learning per layer.
   stack: null, // "1": cumulative LCA as areas.
   origin: null, // "run": cumulative LCA since the run's start, not the range's.
+  toggle: null, // Blocks that are open where they would be folded, or the other way: a list in JSON.
+  find: null, // Only layers whose names have these words.
+  every: null, // "1": a row for every layer, however many.
   tall: null, // "1": a label for every layer, however many.
   live: null, // "0": no polling.
 };

@@ -45,18 +45,21 @@ export function lossWords(table, { loss, edges }) {
  * Which layers helped and which hurt.
  * @param {TableAnswer} table
  */
-export function layerWords({ layers, true_change: change }) {
-  const helped = layers.filter((l) => l.credit < 0).sort((a, b) => a.credit - b.credit);
-  const hurt = layers.filter((l) => l.credit > 0).sort((a, b) => b.credit - a.credit);
-  const broken = layers.filter((l) => l.credit === null).length;
-  const hurting = hurt.length ? `${count(hurt.length)} hurt` : "none hurt";
-  const part = (l) => (change < 0 && l.credit < 0 ? ` (${percent(l.share, 0)})` : "");
-  const told = (l) => `${l.name} ${signed(l.credit, 2)}${part(l)}`;
+export function layerWords(table) {
+  const { helped, hurt, broken, true_change: change } = table;
+  const hurting = hurt ? `${count(hurt)} hurt` : "none hurt";
+  const told = ({ name: names, credit, share }) =>
+    names
+      .map((name, i) => {
+        const part = change < 0 && credit[i] < 0 ? ` (${percent(share[i], 0)})` : "";
+        return `${name} ${signed(credit[i], 2)}${part}`;
+      })
+      .join(", ");
   const details = [];
   if (broken) details.push(`${plural(broken, "layer")} not finite`);
-  if (hurt.length) details.push(`hurting most: ${hurt.slice(0, 2).map(told).join(", ")}`);
-  if (helped.length) details.push(`helping most: ${helped.slice(0, 2).map(told).join(", ")}`);
-  const head = `${helped.length ? plural(helped.length, "layer") : "No layer"} helped, ${hurting}`;
+  if (hurt) details.push(`hurting most: ${told(table.most_hurtful)}`);
+  if (helped) details.push(`helping most: ${told(table.most_helpful)}`);
+  const head = `${helped ? plural(helped, "layer") : "No layer"} helped, ${hurting}`;
   return { head, detail: details.join(" · "), warn: broken > 0 };
 }
 
@@ -165,6 +168,36 @@ export function sharedWords(data) {
     : "";
   const chance = `${count(Math.round(low))}–${count(Math.round(high))}`;
   return `${alone}${count(synchronized)} of ${count(moments)} moments are shared with at least one other layer; chance would give ${chance}.`;
+}
+
+/**
+ * Who learns for the training data alone: {head, words}.
+ * @param {GeneralizationAnswer} data
+ */
+export function generalizationWords({
+  layers,
+  measured,
+  verdict,
+  most_telling: order,
+  total_train: train,
+  total_val: val,
+}) {
+  const sum = (values) => values.reduce((total, v) => total + (v ?? 0), 0);
+  const overfit = verdict.filter((v) => v === "overfits").length;
+  const worst = layers[order[0]];
+  const head = !measured
+    ? "no measured step here"
+    : !overfit
+      ? "no layer overfits"
+      : overfit === 1
+        ? `${worst} overfits`
+        : `${count(overfit)} of ${plural(layers.length, "layer")} overfit, ${worst} most`;
+  return {
+    head,
+    words:
+      `All layers over ${plural(measured, "step")}: train ${signed(sum(train))}, ` +
+      `validation ${signed(sum(val))}. It is a sign, for this run and these probes, and no test: “How sure?” has one.`,
+  };
 }
 
 const HEADS = {

@@ -4,7 +4,8 @@ import { margins } from "../charts/axes.js";
 import { clampRange, panned, zoomed } from "../charts/zoom.js";
 import { Source } from "../lib/api.js";
 import { el } from "../lib/dom.js";
-import { steps } from "../lib/format.js";
+import { percent, steps } from "../lib/format.js";
+import { MANY, isBlock, isFound } from "../lib/rows.js";
 import { Runs } from "../lib/runs.js";
 import { Store } from "../lib/state.js";
 import { followTheme } from "../lib/theme.js";
@@ -12,6 +13,7 @@ import { channelsView } from "./channels.js";
 import { compareView } from "./compare.js";
 import { cumulativeView } from "./cumulative.js";
 import { findingsView } from "./findings.js";
+import { generalizationView } from "./generalization.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
 import { ledgerView } from "./ledger.js";
@@ -23,16 +25,34 @@ import { Verdict } from "./verdict.js";
 
 const PATIENCE = 120; // Milliseconds that the slower answers wait for the view to settle.
 const CELLS = 200_000; // Of a heatmap, so that many layers take fewer bins.
+const ROWS = 120; // Rows of folded layers, roughly.
 const NAMES = [
   "bins",
   "table",
   "helping",
   "shares",
+  "generalization",
   "synchrony",
   "findings",
   "channels",
   "compare",
 ];
+
+/** The row that shows a layer: its own, or that of a block that it lies in. */
+function rowOf(layer, run, bins) {
+  if (!run || !bins || bins.layers.includes(layer)) return layer;
+  return bins.layers[bins.row_of[run.layers.indexOf(layer)]] ?? layer;
+}
+
+/** The blocks that the address says are the other way than at first. */
+function toggledOf({ toggle }) {
+  try {
+    const names = JSON.parse(toggle ?? "[]");
+    return Array.isArray(names) ? names.filter((name) => typeof name === "string") : [];
+  } catch {
+    return []; // A broken link.
+  }
+}
 
 export class App {
   constructor(parent) {
@@ -50,7 +70,9 @@ export class App {
       onWheel: (kind, turn, at) => this.onWheel(kind, turn, at),
       onSelect: (layer) =>
         this.store.set({ layer: this.store.state.layer === layer ? null : layer }),
+      onToggle: (block) => this.toggle(block),
     };
+    this.waiting = new Set(); // Views to be drawn.
     this.main = el("main");
     const head = el("div", { id: "head" });
     this.topbar = new TopBar(head, this);
@@ -69,6 +91,7 @@ export class App {
       cumulativeView,
       ledgerView,
       sharesView,
+      generalizationView,
       helpingView,
       synchronyView,
       compareView,
@@ -91,7 +114,12 @@ export class App {
   /** Takes a list of runs, or why there is none. */
   onRuns(error, isNew) {
     const { updated } = this.topbar;
-    updated.textContent = error ? "no answer" : `updated ${new Date().toLocaleTimeString("en-GB")}`;
+    const read = this.run?.read ?? 1;
+    updated.textContent = error
+      ? "no answer"
+      : read < 1
+        ? `reading ${percent(read, 0)}`
+        : `updated ${new Date().toLocaleTimeString("en-GB")}`;
     updated.title = error ?? "";
     if (error && !this.runs.all) this.say(error, true);
     if (isNew) this.refresh();
@@ -109,6 +137,22 @@ export class App {
     const { start, stop } = this.store.state;
     const { first_step: first, last_step: last } = run;
     return { start: start ?? first, stop: stop ?? last, first, last };
+  }
+
+  /** Opens a block, or folds it. */
+  toggle(block) {
+    const toggled = toggledOf(this.store.state);
+    const others = toggled.filter((name) => name !== block);
+    const now = others.length < toggled.length ? others : [...toggled, block];
+    this.store.set({ toggle: now.length ? JSON.stringify(now) : null });
+  }
+
+  /** What the routes need to know of how layers are folded; nothing where each has a row. */
+  folding() {
+    const { find, every } = this.store.state;
+    if (this.run.layers.length <= MANY) return {};
+    if (find !== null && this.run.layers.some((name) => isFound(name, find))) return { find };
+    return every === "1" ? {} : { fold: MANY, toggle: JSON.stringify(toggledOf(this.store.state)) };
   }
 
   setRange(start, stop) {
@@ -139,7 +183,9 @@ export class App {
     this.banner.hidden = true;
     this.main.hidden = false;
     const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
-    const layer = run.layers.includes(state.layer) ? state.layer : null;
+    const folding = this.folding();
+    const isThere = run.layers.includes(state.layer) || ("fold" in folding && isBlock(state.layer));
+    const layer = isThere ? state.layer : null;
     if (state.run !== run.name || state.probe !== probe || state.layer !== layer) {
       this.store.set({ run: run.name, probe, layer }); // And comes back here.
       return;
@@ -148,28 +194,36 @@ export class App {
     if (width < 300) return;
     const { left, right } = margins(width);
     const inner = Math.floor((width - left - right) / 50) * 50;
-    const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / run.layers.length)));
+    const rows = "fold" in folding ? ROWS : run.layers.length;
+    const fitting = Math.max(100, Math.min(inner, 2000, Math.floor(CELLS / rows)));
     const common = { run: run.name, probe, start: state.start, stop: state.stop };
-    const want = (name, bins, extra = {}, version = run.stamp) => {
+    // While a long record is being read, what takes longer is asked for at its beginning and its end.
+    const settled = run.read < 1 ? "reading" : run.stamp;
+    const want = (name, bins, extra = {}, version = settled, shown = {}) => {
       const source = this.sources[name];
       // An answer about something else must not stand under the new name.
       const about = JSON.stringify([run.name, probe, extra]);
       if (source.about !== about) source.reset();
       source.about = about;
-      source.want({ ...common, bins, ...extra }, version, name === "bins" ? 0 : PATIENCE);
+      const asked = { ...common, bins, ...extra, ...shown };
+      source.want(asked, version, name === "bins" ? 0 : PATIENCE);
     };
-    want("bins", fitting);
-    want("table", null);
-    want("shares", null);
+    want("bins", fitting, {}, run.stamp, folding);
+    want("table", null, {}, run.stamp, folding);
+    want("shares", null, {}, settled, folding);
     want("helping", Math.max(40, Math.floor(inner / 5)), { layer });
     want("synchrony", Math.max(40, Math.floor(inner / 3)), { strongest: state.strongest });
     want("findings", null);
-    if (layer && run.channels) want("channels", Math.min(fitting, 500), { layer });
+    if (["train", "val"].every((name) => run.probes.includes(name)))
+      want("generalization", Math.min(fitting, 500), { probe: null });
+    else this.sources.generalization.reset();
+    if (run.layers.includes(layer) && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
     if (other?.probes.includes(state.vs_probe ?? "")) {
       const pair = { run_b: other.name, probe_b: state.vs_probe };
-      want("compare", Math.min(fitting, 600), pair, `${run.stamp} ${other.stamp}`);
+      const version = `${settled} ${other.stamp}`;
+      want("compare", Math.min(fitting, 600), pair, version, folding);
     } else this.sources.compare.reset();
     this.draw();
   }
@@ -179,13 +233,15 @@ export class App {
     const { state } = this.store;
     const { run, sources } = this;
     const table = sources.table.data;
+    const bins = sources.bins.data;
     const choices = run && !run.error ? this.runs.others(run, state.probe) : [];
     return {
       state,
       run,
       runs: this.runs.all ?? [],
       table,
-      bins: sources.bins.data,
+      bins,
+      row: rowOf(state.layer, run, bins),
       synchrony: sources.synchrony.data,
       shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
@@ -202,22 +258,40 @@ export class App {
     this.topbar.draw(context);
     if (this.main.hidden || !context.run) return;
     this.verdict.draw(context);
-    for (const view of this.views) {
-      const { data, error, busy } = this.sources[view.source];
+    const due = this.views.filter((view) => {
+      const { busy } = this.sources[view.source];
       view.section.root.setAttribute("aria-busy", busy);
-      if (name && ![view.source, view.also].includes(name)) continue;
-      const blocked = view.blocked?.(context);
-      if (blocked) {
-        const [text, buttons] = [blocked].flat();
-        view.section.say(text, { buttons });
-      } else if (error) view.section.fail(error);
-      else if (data) {
-        view.section.show();
-        view.draw(data, context);
-      }
+      // What waits for an answer is drawn with it.
+      return name ? [view.source, view.also].includes(name) : !busy;
+    });
+    this.waiting = new Set([...due, ...this.waiting]); // What is new comes first.
+    this.drawNext();
+  }
+
+  /** Draws the view that has waited longest; the browser may show it before the next one. */
+  drawNext() {
+    const [view] = this.waiting;
+    if (view) {
+      this.waiting.delete(view);
+      if (!this.main.hidden && this.run) this.drawView(view, this.context());
     }
-    const all = Object.values(this.sources);
-    document.documentElement.dataset.ready = String(!all.some((source) => source.busy));
+    clearTimeout(this.drawing);
+    if (this.waiting.size) this.drawing = setTimeout(() => this.drawNext());
+    const isBusy = Object.values(this.sources).some((source) => source.busy);
+    document.documentElement.dataset.ready = String(!isBusy && !this.waiting.size);
+  }
+
+  drawView(view, context) {
+    const { data, error } = this.sources[view.source];
+    const blocked = view.blocked?.(context);
+    if (blocked) {
+      const [text, buttons] = [blocked].flat();
+      view.section.say(text, { buttons });
+    } else if (error) view.section.fail(error);
+    else if (data) {
+      view.section.show();
+      view.draw(data, context);
+    }
   }
 
   /** Shows words in place of the whole page. */
@@ -232,6 +306,7 @@ export class App {
 
   sayNoRun(run) {
     if (run?.error) this.say(`Run ${run.name} cannot be shown. ${run.error}`, true);
+    else if (run?.read < 1) this.say(`Run ${run.name} is being read.`);
     else if (run)
       this.say(
         `Run ${run.name} has no measured step yet. They appear here as soon as the first are written.`,

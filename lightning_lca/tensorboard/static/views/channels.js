@@ -2,6 +2,7 @@
 
 import { Heatmap, heatRows } from "../charts/heatmap.js";
 import { count, plural } from "../lib/format.js";
+import { isBlock } from "../lib/rows.js";
 import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
 
@@ -26,6 +27,8 @@ export function channelsView(app) {
       section.heading.textContent = state.layer ? `Channels of ${state.layer}` : "Channels";
       if (!run.channels)
         return "This record has no channels. Train with LCACallback(neurons=True) to see inside each layer.";
+      if (isBlock(state.layer) && !run.layers.includes(state.layer))
+        return "A block is selected. Click one of its layers to see its channels.";
       return state.layer
         ? null
         : "Click a layer above to see its channels (its neurons, for a linear layer).";
@@ -35,7 +38,11 @@ export function channelsView(app) {
       const { layer, edges, channels, credit, total, helped, hurt, shown, of } = data;
       const label = (name) => (name.startsWith(`${layer}/`) ? name.slice(layer.length + 1) : name);
       map.update({
-        rows: heatRows(channels, credit, total, { label }),
+        rows: heatRows(
+          channels.map((name) => ({ name, label: label(name) })),
+          credit,
+          total,
+        ),
         edges,
         measured: null,
         low: edges[0],

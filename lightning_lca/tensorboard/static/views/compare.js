@@ -5,6 +5,7 @@ import { Heatmap, heatRows } from "../charts/heatmap.js";
 import { extent, rule } from "../charts/marks.js";
 import { end, nearestEdge, startingFrom } from "../lib/edges.js";
 import { count, plural, signed } from "../lib/format.js";
+import { treeRows } from "../lib/rows.js";
 import { colors } from "../lib/theme.js";
 import { pairNames } from "../lib/words.js";
 import { rowHeight } from "./layers.js";
@@ -54,23 +55,25 @@ export function compareView(app) {
       ];
     },
     /** @param {CompareAnswer} data */
-    draw(data, { state, own, other, shares }) {
+    draw(data, { state, row, own, other, shares }) {
       const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);
+      const rows = treeRows(data);
+      const isTree = rows.some(({ open }) => open !== null);
       section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
       const common = {
         edges,
         low: edges[0],
         high: edges.at(-1),
         unit: data.unit,
-        selected: state.layer,
-        rowHeight: rowHeight(layers.length, { room: 260, least: 3, most: 22 }),
+        selected: row,
+        rowHeight: rowHeight(layers.length, { room: 260, least: isTree ? 14 : 3, most: 22 }),
       };
       const [a, b, difference] = maps;
       a.update({
         ...common,
         title: nameA,
-        rows: heatRows(layers, data.a, data.total_a, { shares }),
+        rows: heatRows(rows, data.a, data.total_a, shares),
         measured: measuredA,
         limit: data.limit,
         axis: false,
@@ -78,7 +81,7 @@ export function compareView(app) {
       b.update({
         ...common,
         title: nameB,
-        rows: heatRows(layers, data.b, data.total_b),
+        rows: heatRows(rows, data.b, data.total_b),
         measured: measuredB,
         limit: data.limit,
         axis: false,
@@ -86,19 +89,19 @@ export function compareView(app) {
       difference.update({
         ...common,
         title: `${nameB} minus ${nameA}`,
-        rows: heatRows(layers, data.difference, data.total_difference),
+        rows: heatRows(rows, data.difference, data.total_difference),
         measured: measuredA.map((n, k) => Math.min(n, measuredB[k])),
         limit: data.limit_difference,
         words: ["helps more", "hurts more"],
       });
-      const chosen = layers.indexOf(state.layer);
+      const chosen = layers.indexOf(row);
       const sums = (letter) => {
         const part = (name) =>
           chosen >= 0 ? data[`${name}_${letter}`][chosen] : data[`${name}_total_${letter}`];
         return startingFrom(state.origin === "run" ? part("before") : 0, part("running"));
       };
       const [sumA, sumB] = [sums("a"), sums("b")];
-      sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? state.layer : "all layers"}`;
+      sumsTitle.textContent = `Cumulative LCA of ${chosen >= 0 ? row : "all layers"}`;
       chart.update({
         x: edges,
         lines: [

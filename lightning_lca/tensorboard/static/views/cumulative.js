@@ -4,6 +4,7 @@ import { Chart } from "../charts/chart.js";
 import { extent, rule } from "../charts/marks.js";
 import { end, nearestEdge, stacked, sumsOf } from "../lib/edges.js";
 import { count, signed } from "../lib/format.js";
+import { placesThatAddUp } from "../lib/rows.js";
 import { colors, sequence } from "../lib/theme.js";
 import { Section } from "./section.js";
 
@@ -41,13 +42,14 @@ export function cumulativeView(app) {
   return {
     section,
     source: "bins",
-    /** @param {BinsAnswer} bins */
-    draw(bins, { state }) {
+    /** @param {BinsAnswer} answer */
+    draw(answer, { state, row }) {
+      const bins = withoutOpenBlocks(answer);
       const stacked = state.stack === "1";
       stack.setAttribute("aria-pressed", stacked);
       drawOrigin(state);
       const { sums, total, truth } = sumsOf(bins, state.origin === "run");
-      const chosen = bins.layers.indexOf(state.layer);
+      const chosen = bins.layers.indexOf(row);
       const style = stacked
         ? asAreas(bins, sums, total, truth, chosen)
         : asLines(bins, sums, chosen);
@@ -60,6 +62,21 @@ export function cumulativeView(app) {
       });
       chart.root.dataset.stacked = stacked;
     },
+  };
+}
+
+/**
+ * Only rows that add up.
+ * @param {BinsAnswer} bins
+ */
+function withoutOpenBlocks(bins) {
+  const places = placesThatAddUp(bins.open);
+  const pick = (values) => places.map((i) => values[i]);
+  return {
+    ...bins,
+    layers: pick(bins.layers),
+    running: pick(bins.running),
+    before: pick(bins.before),
   };
 }
 

@@ -2,6 +2,7 @@
 
 import { Heatmap, heatRows } from "../charts/heatmap.js";
 import { count, plural } from "../lib/format.js";
+import { MANY, treeRows } from "../lib/rows.js";
 import { leftOut } from "../lib/words.js";
 import { Section } from "./section.js";
 
@@ -9,6 +10,20 @@ import { Section } from "./section.js";
 export function rowHeight(rows, { room = 720, least = 6, most = 30, tall = false } = {}) {
   const fitting = Math.floor(room / Math.max(1, rows));
   return Math.min(most, Math.max(tall ? 14 : least, fitting));
+}
+
+/**
+ * What is folded, or found.
+ * @param {BinsAnswer} bins
+ * @param {number} layers
+ * @param {string | null} find
+ */
+function foldedWords({ inside, open }, layers, find) {
+  if (find === null)
+    return `${count(layers)} layers: a block's row is their exact sum; click its name to open or fold it.`;
+  const listed = open.filter((o) => o === null).length;
+  const more = inside[0] > listed ? `, of which ${count(listed)} are listed` : "";
+  return `${plural(inside[0], "layer")} of ${count(layers)} found${more}; the first row is their exact sum.`;
 }
 
 export function layersView(app) {
@@ -19,6 +34,12 @@ export function layersView(app) {
       "Blue steps lowered the loss, red ones raised it. Drag to zoom, click a layer to look inside.",
     ...app.sectionHooks("bins"),
   });
+  const every = section.addToggle(
+    "every",
+    "Every layer",
+    "A row for each layer, without blocks",
+    (on) => app.store.set({ every: on ? "1" : null }),
+  );
   const tall = section.addToggle(
     "tall",
     "Label every layer",
@@ -35,12 +56,15 @@ export function layersView(app) {
     source: "bins",
     also: "table",
     /** @param {BinsAnswer} bins */
-    draw(bins, { state, shares }) {
+    draw(bins, { state, run, row, shares }) {
       const { edges, layers, credit, total, measured, not_finite: notFinite } = bins;
-      tall.hidden = rowHeight(layers.length) >= 13;
+      const isTree = bins.open.some((open) => open !== null);
+      every.hidden = run.layers.length <= MANY || state.find !== null;
+      every.setAttribute("aria-pressed", state.every === "1");
+      tall.hidden = isTree || rowHeight(layers.length) >= 13;
       tall.setAttribute("aria-pressed", state.tall === "1");
       map.update({
-        rows: heatRows(layers, credit, total, { shares }),
+        rows: heatRows(treeRows(bins), credit, total, shares),
         edges,
         measured,
         notFinite,
@@ -48,8 +72,8 @@ export function layersView(app) {
         high: edges.at(-1),
         limit: bins.limit,
         unit: bins.unit,
-        selected: state.layer,
-        rowHeight: rowHeight(layers.length, { tall: state.tall === "1" }),
+        selected: row,
+        rowHeight: rowHeight(layers.length, { tall: isTree || state.tall === "1" }),
       });
       const empty = measured.filter((n) => !n).length;
       const broken = notFinite.reduce((sum, n) => sum + n, 0);
@@ -58,6 +82,7 @@ export function layersView(app) {
           ? `Hatched: ${plural(empty, "bin")} of ${count(measured.length)} without a measured step.`
           : "",
         broken ? `${leftOut(broken)}; grey: bins with no other step.` : "",
+        isTree ? foldedWords(bins, run.layers.length, state.find) : "",
       ].join(" ");
     },
   };

@@ -2,6 +2,7 @@
 
 import { el } from "../lib/dom.js";
 import { count, signed } from "../lib/format.js";
+import { placesThatAddUp, treeRows } from "../lib/rows.js";
 import { Section } from "./section.js";
 
 const WORDS = {
@@ -34,7 +35,7 @@ export function sharesView(app) {
 
   function cell(value, most, bold = false) {
     const bar = el("span", { class: value < 0 ? "bar helps" : "bar hurts" });
-    bar.style.width = `${(46 * Math.abs(value ?? 0)) / most}%`;
+    bar.style.width = `${Math.min(48, (46 * Math.abs(value ?? 0)) / most)}%`;
     const text = el(bold ? "b" : "span", {}, signed(value));
     return el("td", { class: "credit" }, el("span", { class: "track" }, bar), text);
   }
@@ -50,9 +51,12 @@ export function sharesView(app) {
     choice.value = chosen;
     const { shares, credit, total, measured } = data.breakdowns.find(({ name }) => name === chosen);
     const most = Math.max(
-      ...[...credit.flat(), ...data.credit].map((v) => Math.abs(v ?? 0)),
+      ...placesThatAddUp(data.open).flatMap((i) =>
+        [...credit[i], data.credit[i]].map((v) => Math.abs(v ?? 0)),
+      ),
       Number.MIN_VALUE,
     );
+    const rows = treeRows(data);
     const titles = [...shares.map((share) => share.replaceAll("_", " ")), "LCA"];
     head.replaceChildren(
       el(
@@ -64,13 +68,14 @@ export function sharesView(app) {
     );
     body.replaceChildren(
       ...data.layers.map((name, i) => {
-        const pressed = name === context.state.layer;
-        const select = el("button", { type: "button", "aria-pressed": pressed, title: name }, name);
+        const pressed = name === context.row;
+        const { label, depth } = rows[i];
+        const select = el("button", { type: "button", "aria-pressed": pressed, title: name }, label);
         select.addEventListener("click", () => app.act.onSelect(name));
         return el(
           "tr",
           { "data-name": name, "data-selected": pressed },
-          el("th", { scope: "row" }, select),
+          el("th", { scope: "row", style: `padding-left: ${8 + 14 * depth}px` }, select),
           ...credit[i].map((value) => cell(value, most)),
           cell(data.credit[i], most, true),
         );

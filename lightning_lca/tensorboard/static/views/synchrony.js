@@ -6,6 +6,7 @@ import { Raster } from "../charts/raster.js";
 import { el } from "../lib/dom.js";
 import { binAt } from "../lib/edges.js";
 import { count, number, steps } from "../lib/format.js";
+import { placesThatAddUp, treeRows } from "../lib/rows.js";
 import { colors } from "../lib/theme.js";
 import { sharedWords, synchronyWords } from "../lib/words.js";
 import { rowHeight } from "./layers.js";
@@ -47,27 +48,26 @@ export function synchronyView(app) {
   return {
     section,
     source: "synchrony",
+    also: "bins",
     blocked({ run }) {
       return run.layers.length < 2 ? "One layer has no other to learn with." : null;
     },
     /** @param {SynchronyAnswer} data */
-    draw(data, { state }) {
+    draw(data, { state, bins, row }) {
       if (document.activeElement !== strongest) strongest.value = state.strongest ?? 20;
-      const { edges, layers } = data;
+      const { edges } = data;
       const [low, high] = [edges[0], edges.at(-1)];
+      const { rows, rowOf, isTree } = rasterRows(data, bins);
       raster.update({
-        rows: layers.map((name, i) => ({
-          name,
-          label: name,
-          all: data.moments_by_layer[i],
-          shared: data.shared_by_layer[i],
-        })),
-        moments: data.raster.map(([row, step], i) => [row, step, data.raster_at_once[i]]),
+        rows,
+        moments: data.raster
+          .map(([layer, step], i) => [rowOf[layer], step, data.raster_at_once[i]])
+          .filter(([row]) => row >= 0),
         low,
         high,
         axis: false,
-        selected: state.layer,
-        rowHeight: rowHeight(layers.length, { room: 320, least: 3, most: 20 }),
+        selected: row,
+        rowHeight: rowHeight(rows.length, { room: 320, least: isTree ? 14 : 3, most: 20 }),
       });
       chart.update(data.expected ? perStep(data) : perBin(data));
       const { words, together, head } = synchronyWords(data);
@@ -76,6 +76,26 @@ export function synchronyView(app) {
       section.note.dataset.together = together;
     },
   };
+}
+
+/**
+ * The raster's rows, those of the heatmap but for open blocks, and the row of every layer.
+ * @param {SynchronyAnswer} data
+ * @param {BinsAnswer | null} bins
+ */
+function rasterRows({ layers, moments_by_layer: all, shared_by_layer: shared }, bins) {
+  const isTree = bins?.row_of.length === layers.length && bins.open.some((o) => o !== null);
+  const places = isTree ? placesThatAddUp(bins.open) : layers.map((_, i) => i);
+  const listed = isTree ? treeRows(bins) : layers.map((name) => ({ name, label: name }));
+  const rows = places.map((i) => ({ ...listed[i], all: 0, shared: 0 }));
+  const row = new Map(places.map((place, i) => [place, i]));
+  const rowOf = layers.map((_, i) => row.get(isTree ? bins.row_of[i] : i) ?? -1);
+  rowOf.forEach((r, layer) => {
+    if (r < 0) return;
+    rows[r].all += all[layer];
+    rows[r].shared += shared[layer];
+  });
+  return { rows, rowOf, isTree };
 }
 
 /**

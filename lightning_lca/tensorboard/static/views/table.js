@@ -3,7 +3,22 @@
 import { el } from "../lib/dom.js";
 import { count, percent, signed } from "../lib/format.js";
 import { inOrder } from "../lib/order.js";
+import { isBlock, treeRows } from "../lib/rows.js";
 import { Section } from "./section.js";
+
+/** The button that opens or folds a block; none for a layer. */
+function blockToggle(app, { name, open }) {
+  if (open === null || !isBlock(name)) return [];
+  const text = open ? "▾" : "▸";
+  const label = open ? `Fold ${name}` : `Open ${name}`;
+  const button = el(
+    "button",
+    { type: "button", class: "fold", "aria-expanded": String(open), "aria-label": label },
+    text,
+  );
+  button.addEventListener("click", () => app.act.onToggle(name));
+  return [button];
+}
 
 const COLUMNS = [
   { key: "order", title: "#", text: (row) => count(row.order), hint: "Place in the network" },
@@ -68,30 +83,45 @@ export function tableView(app) {
   function draw(data, context) {
     latest = [data, context];
     const active = /** @type {HTMLElement} */ (document.activeElement);
-    const focused = body.contains(active) ? active.title : null;
-    const rows = data.layers.map((row, i) => ({ ...row, order: i + 1 }));
+    const focused = body.contains(active) ? [active.closest("tr").dataset.name, active.className] : null;
+    const labels = treeRows({
+      layers: data.layers.map(({ name }) => name),
+      depth: data.layers.map(({ depth }) => depth),
+      inside: data.layers.map(({ inside }) => inside),
+      open: data.layers.map(({ open }) => open),
+    });
+    const isTree = sort.key === "order" && !sort.falling;
+    const rows = data.layers
+      .map((row, i) => ({ ...row, order: i + 1, label: isTree ? labels[i].label : row.name }))
+      // What lies within an open block stands by itself where rows are sorted.
+      .filter(({ open }) => isTree || open !== true);
     rows.sort((a, b) => inOrder(a[sort.key], b[sort.key], sort.falling) || a.order - b.order);
-    const most = Math.max(...rows.map((row) => Math.abs(row.credit ?? 0)), Number.MIN_VALUE);
+    const adding = rows.filter(({ open }) => open !== true);
+    const most = Math.max(...adding.map((row) => Math.abs(row.credit ?? 0)), Number.MIN_VALUE);
     heads.forEach((head, i) => {
       const sorted = COLUMNS[i].key === sort.key;
       head.setAttribute("aria-sort", sorted ? (sort.falling ? "descending" : "ascending") : "none");
     });
     body.replaceChildren(
       ...rows.map((row) => {
-        const chosen = row.name === context.state.layer;
+        const chosen = row.name === context.row;
         const cells = COLUMNS.map(({ key, text }) => {
           if (key === "name") {
             const select = el(
               "button",
               { type: "button", "aria-pressed": chosen, title: row.name },
-              row.name,
+              row.label,
             );
             select.addEventListener("click", () => app.act.onSelect(row.name));
-            return el("th", { scope: "row" }, select);
+            const head = el("th", { scope: "row" }, ...blockToggle(app, row), select);
+            head.style.paddingLeft = `${8 + (isTree ? 14 * row.depth : 0)}px`;
+            return head;
           }
           if (key !== "credit") return el("td", {}, text(row));
           const bar = el("span", { class: row.credit < 0 ? "bar helps" : "bar hurts" });
-          bar.style.width = `${(46 * Math.abs(row.credit ?? 0)) / most}%`;
+          // An open block has none: what it holds would be too small to be seen beside it.
+          const size = row.open === true ? 0 : Math.abs(row.credit ?? 0);
+          bar.style.width = `${(46 * size) / most}%`;
           return el(
             "td",
             { class: "credit" },
@@ -102,10 +132,12 @@ export function tableView(app) {
         return el("tr", { "data-name": row.name, "data-selected": chosen }, ...cells);
       }),
     );
-    if (focused !== null)
+    if (focused) {
+      const [name, kind] = focused;
       [...body.querySelectorAll("button")]
-        .find(({ title }) => title === focused)
+        .find((one) => one.closest("tr").dataset.name === name && one.className === kind)
         ?.focus({ preventScroll: true });
+    }
   }
   return { section, source: "table", draw };
 }

@@ -3,6 +3,9 @@
 import { clampRange, panned, zoomed } from "../charts/zoom.js";
 import { route } from "../lib/api.js";
 import { el, fill } from "../lib/dom.js";
+import { MANY, isFound } from "../lib/rows.js";
+
+const TYPING = 250; // Milliseconds after which a word is looked for.
 
 /** A labelled control. */
 function field(text, ...nodes) {
@@ -76,6 +79,17 @@ export class TopBar {
         move((a, b) => panned(a, b, 0.5)),
       ),
     );
+    this.find = el("input", {
+      type: "search",
+      "data-testid": "find",
+      "aria-label": "Find layers",
+      placeholder: "part of a name",
+    });
+    this.find.addEventListener("input", () => {
+      clearTimeout(this.typing);
+      this.typing = setTimeout(() => store.set({ find: this.find.value.trim() || null }), TYPING);
+    });
+    this.findField = field("Find", this.find);
     this.live = el("input", { type: "checkbox", "data-testid": "live" });
     this.live.addEventListener("change", () => store.set({ live: this.live.checked ? null : "0" }));
     this.updated = el("span", { class: "updated", "data-testid": "updated" });
@@ -102,6 +116,7 @@ export class TopBar {
       this.moves,
       this.whole,
       field("Compare with", this.versus),
+      this.findField,
       el(
         "span",
         { class: "status" },
@@ -171,6 +186,11 @@ export class TopBar {
       state.vs_run === null ? "" : JSON.stringify([state.vs_run, state.vs_probe ?? ""]),
     );
     this.versus.disabled = !versus.length;
+    this.findField.hidden = !run || run.layers.length <= MANY;
+    if (document.activeElement !== this.find) this.find.value = state.find ?? "";
+    const isVain = run && state.find !== null && !run.layers.some((n) => isFound(n, state.find));
+    this.find.setAttribute("aria-invalid", String(Boolean(isVain)));
+    this.find.title = isVain ? "No layer has such a name" : "Layers whose names have these words";
     this.live.checked = state.live !== "0";
     if (run) {
       const { start, stop } = state;
