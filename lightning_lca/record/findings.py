@@ -514,7 +514,8 @@ class _Run:
     @property
     def _probe_batches(self) -> str:
         """How many batches the probe has."""
-        batches = self.history.settings.get("probe_batches")
+        known = self.batches
+        batches = self.history.settings.get("probe_batches") if known is None else len(known)
         if isinstance(batches, int) and batches > 1:
             return f"and {batches} probe batches, whose spread is not tested here"
         return "one probe batch"

@@ -203,7 +203,8 @@ class History:
         if (by_batch := self.by_batch) is None:
             return None
         count = len(by_batch.names)
-        error: Floats = by_batch.allocated.std(2, ddof=1) / math.sqrt(count)
+        with np.errstate(invalid="ignore", over="ignore"):
+            error: Floats = by_batch.allocated.std(2, ddof=1) / math.sqrt(count)
         return error
 
     @property

@@ -169,14 +169,13 @@ class Meter:
         if self._shares is not None and self._shares.needs_start and not is_begun:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
+        field = self.probe if self._sampling is None else self._field
         if self._tolerance is None:
-            gradient, ends = mean_gradient(self._field, segment, self._rule, self._buffer)
+            gradient, ends = mean_gradient(field, segment, self._rule, self._buffer)
         else:
             tries = not self.is_futile or self._measured % _SELDOM == 0
             most = self._max_splits if tries else 1
-            gradient, ends = refined_gradient(
-                self._field, segment, self._tolerance, most, self._buffer
-            )
+            gradient, ends = refined_gradient(field, segment, self._tolerance, most, self._buffer)
             if tries:
                 self._note_futile(ends.settled)
         split = self._linear_shares(gradient, self._buffer.terms, segment)
@@ -304,6 +303,8 @@ class Meter:
             drift = before - np.concatenate([[known], after[:-1]])
         self._loss = float(after[-1])
         finite = np.isfinite(columns).all(1) & np.isfinite(drift)
+        with np.errstate(invalid="ignore", over="ignore"):
+            shares = self._completed(rest, allocated)
         rows = StepTable(
             steps=np.array([p.step for p in pending], np.int64),
             allocated=allocated.copy(),
@@ -317,7 +318,7 @@ class Meter:
             converged=finite & np.array([p.converged is not False for p in pending]),
             trained=np.array([p.trained for p in pending], np.int64),
             seconds=np.array([p.seconds for p in pending]),
-            shares=self._completed(rest, allocated),
+            shares=shares,
         )
         self.history.append(rows)
         if self._looks:

@@ -90,9 +90,12 @@ def assert_same(plain, measured):
 def assert_same_history(a, b, *, rows_alone=False):
     """Two histories are the same to the bit, windows included, clocks apart."""
     assert a.groups == b.groups
-    for column in {field.name for field in fields(StepTable)} - {"seconds"}:
+    for column in {field.name for field in fields(StepTable)} - {"seconds", "shares"}:
         mine, theirs = getattr(a.rows, column), getattr(b.rows, column)
         assert np.array_equal(mine, theirs), column
+    assert a.split_columns == b.split_columns
+    for name, mine in a.rows.shares.items():
+        assert np.array_equal(mine, b.rows.shares[name], equal_nan=True), name
     if rows_alone:
         return
     assert a.windows.keys() == b.windows.keys()
