@@ -41,7 +41,7 @@ from lightning_lca.training.snapshots import Snapshots as WeightPath
 STEPS = 24  # Of batches of 16 in 96 samples: epochs of 6 steps.
 CHUNK = 4
 SAVE_EVERY = 6
-PHASES = ("start", "training", "snapshot", "probe", "record", "checkpoint", "end")
+PHASES = ("start", "training", "transfer", "snapshot", "probe", "record", "checkpoint", "end")
 
 
 class Pulse:
@@ -178,6 +178,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
         (Probe, "__call__", "probe"),
         (board.RecordWriter, "_try", "record"),
         (pl.Trainer, "save_checkpoint", "checkpoint"),
+        (pl.LightningModule, "transfer_batch_to_device", "transfer"),  # Given, not counted yet.
     ):
         phased(owner, name, phase, pulse, sniper)
     board.CHUNK_STEPS = CHUNK
