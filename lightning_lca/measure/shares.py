@@ -222,7 +222,7 @@ class Shares:
         before = self._before.wholes[at.memory][place]
         turns = torch.sign(motion)
         products = [turns * before, None, None, None, motion * slope, None, motion.square()]
-        before.copy_(turns)
+        pass
         products += [slope.square(), None]
         if end is not None:
             last = end.wholes[at.memory][place]
