@@ -304,15 +304,17 @@ def _before_nesterov(
 ) -> Tensor:
     """Undoes what SGD with nesterov may do to ``p.grad``: it adds the momentum to it in place.
 
-    It does so over many tensors at once and without decay. Whether it did shows in the motion.
+    It does so over many tensors at once and without decay. Whether it did shows in the motion, of
+    what has moved: in the gaps between tensors nothing did.
     """
     settings = step.settings
     buffer = moments.get("momentum_buffer")
     if buffer is None or settings["weight_decay"] or settings["maximize"]:
         return gradient
     pushed = settings["momentum"] * buffer
-    untouched = (motion + settings["lr"] * (gradient + pushed)).abs().sum()
-    touched = (motion + settings["lr"] * gradient).abs().sum()
+    moved = motion != 0
+    untouched = (motion + settings["lr"] * (gradient + pushed)).abs().mul_(moved).sum()
+    touched = (motion + settings["lr"] * gradient).abs().mul_(moved).sum()
     return torch.where(touched < untouched, gradient - pushed, gradient)
 
 

@@ -193,6 +193,11 @@ RUNS = {
     "midpoint": {"quadrature": "midpoint"},
     "refined": {"tolerance": 1e-3},
     "neurons": {"group_by": "neuron"},
+    "modules": {"group_by": "module:1"},
+    "a function": {"group_by": lambda name, parameter: f"of {parameter.dim()} dimensions"},
+    "shares": {"breakdown": True, "oscillation": True},
+    "chords and shares": {"every_n_steps": 5, "breakdown": "order", "oscillation": True},
+    "biases left out": {"exclude": "*.bias*"},
 }
 
 
@@ -234,6 +239,16 @@ def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, 
     if "tolerance" in run:
         assert (np.abs(history.residual) <= 1e-3 * (1 + 1e-4))[history.converged].all()
         assert history.converged.any()
+    assert (history.oscillation is not None) == ("oscillation" in run)
+    assert bool(history.breakdowns) == ("breakdown" in run)
+    size = np.abs(history.allocated).max()
+    for breakdown in history.breakdowns.values():
+        rest = breakdown.allocated.sum(2) - history.allocated
+        assert np.abs(rest).max() <= 1e-12 * size
+    if "part" in history.breakdowns:
+        other = history.breakdowns["part"].allocated[:, :, -1]
+        # Nobody but the optimizer moves these weights: what is left is the rounding of its step.
+        assert np.abs(other).max() <= 100 * relative * size
 
 
 @pytest.mark.parametrize("net", [frozen, Tied], ids=["frozen", "tied"])

@@ -1,6 +1,7 @@
 """Random networks and trainings: everything follows from a seed."""
 
 import functools
+from fnmatch import fnmatchcase as fnmatch
 
 import numpy as np
 import torch
@@ -190,7 +191,7 @@ def case(seed):
     if precision == "bf16-true":  # It rounds every node but the ends.
         rule = pick(random, "euler", "trapezoid")
     sizes = [int(random.integers(3, 9)) for _ in range(random.integers(1, 4))]
-    return {
+    drawn = {
         "seed": seed,
         "model": Model(net, pick(random, F.cross_entropy, squared), build),
         "optimizer": optimizer,
@@ -212,3 +213,66 @@ def case(seed):
             "seed": int(random.integers(1000)),
         },
     }
+    drawn["lca"] |= more(np.random.default_rng([seed, 1]), drawn)
+    return drawn
+
+
+def more(random, drawn):
+    """Draws what came later: another way to group, what is left out, and shares of credit."""
+    model, lca = drawn["model"], {}
+    shapes = [by_dimensions, "module:1", "module:2", "module:3"]
+    if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        shapes += ["head"] * 8
+    if random.random() < 0.5:
+        lca["group_by"] = pick(random, *shapes)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    if random.random() < 0.4:
+        chosen = pick(random, *trained)
+        argument = pick(random, "include", "exclude")
+        path = chosen.split(".parametrizations.")[0]
+        pattern = pick(random, chosen, path, path.rpartition(".")[0] + ".*", "*" + path[-6:])
+        left = set(trained) - {n for n in trained if fits(n, pattern)}
+        if argument == "include" or left:
+            lca[argument] = pattern if random.random() < 0.5 else [pattern]
+    rule, every = drawn["lca"]["quadrature"], drawn["lca"]["every_n_steps"]
+    if rule not in ("midpoint", "gauss2", "gauss3") and random.random() < 0.7:
+        lca["breakdown"] = pick(random, True, True, "part") if every == 1 else "order"
+        lca["oscillation"] = bool(random.random() < 0.6)
+    sparse = any(getattr(m, "sparse", False) for m in model.modules())
+    if drawn["optimizer"] not in ("LBFGS", "Rprop") and not sparse and random.random() < 0.4:
+        model.make_optimizers = decaying(model.make_optimizers, 10 ** random.uniform(-2, 0))
+    return lca
+
+
+def decaying(build, decay):
+    """Adds weight decay to the optimizer that is built."""
+
+    def with_decay(weights):
+        built = build(weights)
+        for group in (built[0][0] if isinstance(built, tuple) else built).param_groups:
+            group["weight_decay"] = float(decay)
+        return built
+
+    return with_decay
+
+
+def by_dimensions(name, parameter):
+    return f"of {parameter.dim()} dimensions"
+
+
+def fits(name, pattern):
+    """Whether a pattern matches a parameter, or a module around it."""
+    parts = name.replace(".parametrizations.", ".").split(".")
+    return any(fnmatch(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1)) or fnmatch(
+        name, pattern
+    )
+
+
+def selected(asked, names):
+    """Lists the parameters that are measured."""
+    for argument, wanted in (("include", True), ("exclude", False)):
+        patterns = asked.get(argument, [])
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if patterns:
+            names = [n for n in names if any(fits(n, p) for p in patterns) == wanted]
+    return names

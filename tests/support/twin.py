@@ -1,7 +1,8 @@
 """The measure once more, written differently: float64, functional_call, NumPy, and no callback.
 
 The path of the weights comes from `PathRecorder`; `Twin.measure` credits its segments, and says how
-far rounding in the run's own arithmetic can take a credit from the true one.
+far rounding in the run's own arithmetic can take a credit from the true one. `Twin.parts` splits a
+step by taking it again, in float64, with the gradient of the probe.
 
 Rounding is measured, not guessed: the gradient of the run's arithmetic is compared with that of
 float64 at the nodes of the rule, where the run's weights are rounded themselves, and at a point
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +44,22 @@ def simpson(panels):
     return np.linspace(0, 1, 2 * panels + 1), weights / (6 * panels)
 
 
+@dataclass
+class Update:
+    """All that an optimizer's step follows from.
+
+    ``groups`` holds pairs of settings and the names of parameters; a gradient or a state of a
+    parameter that has none is missing.
+    """
+
+    kind: type
+    groups: list
+    states: dict
+    gradients: dict
+
+
 class PathRecorder(pl.Callback):
-    """Keeps where every optimizer step began and ended, and the buffers then.
+    """Keeps where every optimizer step began and ended, the buffers then, and the steps' `Update`.
 
     Args:
         weights: Gives {name: tensor} of a LightningModule; by default its parameters by name.
@@ -52,14 +68,32 @@ class PathRecorder(pl.Callback):
     def __init__(self, weights=None):
         self.weights = weights or (lambda module: dict(module.named_parameters()))
         self.starts, self.stops, self.buffers, self.open = [], [], [], False
+        self.updates = []
 
     def copy_of(self, tensors):
         return {name: t.detach().clone() for name, t in tensors.items()}
 
+    def on_train_start(self, trainer, pl_module):
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda o, *_: self.note_gradients(pl_module))
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.open:
             self.starts.append(self.copy_of(self.weights(pl_module)))
+            names = {p: n for n, p in pl_module.named_parameters()}
+            states = {names[p]: copy.deepcopy(state) for p, state in optimizer.state.items()}
+            groups = [
+                ({k: v for k, v in g.items() if k != "params"}, [names[p] for p in g["params"]])
+                for g in optimizer.param_groups
+            ]
+            self.updates.append(Update(type(optimizer), groups, states, {}))
         self.open = True
+
+    def note_gradients(self, pl_module):
+        """Keeps what was stepped by: only now it is clipped."""
+        gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+        self.updates[-1].gradients = {n: g.detach().to_dense() for n, g in gradients.items()}
+        self.updates[-1].gradients = self.copy_of(self.updates[-1].gradients)
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         if self.open:
@@ -79,12 +113,18 @@ class PathRecorder(pl.Callback):
 class Measured:
     """What a segment did, and how far rounding can take each number.
 
-    Credits and their slack: {name: array}, the motion in float64 with them.
+    Of every parameter {name: array}: credit, and the motion and the mean gradient that it is the
+    product of; the gradients at both ends, ``errors`` is how far each of these may be off.
     """
 
     credit: dict
     slack: dict
-    moved: dict
+    motion: dict
+    mean: dict
+    mean_slack: dict
+    first: dict
+    last: dict
+    errors: dict
     before: float
     after: float
     loss_slack: float
@@ -201,15 +241,117 @@ class Twin:
         finer = 2.0**-28 if self.dtype == torch.float64 else 1.0  # 2**-29, for run and twin.
         low = self.unit if finer == 1.0 else UNIT[torch.float32]
         span = sum(abs(w) for w in rule[1])
-        credit, slack, moved = {}, {}, {}
+        credit, slack, motion, mean_slack, ends_slack = {}, {}, {}, {}, {}
         for n, (a, b) in wide.items():
-            motion = (b - a).numpy() if n in trained else np.zeros(a.shape)
+            motion[n] = (b - a).numpy() if n in trained else np.zeros(a.shape)
             error = 8 * max(errors[n], low * largest[n])
             # Besides: products, sums and the motion are rounded, each by one unit.
-            credit[n], moved[n] = motion * sums[n], motion != 0
-            slack[n] = finer * np.abs(motion) * (span * error + 8 * low * sizes[n])
+            credit[n] = motion[n] * sums[n]
+            mean_slack[n] = finer * (span * error + 8 * low * sizes[n])
+            slack[n] = np.abs(motion[n]) * mean_slack[n]
+            ends_slack[n] = np.full(a.shape, finer * error)
         loss_slack = finer * 8 * max(loss_error, low * max(map(abs, losses)))
-        return Measured(credit, slack, moved, losses[0], losses[1], loss_slack)
+        ends = (samples[s][1] for s in (0.0, 1.0))
+        return Measured(
+            credit, slack, motion, sums, mean_slack, *ends, ends_slack, *losses, loss_slack
+        )
+
+    def parts(self, start, update, want):
+        """Splits a step by taking it again with the probe's gradient, and with its own.
+
+        Args:
+            start: The weights before it.
+            update: What it follows from.
+            want: What `measure` gives for it.
+
+        Returns:
+            Of every parameter that was stepped, the motion by the probe's gradient and by its own,
+            and how far each may be off, {name: array} four times.
+
+        How far: the largest change of the motion where the gradient and each tensor of the state
+        are off by what rounding may do to them, up or down, all combinations of it.
+        """
+        own = {n: g.double().numpy() for n, g in update.gradients.items()}
+        probe = {n: want.first[n] for n in own}
+        states = {n: _begun(update, n, start[n]) for n in own}
+        after = _stepped(update, start, own, states)[1]
+        unit = 8 * UNIT[self.dtype]
+        off = {
+            n: {
+                k: unit * (abs(v) + abs(after[n][k].double()))
+                for k, v in state.items()
+                if torch.is_tensor(v) and v.shape == start[n].shape
+            }
+            for n, state in states.items()
+        }
+        found = []
+        for gradient, error in (
+            (probe, want.errors),
+            (own, {n: unit * np.abs(g) for n, g in own.items()}),
+        ):
+            exact = _stepped(update, start, gradient, states)[0]
+            worst = {n: np.zeros(g.shape) for n, g in gradient.items()}
+            keys = sorted({k for tensors in off.values() for k in tensors})
+            for sign, *signs in itertools.product((-1, 1), repeat=1 + len(keys)):
+                pushed = {n: g + sign * error[n] for n, g in gradient.items()}
+                shifts = dict(zip(keys, signs, strict=True))
+                moved = _stepped(update, start, pushed, _shifted(states, off, shifts))[0]
+                for n, there in moved.items():
+                    change = np.nan_to_num(np.abs(there - exact[n]), nan=np.inf)
+                    worst[n] = np.maximum(worst[n], change)
+            found += [exact, worst]
+        return found
+
+
+def _begun(update, name, weight):
+    """The state that a parameter's step began from, as zeros where the step makes it first."""
+    if update.states.get(name):
+        return update.states[name]
+    if issubclass(update.kind, torch.optim.SGD):
+        return {}
+    fresh = _stepped(update, {name: weight}, {name: np.zeros(weight.shape)}, {name: {}})[1][name]
+    numbers = {"step": torch.tensor(0.0), "mu_product": torch.tensor(1.0)}
+    return {k: numbers[k] if k in numbers else torch.zeros_like(v) for k, v in fresh.items()}
+
+
+def _shifted(states, off, signs):
+    """States whose tensors are off, each to the side that its key has."""
+    return {
+        n: {
+            k: v if k not in off[n] else _squares(k, v.double() + signs[k] * off[n][k])
+            for k, v in state.items()
+        }
+        for n, state in states.items()
+    }
+
+
+def _squares(key, value):
+    return value.clamp(min=0) if "sq" in key or key in ("sum", "square_avg") else value
+
+
+def _stepped(update, start, gradients, states):
+    """Takes a step in float64, tensor by tensor: motions and states {name: ...} after it."""
+    weights = {n: nn.Parameter(start[n].double().clone()) for n in gradients}
+    groups = [
+        {**settings, "params": [weights[n] for n in names if n in weights]}
+        for settings, names in update.groups
+    ]
+    ways = {"foreach": False, "fused": False, "capturable": False}
+    for group in groups:
+        group.update({k: v for k, v in ways.items() if k in group})
+    optimizer = update.kind(groups, lr=1.0)
+    for name, state in states.items():
+        optimizer.state[weights[name]] = {
+            k: v.detach().clone().to(torch.float64 if v.shape == start[name].shape else v.dtype)
+            if torch.is_tensor(v)
+            else v
+            for k, v in state.items()
+        }
+    for name, gradient in gradients.items():
+        weights[name].grad = torch.from_numpy(np.array(gradient, float))
+    optimizer.step()
+    motions = {n: (w.detach() - start[n].double()).numpy() for n, w in weights.items()}
+    return motions, {n: optimizer.state[w] for n, w in weights.items()}
 
 
 def _between(ends, s):
@@ -224,9 +366,21 @@ def groups_of(module, by):
         path, _, leaf = name.rpartition(".")
         layer = path.split(".parametrizations.")[0]
         label = np.empty(parameter.shape, object)
-        if by == "parameter":
+        attention = modules[path if leaf.startswith("in_proj") else path.rpartition(".")[0]]
+        if callable(by):
+            label[...] = by(name, parameter)
+        elif by == "parameter":
             label[...] = name
-        elif by == "layer":
+        elif by.startswith("module:"):
+            label[...] = ".".join(layer.split(".")[: int(by[7:])])
+        elif by == "head" and isinstance(attention, nn.MultiheadAttention) and leaf != "bias":
+            where = path.removesuffix(".out_proj")
+            width = attention.embed_dim // attention.num_heads
+            for place in np.ndindex(label.shape):
+                i = place[-1] if path.endswith("out_proj") else place[0]
+                role = "out" if path.endswith("out_proj") else "qkv"[i // attention.embed_dim]
+                label[place] = f"{where}/{role}/head {i % attention.embed_dim // width}"
+        elif by in ("layer", "head"):
             label[...] = layer
         else:
             owner = modules[layer]
