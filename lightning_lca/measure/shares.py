@@ -237,7 +237,7 @@ class Shares:
         before = at.of(self._before)
         turns = torch.sign(motion)
         products = [turns * before, None, None, None, motion * slope, None, motion.square()]
-        pass
+        before.copy_(turns)
         products += [slope.square(), None]
         if end is not None:
             last = at.of(end)
