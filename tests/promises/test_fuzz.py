@@ -3,6 +3,8 @@
 Does one fail? ``pytest tests/promises/test_fuzz.py -k seed17x`` runs it alone, and prints it.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -146,7 +148,11 @@ def count_signs(history, t, groups, sizes, want):
 
 
 def check_refinement(history, t, asked, twin, segment, slack):
-    """The tolerance is met, or every split was used; half the panels would not have done."""
+    """The tolerance is met, or every split was used, or the integral has come to rest short of it.
+
+    Half the panels would not have done. At rest, two doublings in a row change what is left by less
+    than a tenth of it.
+    """
     panels, residual = history.splits[t], abs(history.residual[t])
     assert panels & (panels - 1) == 0
     assert panels <= asked["max_splits"]
@@ -154,7 +160,10 @@ def check_refinement(history, t, asked, twin, segment, slack):
         assert residual <= asked["tolerance"] + slack
     else:
         assert residual >= asked["tolerance"] - slack
-        assert 2 * panels > asked["max_splits"]
+        if 2 * panels <= asked["max_splits"]:
+            left = [twin.residual(*segment, simpson(panels // n)) for n in (4, 2, 1)]
+            for before, after in pairwise(left):
+                assert abs(after - before) < 0.1 * abs(after) + slack
     if panels > 1:
         coarser = twin.residual(*segment, simpson(panels // 2))
         assert abs(coarser) >= asked["tolerance"] - slack
