@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,9 +112,9 @@ def helping_per_weight(history: History) -> Figure:
     """Draws how many weights helped in which share of the steps, as a histogram.
 
     How to read it: a weight of the random sample counts once, at the percentage of measured steps
-    in which it helped. The grey line is what fair coins would give. A hill as narrow as that one
-    says that no weight is much better than others, only all of them a little better than chance; a
-    wider hill, that some weights help steadily. Weights that never moved the loss are left out.
+    in which it helped. A wide hill says that some weights help steadily and others do not; how wide
+    chance alone would make it is not known, since a weight's steps depend on one another and on
+    those of others. Weights that never moved the loss are left out.
 
     Raises:
         ValueError: The record has no single weights, or none of them has moved.
@@ -135,19 +134,18 @@ def helping_per_weight(history: History) -> Figure:
     with style.page() as figure:
         axes = figure.subplots()
         _bars(axes, np.histogram(share, edges)[0], edges, 50 - (edges[1:] + edges[:-1]) / 2)
-        sd = 100 * 0.5 / math.sqrt(steps)
-        curve = np.array([0.5 * math.erf((e - 50) / sd / math.sqrt(2)) for e in edges])
-        axes.stairs(len(share) * np.diff(curve), edges, color="0.45", linewidth=1.6)
         axes.axvline(50, color="0.3", linewidth=0.8)
         axes.xaxis.set_major_formatter("{x:g}%")
         axes.set_xlabel(f"of {steps:,} measured steps the weight helped in")
         axes.set_ylabel("weights")
+        low, high = np.quantile(share, [0.05, 0.95])
         idle = int((~moved).sum())
         left_out = f" ({idle:,} idle left out)" if idle else ""
         style.headline(
             figure,
             f"{np.mean(share > 50):.0%} of weights help in more than half of the steps",
-            f"{len(share):,} weights{left_out}; line: fair coins",
+            f"{len(share):,} weights{left_out}; nine in ten of them help in "
+            f"{low:.0f}–{high:.0f}% of the steps",
         )
     return figure
 
