@@ -144,8 +144,7 @@ def helping_per_weight(history: History) -> Figure:
         style.headline(
             figure,
             f"{np.mean(share > 50):.0%} of weights help in more than half of the steps",
-            f"{len(share):,} weights{left_out}; nine in ten of them help in "
-            f"{low:.0f}–{high:.0f}% of the steps",
+            f"{len(share):,} weights{left_out}, nine in ten within {low:.0f}–{high:.0f}%",
         )
     return figure
 

@@ -277,7 +277,7 @@ def test_every_weight_is_in_the_histogram_of_weights(steps):
     assert not any(isinstance(p, StepPatch) for p in axes.patches), "weights are no coins"
     low, high = np.quantile(share, [0.05, 0.95])
     texts = " ".join(t.get_text() for t in axes.figure.findobj(lambda o: hasattr(o, "get_text")))
-    assert f"nine in ten of them help in {low:.0f}–{high:.0f}% of the steps" in texts
+    assert f"nine in ten within {low:.0f}–{high:.0f}%" in texts
 
 
 def test_the_distribution_holds_every_weight_on_its_side_of_zero():

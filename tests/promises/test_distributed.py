@@ -30,6 +30,7 @@ OPTIONS = (
     "ddp+drawn",
     "ddp+budget",
     "ddp+split",
+    "ddp+parts",
 )
 CUT = (
     *(
@@ -209,6 +210,29 @@ def test_shares_are_those_of_the_whole_probe(trained):
         np.testing.assert_allclose(shares["batch"][t], inner + rest[:, None], **tight)
         momentum = [0.9 * d for d in motion]
     np.testing.assert_allclose(shares["part"].sum(2), allocated, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_left_out_is_a_constant_on_the_whole_probe(trained):
+    """Left out are net.2 and all biases, which lie where they are at the end of each step."""
+    measured = load(trained, "ddp+parts", "measured", 0)
+    rows, net = measured["rows"], mlp().double()
+    x, y = (torch.cat(part) for part in zip(*probe_batches(torch.float64)))
+    kept = ["net.0.weight", "net.4.weight"]
+    tight = {"rtol": 1e-9, "atol": 1e-12}
+    for t, (start, stop) in enumerate(pairwise(measured["points"])):
+        credit, losses = np.zeros(2), []
+        for s, weight in ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)):
+            at = {n[4:]: w.detach().clone() for n, w in stop.items()}
+            places = [(start[n] + s * (stop[n] - start[n])).detach() for n in kept]
+            places = [w.requires_grad_() for w in places]
+            at |= {n[4:]: w for n, w in zip(kept, places)}
+            loss = F.cross_entropy(torch.func.functional_call(net, at, (x,)), y)
+            losses.append(loss.item())
+            for i, (n, g) in enumerate(zip(kept, torch.autograd.grad(loss, places))):
+                credit[i] += weight * float((g * (stop[n] - start[n])).sum())
+        np.testing.assert_allclose(rows["allocated"][t], credit, **tight)
+        found = rows["loss_before"][t], rows["loss_after"][t]
+        np.testing.assert_allclose(found, (losses[0], losses[-1]), **tight)
 
 
 @pytest.mark.parametrize(("fixture", "case"), [("trained", "ddp"), ("cut", "fsdp")])

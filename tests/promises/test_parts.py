@@ -2,13 +2,15 @@
 
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from promises.test_cost import Held
-from support.models import Classifier, pl, toy_loader, unrecorded
+from support.assertions import assert_same_history
+from support.models import Classifier, Resumable, mlp, pl, toy_loader, unrecorded
 from support.training import Trail, fit
 from torch import nn
 from torch.func import functional_call
@@ -246,3 +248,85 @@ def test_a_grouping_that_a_later_version_knows_is_read_as_rows_of_their_own():
     for odd in (["layer"], 3, "", "x" * 101):
         with pytest.raises(DescriptionError, match="group_by is"):
             Description.parse(json.dumps(said | {"group_by": odd}).encode())
+
+
+@pytest.mark.parametrize("asked", [{"exclude": "net.2"}, {"include": "*.bias"}], ids=str)
+def test_a_resumed_training_goes_on_with_the_same_part(tmp_path, asked):
+    options = {"figures": False, "data": Resumable, "every_n_steps": 2} | asked
+    whole = fit(tmp_path / "whole", steps=12, **options).lca
+    saver = pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
+    saves = {"enable_checkpointing": True}
+    fit(tmp_path / "first", saver, steps=7, trainer=saves, **options)
+    (saved,) = (tmp_path / "saved").glob("*step=5*.ckpt")
+    again = fit(tmp_path / "again", saver, steps=12, resume=saved, trainer=saves, **options).lca
+    assert again.history.groups == whole.history.groups
+    read = [History.load(lca.log_dir) for lca in (again, whole)]
+    assert_same_history(*read, rows_alone=True)
+
+
+class TwoSteps(Classifier):
+    """Two optimizers take a step each in every batch, and each leads to a point."""
+
+    def __init__(self):
+        super().__init__(mlp().double())
+        self.automatic_optimization, self.points = False, []
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), 0.2) for layer in (self.net[0], self.net[4])]
+
+    def note(self):
+        self.points.append({n: w.detach().clone() for n, w in self.named_parameters()})
+
+    def training_step(self, batch, batch_idx):
+        if not self.points:
+            self.note()
+        for optimizer in self.optimizers():
+            self.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+            self.note()
+
+
+def test_single_steps_of_a_part_are_those_by_hand(tmp_path):
+    def loss(module, batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    run = fit(
+        tmp_path,
+        model=TwoSteps,
+        data=lambda: toy_loader(dtype=torch.float64),
+        probe=[BATCH],
+        loss_fn=loss,
+        segments="step",
+        include="net.0",
+        figures=False,
+    )
+    history, points = run.lca.history, run.module.points
+    assert history.groups == ("net.0",)
+    assert len(history) == 12
+    measured = ["net.0.weight", "net.0.bias"]
+    twin = Classifier(mlp().double())
+    for t, (start, stop) in enumerate(pairwise(points)):
+        # Steps are measured at the end of their batch, and what is left out lies there.
+        ends = points[t // 2 * 2 + 2]
+        stop = {n: stop[n] if n in measured else w for n, w in ends.items()}
+        credit, before, after = by_hand(twin, start, stop, measured)
+        assert history.allocated[t, 0] == pytest.approx(sum(credit.values()), rel=1e-9, abs=1e-15)
+        assert history.loss_before[t] == pytest.approx(before, rel=1e-12)
+        assert history.loss_after[t] == pytest.approx(after, rel=1e-12)
+    assert (history.allocated[1::2] == 0).all(), "the other optimizer moves what is left out"
+    assert np.abs(history.drift[2::2]).min() > 0
+
+
+def test_a_budget_chooses_chords_of_a_part_and_leaves_training_alone(tmp_path):
+    budget = {"max_overhead": 0.5, "exclude": ["net.2", "*.bias"], "figures": False}
+    run = fit(tmp_path / "lca", steps=120, **budget)
+    plain = fit(tmp_path / "plain", steps=120, measured=False)
+    mine, theirs = (r.module.state_dict() for r in (run, plain))
+    assert all(torch.equal(mine[n], w) for n, w in theirs.items())
+    history = run.lca.history
+    assert history.groups == ("net.0", "net.4")
+    assert run.lca.every_n_steps >= 1
+    assert history.steps[-1] == 120
+    booked = history.allocated.sum() + history.residual.sum() + history.drift.sum()
+    assert booked == pytest.approx(history.loss_after[-1] - history.loss_before[0], rel=1e-9)

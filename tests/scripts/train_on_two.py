@@ -200,7 +200,7 @@ def precision(name, option, double):
 
 def train(directory, case, measured):
     name, _, option = case.partition("+")
-    double = option in ("double", "three", "tolerance", "neuron", "halved", "split")
+    double = option in ("double", "three", "tolerance", "neuron", "halved", "split", "parts")
     dtype = torch.float64 if double else torch.float32
     pl.seed_everything(1, verbose=False)
     if name in MESHES:
@@ -215,6 +215,8 @@ def train(directory, case, measured):
         cost.clock, torch.lca_now = (lambda: torch.lca_now), 0.0
         model = SlowCut(dtype) if name in MESHES else SlowPlain(optimizer=sgd)
         options = {"max_overhead": 0.1, "loss_fn": Slow.loss}
+    if option == "parts":
+        options = {"exclude": ["net.2", "*.bias"]}
     if option == "split":
         options = {"breakdown": True, "oscillation": True}
     # As where every step leaves more than it explains.
