@@ -26,6 +26,7 @@ _GIVEN = re.compile(r"--(model|data)\.(\w+)(?:=(.*))?", re.DOTALL)
 _PASSED_ON = (
     *("probe_batches", "probe_mode", "every_n_steps", "quadrature", "tolerance", "max_splits"),
     *("include", "exclude", "log_every_n_steps", "seed", "neurons", "track_parameters", "figures"),
+    "oscillation",
 )
 
 
@@ -78,6 +79,14 @@ def add_to(commands: Any) -> None:
     option("--log_every_n_steps", type=int, metavar="N", help="interval of scalars (50)")
     option("--seed", type=int, default=0, metavar="N", help="of the probe (0)")
     option("--neurons", action="store_true", help="keep the credit of every channel")
+    option(
+        "--breakdown",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help='split credit by "order" or "term"; may be given several times',
+    )
+    option("--oscillation", action="store_true", help="note how weights turn round")
     option("--track_parameters", action="store_true", help="follow a sample of single weights")
     option("--no_figures", dest="figures", action="store_false", help="draw no figures")
     option("--accelerator", default="auto", metavar="NAME", help="as the Trainer's (auto)")
@@ -121,14 +130,15 @@ def _run(typed: argparse.Namespace) -> None:
         raise InputError("--data.ARGUMENT needs --data, which names a class or function.")
     options = {name: getattr(typed, name) for name in _PASSED_ON}
     options["group_by"] = _grouping(typed.group_by)
+    options["breakdown"] = typed.breakdown
     options["loss_fn"] = typed.loss_fn and resolve(typed.loss_fn, "--loss_fn")
     options["probe"] = _probe(typed.probe or ["train"])
     from lightning_lca.replay.checkpoints import ReplayError
-    from lightning_lca.replay.runs import replay
+    from lightning_lca.replay.runs import replay, to_tell
     from lightning_lca.training.callback import LCACallback
 
     try:
-        LCACallback(**options)
+        LCACallback(**options | {"breakdown": to_tell(typed.breakdown, True)})
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     try:

@@ -84,6 +84,7 @@ def replay(
         lca: Arguments of `LCACallback`, with the same meaning: ``probe``, ``probe_batches``,
             ``probe_mode``, ``loss_fn``, ``quadrature``, ``tolerance``, ``group_by`` and so on.
             With ``every_n_steps=n`` checkpoints that are nearer than n steps are passed over.
+            ``breakdown=True`` is all but "part", which only training can tell.
 
     Returns:
         {directory of the record: history}, of the first probe if there are several.
@@ -105,6 +106,7 @@ def replay(
                 "Leave it out; every_n_steps says how many steps a segment has at least."
             )
     lca["probe"] = _to_keep(lca.get("probe", "train"))
+    lca["breakdown"] = to_tell(lca.get("breakdown", False), lca.get("loss_fn") is not None)
     LCACallback(**lca)  # Mistakes in its arguments are told before anything is read.
     found = find([Path(run) for run in listed])
     records = _records(list(found), None if out is None else Path(out))
@@ -141,6 +143,23 @@ def replay(
             f"{len(failed)} of {len(found)} runs could not be replayed; the first: {failed[0]}"
         )
     return histories
+
+
+def to_tell(asked: Any, has_terms: bool) -> Any:
+    """Says what credit is split into: True is all that a replay can tell.
+
+    Raises:
+        ValueError: What a step was made of, which checkpoints do not tell.
+    """
+    if asked is True:
+        return ["order", "term"] if has_terms else ["order"]
+    if asked == "part" or (isinstance(asked, list | tuple) and "part" in asked):
+        raise ValueError(
+            'breakdown="part" is for training: what a step was made of follows from the optimizer '
+            "and its gradient in that step, and checkpoints hold neither. "
+            'breakdown=["order"] can be replayed, and "term" with a loss_fn that returns several.'
+        )
+    return asked
 
 
 def _to_keep(probe: Any) -> Any:

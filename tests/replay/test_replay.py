@@ -81,6 +81,10 @@ def assert_same(replayed, live):
         replayed.allocated, live.allocated, rtol=1e-6, atol=1e-6 * np.abs(live.allocated).max()
     )
     assert np.abs(live.allocated).max() > 0
+    assert replayed.split_columns == live.split_columns
+    for name, mine in replayed.rows.shares.items():
+        theirs = live.rows.shares[name]
+        assert np.allclose(mine, theirs, rtol=1e-5, atol=1e-6, equal_nan=True), name
     assert replayed.lost == live.lost == 0
     assert replayed.windows.keys() == live.windows.keys()
     for name, mine in replayed.windows.items():
@@ -116,6 +120,17 @@ CASES = {
         {},
         {"quadrature": "gauss2", "loss_fn": replayed.loss_fn},
     ),
+    "shares, of some layers": (
+        Net,
+        {},
+        {
+            "breakdown": ["order", "term"],
+            "oscillation": True,
+            "loss_fn": replayed.terms,
+            "exclude": "*.bias",
+            "probe_batches": 2,
+        },
+    ),
     "configure_model": (Net, {"late": True, "width": 9}, {}),
     "compiled": (Net, {"compiles": True}, {}),
     "a loss that knows the step": (Net, {"anneals": True}, {}),
@@ -147,7 +162,7 @@ def test_on_checkpoints_of_every_step_it_gives_the_live_record(tmp_path, case):
     assert record == tmp_path / RECORD
     for name in live.histories:
         assert_same(History.load(record, name), History.load(live.log_dir, name))
-    drifts = case.startswith(("eval mode", "a loss that knows"))
+    drifts = case.startswith(("eval mode", "a loss that knows", "shares, of some"))
     assert (np.abs(live.history.drift).max() > 0) == drifts
 
 
@@ -326,6 +341,22 @@ def test_checkpoints_that_come_later_are_added_to_the_record(trained, runs, tmp_
 def test_what_only_training_can_do_is_refused(runs, argument):
     with pytest.raises(ValueError, match=f"{next(iter(argument))} is for training: a replay has"):
         replay(runs / "a", Net, **argument)
+
+
+def test_what_a_step_was_made_of_is_refused_and_all_is_what_can_be_told(runs, capsys):
+    with pytest.raises(ValueError, match='breakdown="part" is for training'):
+        replay(runs / "a", Net, breakdown=["order", "part"], probe=replayed.BATCHES)
+    status, err = run(runs / "a", *NAMES, "--breakdown", "part", capsys=capsys)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "checkpoints hold neither" in err
+    (history,) = replay(runs / "a", Net, breakdown=True, probe=replayed.BATCHES).values()
+    assert set(history.breakdowns) == {"order"}
+    out = ["--out", str(runs / "other"), "--breakdown", "order", "--oscillation"]
+    assert run(runs / "a", *NAMES, *out, capsys=capsys)[0] == 0
+    (record,) = (runs / "other").rglob("replay.pt")
+    read = History.load(record.parent)
+    assert set(read.breakdowns) == {"order"}
+    assert read.oscillation is not None
 
 
 def test_a_record_with_a_gap_is_made_anew(runs):

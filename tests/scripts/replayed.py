@@ -135,6 +135,11 @@ def probe():
     return list(toy_loader(shuffle=False))[:3]
 
 
+def terms(module, batch):
+    weights = [p for p in module.parameters() if p.requires_grad]
+    return {"loss": loss_fn(module, batch), "decay": 0.01 * sum(w.square().sum() for w in weights)}
+
+
 def loss_fn(module, batch):
     return module.loss(batch)
 
