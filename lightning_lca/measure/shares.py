@@ -57,7 +57,8 @@ class Shares:
         self._moved: list[Flat] = []  # By each part but the last, since a chord began.
         self.in_chord = False
         self._blocks = GroupBlocks(grouping)
-        self._before = Flat({})  # The sign of the motion before [elements], as int8.
+        self._turns: list[Tensor] = []  # The sign of the motion before [elements], as int8.
+        self._turns_of: object = None  # The layout that they are of.
 
     def learn(self, terms: Sequence[str]) -> None:
         """Takes the names of the terms of the loss, which its first evaluation tells."""
@@ -100,6 +101,14 @@ class Shares:
         """Returns the gradient and the motion of a chord by parts, for a checkpoint; [] in none."""
         flats = [self.start, *self._moved] if self.in_chord else []
         return [{n: w.cpu().clone() for n, w in flat.items()} for flat in flats]
+
+    def turns(self) -> list[Tensor]:
+        """Returns the signs of the latest motion [elements], for a checkpoint; [] where none."""
+        return [signs.cpu().clone() for signs in self._turns]
+
+    def resume_turns(self, turns: Sequence[Tensor], device: torch.device) -> None:
+        """Goes on with what `turns` returned, if the layout will be the same."""
+        self._turns, self._turns_of = [signs.to(device) for signs in turns], None
 
     def resume_chord(self, chord: Sequence[Weights], device: torch.device) -> None:
         """Goes on with what `chord` returned."""
@@ -157,9 +166,11 @@ class Shares:
             end: The gradient at the end; None where it is not known.
             segment: The segment; `begin` took the gradient at its start.
         """
-        if self._before.spans != self.start.spans:
-            signs = {n: torch.zeros_like(g, dtype=torch.int8) for n, g in self.start.items()}
-            self._before = Flat(signs)
+        if self._turns_of != self.start.spans:
+            wholes = self.start.wholes
+            if self._turns_of is not None or list(map(len, self._turns)) != list(map(len, wholes)):
+                self._turns = [torch.zeros_like(w, dtype=torch.int8) for w in wholes]
+            self._turns_of = self.start.spans
         total = self._blocks.zeros(9, self.start)
         for at in stretches(self.start):
             self._add_turns(total, at, end, segment)
@@ -234,7 +245,7 @@ class Shares:
         slope = at.of(self.start)
         start, stop = (at.show(w, self.start, slope) for w in (segment.start, segment.stop))
         motion = stop - start
-        before = at.of(self._before)
+        before = self._turns[at.memory][at.begin : at.end]
         turns = torch.sign(motion)
         products = [turns * before, None, None, None, motion * slope, None, motion.square()]
         before.copy_(turns)

@@ -25,10 +25,10 @@ def in_the_cache(rows: list[Tensor]) -> Columns:
     """Sums and counts chunk by chunk, in the cache: [rows, width] each -> three [all rows]."""
     parts = []
     # One for all: a fresh one for each would cost more in page faults than the sums themselves.
-    scratch = rows[0].new_empty(CHUNK)
+    scratch = {r.dtype: r.new_empty(CHUNK) for r in {r.dtype: r for r in rows}.values()}
     for r in rows:
         for part in torch.split(r, max(1, CHUNK // max(1, r.shape[1]))):
-            parts.append(_stats(part, scratch))
+            parts.append(_stats(part, scratch[r.dtype]))
     first, second, third = torch.cat(parts, 1)
     return first, second, third
 

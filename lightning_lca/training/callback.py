@@ -312,7 +312,8 @@ class LCACallback(LightningCallback):
         """Returns what a checkpoint needs: some numbers, and where the record is.
 
         With ``track_parameters`` also ``totals``, and in mid-chord where it began: each a copy of
-        the weights. In mid-chord with breakdown="part" five copies more for every probe.
+        the weights. In mid-chord with breakdown="part" five copies more for every probe, and with
+        ``oscillation`` a byte for every weight.
         """
         with defer_signals():
             return (self._kept or {}) if self._training is None else self._training.state()

@@ -353,6 +353,7 @@ class Meter:
             "terms": list(self.breakdowns.get("term", ())),
             "shares": list(self.probe.shares),
             "chord": [] if self._shares is None else self._shares.chord(),
+            "turns": [] if self._shares is None else self._shares.turns(),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
@@ -369,6 +370,8 @@ class Meter:
             self._watched, self._futile, self._measured = state["panels"]
         if self._shares is not None and state.get("chord"):
             self._shares.resume_chord(state["chord"], self.probe.device)
+        if self._shares is not None and state.get("turns"):
+            self._shares.resume_turns(state["turns"], self.probe.device)
         if state["loss"] is not None:
             self._loss = float(state["loss"])
         if self.totals is not None and state["totals"]:

@@ -330,7 +330,7 @@ def without_shares(history):
 
 
 def test_a_resumed_training_goes_on_with_its_shares(tmp_path):
-    options = {"breakdown": True, "figures": False, "data": Resumable}
+    options = {"breakdown": True, "oscillation": True, "figures": False, "data": Resumable}
     whole = fit(tmp_path / "whole", steps=12, **options).lca.history
     saver = pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=5, save_top_k=-1)
     fit(tmp_path / "first", saver, steps=7, trainer={"enable_checkpointing": True}, **options)
@@ -342,6 +342,8 @@ def test_a_resumed_training_goes_on_with_its_shares(tmp_path):
         np.testing.assert_allclose(
             again.breakdowns[name].allocated, breakdown.allocated, rtol=1e-5, atol=1e-9
         )
+    turns = (h.oscillation.allocated for h in (again, whole))
+    np.testing.assert_allclose(*turns, rtol=1e-4, atol=1e-5)
     bare = fit(
         tmp_path / "bare", saver, resume=saved, trainer=saves, figures=False, data=Resumable
     ).lca
@@ -563,3 +565,24 @@ def test_weights_that_are_cut_over_processes_are_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, LCACallback(breakdown=True))
     with pytest.raises(MisconfigurationException, match="needs whole weights"):
         trainer.fit(Classifier(), toy_loader())
+
+
+def test_weights_of_two_types_turn_round_too(tmp_path):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 4).double()
+
+        def forward(self, x):
+            return self.second(self.first(x).tanh().double())
+
+    run = fit(
+        tmp_path,
+        model=lambda: Classifier(Mixed(), lambda p: torch.optim.SGD(p, 1.0)),
+        oscillation=True,
+        figures=False,
+    )
+    turned = run.lca.history.oscillation.allocated[:, :, 0]
+    assert np.isnan(turned[0]).all()
+    assert np.isfinite(turned[1:]).all()
+    assert 0 < turned[1:].mean() < 1
