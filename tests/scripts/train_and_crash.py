@@ -51,42 +51,46 @@ class Pulse:
         if create:
             path.with_suffix(".new").write_bytes(bytes(32))
             path.with_suffix(".new").rename(path)
+        # Kept at another's module: what callbacks hold is put back after an evaluation.
+        self._key = f"pulse of {path}"
         with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 32)
+            setattr(mmap, self._key, mmap.mmap(file.fileno(), 32))
 
     def __getattr__(self, name):
-        return dict(zip(("phase", "measured", "fired"), struct.unpack("<qqq", self._memory[:24])))[
-            name
-        ]
+        memory = vars(mmap)[self.__dict__["_key"]]
+        return dict(zip(("phase", "measured", "fired"), struct.unpack("<qqq", memory[:24])))[name]
 
     def beat(self, **changed):
+        memory = vars(mmap)[self._key]
         for i, name in enumerate(("phase", "measured", "fired")):
             if name in changed:
-                self._memory[8 * i : 8 * i + 8] = struct.pack("<q", changed[name])
+                memory[8 * i : 8 * i + 8] = struct.pack("<q", changed[name])
 
 
 class Sniper:
     """Sends a signal to its own process at a random line of Python within a phase.
 
     In the n-th time in the phase it counts the lines; in the next it fires at one of them, and,
-    if there is a second shot, a few lines later again.
+    if there is a second shot, a few lines later again. Where the next time is too short, it aims
+    anew in the one after that.
     """
 
     def __init__(self, pulse, phase, nth, seed, number, shots):
         self.pulse, self.phase, self.nth = pulse, phase, nth
         self.random, self.number, self.shots = random.Random(seed), number, shots
         self.entered, self.lines, self.at = 0, 0, None
+        self.has_fired = False
 
     def enter(self):
         self.entered += 1
-        if self.entered in (self.nth, self.nth + 1):
-            if self.entered == self.nth + 1:
+        if self.entered >= self.nth and not self.has_fired:
+            if self.entered > self.nth:
                 self.at = self.random.randint(1, max(1, self.lines))
             self.lines = 0
             sys.settrace(self.trace)
 
     def leave(self):
-        if self.shots <= 0 or self.entered <= self.nth:
+        if self.shots <= 0 or not self.has_fired:
             sys.settrace(None)
 
     def trace(self, frame, event, _):
@@ -94,6 +98,7 @@ class Sniper:
             self.lines += 1
             if self.at is not None and self.lines >= self.at and self.shots > 0:
                 self.shots -= 1
+                self.has_fired = True
                 self.at = self.lines + self.random.randint(1, 60)
                 self.pulse.beat(fired=1)
                 os.kill(os.getpid(), self.number)
