@@ -40,11 +40,6 @@ class Sampling:
         self._blocks = GroupBlocks(grouping)
         self._table: Tensor | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the batches, their numbers (K,)."""
-        return tuple(map(str, range(len(self.shares))))
-
     @torch.no_grad()
     def add(self, j: int, gradient: Mapping[str, Tensor], segment: Segment, weight: float) -> None:
         """Adds what batch j's share of the gradient {name: [*shape]} at a node is credited."""

@@ -54,6 +54,7 @@ class Description:
         windows: What is summed over windows of steps, by name of the table.
         settings: Of the callback, as plain JSON.
         breakdowns: By name, the names of the shares that credit is split into.
+        batches: By probe, how many of its batches have credit of their own; not those with one.
     """
 
     probes: tuple[str, ...]
@@ -67,6 +68,7 @@ class Description:
     windows: Mapping[str, Columns] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     breakdowns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    batches: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, data: bytes) -> Description:
@@ -101,7 +103,11 @@ class Description:
         if len(sizes) != len(groups):
             raise DescriptionError(f"it has {len(groups)} groups and {len(sizes)} sizes")
         breakdowns = _breakdowns(metadata)
-        columns = 1 + sum(map(len, breakdowns.values()))
+        batches = {
+            _name("batches", name): _count("batches", count)
+            for name, count in _object("batches", metadata.get("batches") or {}).items()
+        }
+        columns = 1 + sum(map(len, breakdowns.values())) + max(batches.values(), default=0)
         if len(groups) * len(probes) * columns > _COLUMNS:
             raise DescriptionError(
                 f"it declares {len(groups):,} groups for {len(probes):,} probes, "
@@ -133,6 +139,7 @@ class Description:
             windows=_windows(metadata),
             settings=_settings(metadata),
             breakdowns=breakdowns,
+            batches=batches,
         )
 
 

@@ -82,9 +82,16 @@ class History:
         self._windows: dict[str, list[WindowTable]] = {}
         self._declared: dict[str, Columns] = {}
 
-    def split_into(self, breakdowns: Mapping[str, Sequence[str]]) -> None:
-        """Says what credit is split into, before rows are appended."""
+    def split_into(self, breakdowns: Mapping[str, Sequence[str]], batches: int = 0) -> None:
+        """Says what credit is split into, before rows are appended.
+
+        Args:
+            breakdowns: By name, the names of the shares.
+            batches: How many batches of the probe have credit of their own; 0: it has one batch.
+        """
         self._shares = {name: tuple(names) for name, names in breakdowns.items()}
+        if batches > 1:
+            self._shares[BATCH] = tuple(map(str, range(batches)))
 
     def append(self, rows: StepTable) -> None:
         """Adds measured steps at the end."""

@@ -116,7 +116,7 @@ class Reader:
             self._lose(f"a description ({eventfile.META}) cannot be used: {error}")
             return
         self._is_newer = False
-        fresh = {probe: _empty(metadata) for probe in metadata.probes}
+        fresh = {probe: _empty(metadata, probe) for probe in metadata.probes}
         # Another callback measures something else, and its history is another one.
         if self._callback is None or metadata.callback in (None, self._callback):
             for probe, history in fresh.items():
@@ -218,8 +218,8 @@ def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     return None if columns is None else columns.parts()
 
 
-def _empty(metadata: Description) -> History:
-    """Makes the table that a session's description asks for."""
+def _empty(metadata: Description, probe: str) -> History:
+    """Makes the table of a probe that a session's description asks for."""
     history = History(
         metadata.groups,
         metadata.sizes,
@@ -227,6 +227,7 @@ def _empty(metadata: Description) -> History:
         metadata.layers,
         metadata.breakdowns,
     )
+    history.split_into(metadata.breakdowns, metadata.batches.get(probe, 0))
     history.settings = dict(metadata.settings)
     for name, columns in metadata.windows.items():
         history.declare(name, columns)

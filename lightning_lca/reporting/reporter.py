@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,7 +97,7 @@ class Reporter:
             None if own else self._loggers.stream,
             lambda text: warn(f"LCA: {text}"),
         )
-        self._writer.hold(_widest(metadata["breakdowns"]))
+        self._writer.hold(_widest(metadata))
         self._scalars = {
             probe: Scalars(grouping.names, grouping.sizes, f"{name}_{probe}" if i else name)
             for i, probe in enumerate(meters)
@@ -225,12 +225,12 @@ class Reporter:
         if self._writer is not None:
             self._writer.describe(self._metadata)
 
-    def note_breakdowns(self, breakdowns: Mapping[str, Sequence[str]]) -> None:
+    def note_breakdowns(self, **told: Any) -> None:
         """Records the names of shares, which the first look at the loss may tell of."""
-        if self._metadata["breakdowns"] != breakdowns:
-            self._metadata["breakdowns"] = dict(breakdowns)
+        if {name: self._metadata.get(name) for name in told} != told:
+            self._metadata |= told
             if self._writer is not None:
-                self._writer.hold(_widest(breakdowns))
+                self._writer.hold(_widest(self._metadata))
                 if "first_step" in self._metadata:  # It has begun.
                     self._writer.describe(self._metadata)
 
@@ -305,9 +305,10 @@ class Reporter:
                 self._writer.add_windows(name, windows)
 
 
-def _widest(breakdowns: Mapping[str, Sequence[str]]) -> int:
-    """Counts the shares of the breakdown that has most."""
-    return max(map(len, breakdowns.values()), default=0)
+def _widest(metadata: Mapping[str, Any]) -> int:
+    """Counts the shares of the breakdown that has most, or the batches of a probe."""
+    shares = map(len, metadata["breakdowns"].values())
+    return max([*shares, *metadata["batches"].values()], default=0)
 
 
 def x_axis(trainer: Trainer) -> int:

@@ -253,8 +253,12 @@ class Meter:
     @property
     def breakdowns(self) -> dict[str, tuple[str, ...]]:
         """Names of the shares that credit is split into, by breakdown."""
-        names = {} if self._shares is None else dict(self._shares.names)
-        return names | ({} if self._sampling is None else {BATCH: self._sampling.names})
+        return {} if self._shares is None else dict(self._shares.names)
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the probe have credit of their own; 0 where there is one."""
+        return 0 if self._sampling is None else len(self._sampling.shares)
 
     def learn(self, terms: Sequence[str], shares: Sequence[float]) -> None:
         """Takes what the first evaluation of the loss tells.
@@ -270,7 +274,7 @@ class Meter:
             # Where panels are doubled, the first of all nodes is the middle.
             nodes = inner_nodes(SIMPSON if self._tolerance is not None else self._rule)
             self._sampling = Sampling(self._grouping, shares, nodes)
-        self.history.split_into(self.breakdowns)
+        self.history.split_into(self.breakdowns, self.batches)
 
     @property
     def audits(self) -> int:

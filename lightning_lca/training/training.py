@@ -148,7 +148,7 @@ class Training:
             if name or None in self.meters:
                 meter = self.meters[name or None]
                 meter.learn(state.get("terms", ()), state.get("shares", ()))
-        self._note_breakdowns()
+        self.reporter.note_breakdowns(**self._columns)
         self.reporter.begin(first_step)
         opened = kept["open"] if kept else None
         if kept:
@@ -430,7 +430,7 @@ class Training:
             "windows": next(iter(self.meters.values())).windows,
             "modules": {n: type(m).__name__ for n, m in named_modules(module).items()},
             "settings": self._settings.describe(),
-            "breakdowns": next(iter(self.meters.values())).breakdowns,
+            **self._columns,
         }
 
     def _resume(self, kept: dict[str, Any], histories: dict[str | None, History]) -> None:
@@ -499,7 +499,7 @@ class Training:
         Raises:
             MisconfigurationException: There are none, and they were asked for.
         """
-        before = next(iter(self.meters.values())).breakdowns
+        before = self._columns
         for meter in self.meters.values():
             if self._settings.needs_terms and not meter.probe.terms:
                 raise MisconfigurationException(
@@ -508,12 +508,23 @@ class Training:
                     '{"cross_entropy": ..., "penalty": ...}.'
                 )
             meter.learn(meter.probe.terms, meter.probe.shares)
-        if next(iter(self.meters.values())).breakdowns != before:
-            self._note_breakdowns()
+        terms = {name: meter.probe.terms for name, meter in self.meters.items()}
+        if len({*terms.values()}) > 1:
+            raise MisconfigurationException(
+                f"loss_fn returned other terms on one probe than on another: {terms}. Return the "
+                "same ones in the same order on every probe, zero where one is off."
+            )
+        if self._columns != before:
+            self.reporter.note_breakdowns(**self._columns)
 
-    def _note_breakdowns(self) -> None:
-        """Records the names of shares."""
-        self.reporter.note_breakdowns(next(iter(self.meters.values())).breakdowns)
+    @property
+    def _columns(self) -> dict[str, Any]:
+        """What rows of the record hold beside credit: names of shares, and batches of probes."""
+        batches = {name or "": meter.batches for name, meter in self.meters.items()}
+        return {
+            "breakdowns": next(iter(self.meters.values())).breakdowns,
+            "batches": {name: count for name, count in batches.items() if count},
+        }
 
     def _settle(self, every: int) -> None:
         """Goes on with an every_n_steps, and records it."""

@@ -69,7 +69,7 @@ def on_batches(seed, true=0.0, batches=8, apart=3.0, steps=200):
     run = noisy(seed, steps, planted=own.mean(0))
     noise = run.allocated - SPREAD * own.mean(0)
     values = noise[:, :, None] + SPREAD * own.T[None]
-    run.split_into({"batch": [*map(str, range(batches))]})
+    run.split_into({}, batches)
     run._parts = [replace(run.rows, shares={"batch": values})]
     return run
 

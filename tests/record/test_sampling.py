@@ -20,7 +20,7 @@ def drawn(seed, examples, batches=8, spread=1.0, layers=L):
     error = spread * draws.standard_normal((T, layers, batches)) / np.sqrt(examples)
     values = truth[:, :, None] + error
     run = noisy(seed, T, layers=layers)
-    run.split_into({"batch": [*map(str, range(batches))]})
+    run.split_into({}, batches)
     run._parts = [replace(run.rows, allocated=values.mean(2), shares={"batch": values})]
     return run, truth
 

@@ -13,6 +13,7 @@ from support.training import Trail, fit
 
 from lightning_lca import History
 from lightning_lca.probe.probe import Probe
+from lightning_lca.runtime.lightnings import MisconfigurationException
 from lightning_lca.training.meter import Meter
 
 
@@ -162,3 +163,30 @@ def test_one_line_says_how_many_examples_signs_take(tmp_path, caplog):
     told = [r.message for r in caplog.records if "tell the sign" in r.message]
     assert len(told) == 1
     assert told[0].startswith("LCA: the 64 examples of the probe tell the sign of a layer's credit")
+
+
+def test_probes_may_have_other_numbers_of_batches(tmp_path):
+    batches = batches_of(16, 16, 16, 48, dtype=torch.float32)
+    lca = fit(
+        tmp_path,
+        probe={"train": batches[:3], "val": batches[3:]},
+        breakdown=True,
+        figures=False,
+    ).lca
+    for name, count in (("train", 3), ("val", None)):
+        for history in (lca.histories[name], History.load(lca.log_dir, name)):
+            assert len(history) == 12
+            assert history.lost == 0
+            assert set(history.breakdowns) == {"part", "order"}
+            by_batch = history.by_batch
+            assert (by_batch and len(by_batch.names)) == count
+
+
+def test_probes_with_other_terms_are_refused(tmp_path):
+    def uneven(module, batch):
+        loss = F.cross_entropy(module.net(batch[0]), batch[1])
+        return {"a": loss} if len(batch[1]) > 20 else {"b": loss, "c": 0.0}
+
+    one, other = batches_of(40, 10, dtype=torch.float32)
+    with pytest.raises(MisconfigurationException, match="other terms on one probe"):
+        fit(tmp_path, loss_fn=uneven, breakdown="term", probe={"x": [one], "y": [other]})
