@@ -132,7 +132,7 @@ class _Plan:
 class _Layout:
     """The same for tensors that lie side by side: pieces of runs, then rows of large ones."""
 
-    spans: dict[str, tuple[int, int, int]]
+    form: tuple[object, ...]
     runs: list[Run]
     large: list[str]
     plan: _Plan
@@ -308,7 +308,7 @@ class Grouping:
     def _sums_side_by_side(self, values: Flat) -> GroupSums:
         """Does the same where small tensors share a memory: in few operations for all of them."""
         layout = self._layout
-        if layout is None or layout.spans is not values.spans:
+        if layout is None or layout.form is not values.form:
             layout = self._layout = self._lay_out(values)
         parts = [run.sums(values.wholes, values.scratch()) for run in layout.runs]
         if layout.large:
@@ -351,7 +351,7 @@ class Grouping:
             done += part.rows
         index.append(torch.arange(of_rows) + done)
         plan = self._plan([*small, *large], values, _pieces(rows), torch.cat(index), device)
-        return _Layout(values.spans, runs, large, plan)
+        return _Layout(values.form, runs, large, plan)
 
     def _plan(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.motion import PARTS, Number, Steps, terms
+from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.stretches import GroupBlocks, Stretch, stretches
 from lightning_lca.measure.tensors import Flat, times_motion
 
@@ -65,13 +66,12 @@ class Shares:
         if self._takes_terms and terms:
             self.names["term"] = tuple(terms)
 
-    def begin(self, gradient: Weights) -> None:
-        """Copies the gradient at the start of a segment {name: [*shape]}."""
-        if not isinstance(gradient, Flat) or gradient.spans != self.start.spans:
-            alike = {n: tuple(g.shape) for n, g in gradient.items()}
-            if alike != {n: tuple(g.shape) for n, g in self.start.items()}:
-                self.start = Flat(gradient, sums=True)
-        torch._foreach_copy_([self.start[n] for n in gradient], list(gradient.values()))
+    def begin(self, gradient: Weights, weights: Weights) -> None:
+        """Copies the gradient at the start of a segment {name: [*shape]}, as the weights lie."""
+        flat = isinstance(weights, Flat)
+        if not (self.start.goes_with(weights) if flat else alike(self.start, weights)):
+            self.start = Flat(weights, sums=True)
+        torch._foreach_copy_(list(self.start.values()), [gradient[n] for n in self.start])
 
     def add_step(self, step: Segment, live: Weights) -> None:
         """Adds what one step of a chord was made of to its motion; `begin` took the gradient.
@@ -81,7 +81,8 @@ class Shares:
             live: The parameters {name: [*shape]}.
         """
         count = len(self.names["part"]) - 1
-        if not self.in_chord and [f.spans for f in self._moved] != [self.start.spans] * count:
+        is_made = len(self._moved) == count and self.start.goes_with(*self._moved)
+        if not self.in_chord and not is_made:
             self._moved = [Flat(self.start) for _ in range(count)]
         elif not self.in_chord:
             for whole in (w for moved in self._moved for w in moved.wholes):
@@ -166,11 +167,11 @@ class Shares:
             end: The gradient at the end; None where it is not known.
             segment: The segment; `begin` took the gradient at its start.
         """
-        if self._turns_of != self.start.spans:
+        if self._turns_of is not self.start.form:
             wholes = self.start.wholes
             if self._turns_of is not None or list(map(len, self._turns)) != list(map(len, wholes)):
                 self._turns = [torch.zeros_like(w, dtype=torch.int8) for w in wholes]
-            self._turns_of = self.start.spans
+            self._turns_of = self.start.form
         total = self._blocks.zeros(9, self.start)
         for at in stretches(self.start):
             self._add_turns(total, at, end, segment)

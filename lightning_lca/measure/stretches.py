@@ -44,7 +44,7 @@ class Stretch:
 
     def show(self, weights: Weights, layout: Flat, like: Tensor) -> Tensor:
         """Shows this stretch of weights {name: [*shape]} [elements], in the type of others."""
-        if isinstance(weights, Flat) and weights.spans == layout.spans:
+        if isinstance(weights, Flat) and weights.form is layout.form:
             return self.of(weights).to(like.dtype)
         return self.gather([weights[n] for n in self.names], layout, like, 0.0)
 
@@ -116,14 +116,14 @@ class GroupBlocks:
     def __init__(self, grouping: Grouping) -> None:
         """Looks at the groups when the first layout comes."""
         self._grouping = grouping
-        self._spans: object = None
+        self._form: object = None
         self._block = 1
         self._index: list[Tensor] = []
 
     def zeros(self, rows: int, layout: Flat) -> Tensor:
         """Makes room for sums [rows, groups + 1]; the last column is for what is in no group."""
-        if self._spans is not layout.spans:
-            self._spans = layout.spans
+        if self._form is not layout.form:
+            self._form = layout.form
             self._block, self._index = self._grouping.blocks(layout)
         first = layout.wholes[0]
         groups = len(self._grouping.names) + 1

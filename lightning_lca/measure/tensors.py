@@ -21,6 +21,9 @@ LARGE = 2**20  # Elements that keep an accelerator busy.
 ALIGNED = 256  # Elements; as kernels like it, and so that blocks of them can be summed.
 
 
+_forms: dict[tuple[object, ...], tuple[object, ...]] = {}  # Each by itself: one object for all.
+
+
 class Flat(dict[str, Tensor]):
     """Tensors of a network side by side in few memories, so that one operation goes over all.
 
@@ -30,6 +33,7 @@ class Flat(dict[str, Tensor]):
     Attributes:
         wholes: The memories [elements], one per device and dtype.
         spans: Of every tensor {name: (which memory, first element, elements)}.
+        form: One and the same object for all that lie alike, down to the order of elements.
 
     Example:
         >>> flat = Flat({"a": torch.ones(2, 3), "b": torch.ones(4)})
@@ -64,6 +68,10 @@ class Flat(dict[str, Tensor]):
             # As torch would lay out one like it: gaps and overlaps are not repeated.
             strides = torch.empty_like(tensor, device="meta").stride()
             self[name] = part.as_strided(tensor.shape, strides)
+        form = tuple(
+            (name, *self.spans[name], tuple(t.shape), t.stride()) for name, t in self.items()
+        )
+        self.form = _forms.setdefault(form, form)
         self._scratch: Tensor | None = None
 
     def scratch(self) -> Tensor:
@@ -78,8 +86,8 @@ class Flat(dict[str, Tensor]):
 
     def goes_with(self, *others: object) -> bool:
         """Whether others lie alike, so that one operation goes over the memories of all."""
-        spans = self.spans
-        return all([isinstance(o, Flat) and o.spans == spans for o in others])
+        form = self.form
+        return all([isinstance(o, Flat) and o.form is form for o in others])
 
 
 def without_graph(function: Callable[P, T]) -> Callable[P, T]:

@@ -500,7 +500,7 @@ class Meter:
         if first is None or first.gradient is None:
             first = self.probe(segment.at(0.0))
         assert first.gradient is not None
-        shares.begin(first.gradient)
+        shares.begin(first.gradient, segment.start)
         if self._tolerance is None and not shares.names.keys() <= {"order", "term"}:
             self._ranks.sum(shares.start.wholes)
         return first

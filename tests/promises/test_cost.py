@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import Classifier, pl, toy_loader
-from support.training import make_trainer
+from support.training import fit, make_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lca import LCACallback
 from lightning_lca.measure.tensors import CHUNK
+from lightning_lca.probe.probe import Probe
 
 FROM, TO = 24, 44  # Steps that are counted: none of them is audited, logged or told of.
 
@@ -151,6 +152,49 @@ def memory(path, *callbacks):
         total += note["args"]["Bytes"]
         peak = max(peak, total)
     return held.bytes / size, peak / size, 4 * 4 * CHUNK / size
+
+
+def squared(module, batch):
+    loss = F.cross_entropy(module.net(batch[0]), batch[1])
+    return {"loss": loss, "decay": 1e-3 * sum(p.square().sum() for p in module.parameters())}
+
+
+SHARES = {  # And how many more copies of the weights they hold.
+    "both": ({"breakdown": ["part", "order"]}, 1),
+    "oscillation": ({"oscillation": True}, 1.25),
+    "all": ({"breakdown": True, "oscillation": True}, 1.25),
+    "parts of chords": ({"breakdown": "part", "every_n_steps": 2}, 6),
+    "two terms": ({"breakdown": "term", "loss_fn": squared}, 1),
+    "two batches": ({"probe_batches": 2}, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_hold_as_many_copies_as_they_say(tmp_path, name):
+    arguments, more = SHARES[name]
+    without = {k: v for k, v in arguments.items() if k in ("loss_fn", "every_n_steps")}
+    held, _, _ = memory(tmp_path / "without", LCACallback(figures=False, **without))
+    held_with, _, _ = memory(tmp_path / "with", LCACallback(figures=False, **arguments))
+    assert held_with - held == pytest.approx(more, abs=0.1)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_take_no_further_evaluation_of_the_probe(tmp_path, name, monkeypatch):
+    evaluations, evaluate = [], Probe.__call__
+    monkeypatch.setattr(
+        Probe, "__call__", lambda *a, **k: evaluations.append(1) or evaluate(*a, **k)
+    )
+
+    def spent(**arguments):
+        evaluations.clear()
+        fit(tmp_path / str(len(arguments)), figures=False, **arguments)
+        return len(evaluations)
+
+    arguments, _ = SHARES[name]
+    shares = ("breakdown", "oscillation", "probe_batches")
+    without = {k: v for k, v in arguments.items() if k not in shares}
+    assert spent(**arguments) == spent(**without)
 
 
 @pytest.mark.slow

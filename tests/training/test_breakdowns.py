@@ -188,6 +188,41 @@ CASES = {
 }
 
 
+def replayed(path, twin, model, trainer=None, **arguments):
+    """Trains ten steps beside a twin; gives the history, and the twin's rows."""
+    lca = LCACallback(probe=[twin.batch], breakdown=True, figures=False, **arguments)
+    data = toy_loader(dtype=torch.float64)
+    fit(path, lca, twin, model=model, data=data, steps=10, trainer=trainer)
+    return lca.history, np.array(twin.rows)
+
+
+class Turned(nn.Module):
+    """The gradients of its kernels come transposed: their elements lie in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias = nn.Parameter(torch.randn(12, 8)), nn.Parameter(torch.zeros(8))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        hidden = F.linear(x, self.first.t().contiguous(), self.bias)
+        return self.last(hidden.tanh())
+
+
+def test_gradients_may_lie_in_another_order_than_weights(tmp_path):
+    batch = batch_of(48)
+    model = lambda: Classifier(Turned().double(), lambda p: torch.optim.Adam(p, 0.02))  # noqa: E731
+    history, rows = replayed(tmp_path, Replays(batch), model)
+    size = np.abs(history.allocated).max()
+    tight = {"rtol": 1e-10, "atol": 1e-12 * size}
+    assert history.groups == ("net", "net.last")
+    part, order = history.breakdowns["part"], history.breakdowns["order"]
+    np.testing.assert_allclose(history.allocated, rows[:, :, 0], **tight)
+    np.testing.assert_allclose(part.allocated[:, :, :3].sum(2), rows[:, :, 1], **tight)
+    np.testing.assert_allclose(order.allocated[:, :, 0], rows[:, :, 2], **tight)
+    assert np.abs(part.allocated[:, :, 4]).max() < 1e-12 * size
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kept", [True, False], ids=["a kept start", "none kept"])
 def test_shares_are_those_of_the_replayed_step(tmp_path, name, kept, monkeypatch):
@@ -195,18 +230,7 @@ def test_shares_are_those_of_the_replayed_step(tmp_path, name, kept, monkeypatch
     batch = batch_of(48)
     if not kept:
         monkeypatch.setattr("lightning_lca.training.reuse.Reuse.keep", lambda *_: None)
-    twin = Replays(batch)
-    lca = LCACallback(probe=[batch], breakdown=True, figures=False)
-    fit(
-        tmp_path,
-        lca,
-        twin,
-        model=double(optimizer),
-        data=toy_loader(dtype=torch.float64),
-        steps=10,
-        trainer=trainer,
-    )
-    history, rows = lca.history, np.array(twin.rows)
+    history, rows = replayed(tmp_path, Replays(batch), double(optimizer), trainer=trainer)
     part, order = history.breakdowns["part"], history.breakdowns["order"]
     assert (part.names, order.names) == (PART, ("first_order", "curvature"))
     assert len(history) == len(rows) == 10
@@ -219,7 +243,8 @@ def test_shares_are_those_of_the_replayed_step(tmp_path, name, kept, monkeypatch
     assert np.abs(part.allocated[:, :, 4]).max() < 1e-12 * size, "what no part explains"
     for breakdown in (part, order):
         np.testing.assert_allclose(breakdown.allocated.sum(2), history.allocated, **tight)
-    loaded = History.load(lca.log_dir)
+    (events,) = tmp_path.rglob("*tfevents*")
+    loaded = History.load(events.parent)
     for name, breakdown in loaded.breakdowns.items():
         mine = history.breakdowns[name]
         assert breakdown.names == mine.names
@@ -422,17 +447,7 @@ def test_parts_of_the_steps_of_a_chord_add_up(tmp_path, name, kept, monkeypatch)
     if not kept:
         monkeypatch.setattr("lightning_lca.training.reuse.Reuse.keep", lambda *_: None)
     twin = ReplaysChords(batch, 4, 10)
-    lca = LCACallback(probe=[batch], breakdown=True, every_n_steps=4, figures=False)
-    fit(
-        tmp_path,
-        lca,
-        twin,
-        model=double(optimizer),
-        data=toy_loader(dtype=torch.float64),
-        steps=10,
-        trainer=trainer,
-    )
-    history, rows = lca.history, np.array(twin.rows)
+    history, rows = replayed(tmp_path, twin, double(optimizer), trainer=trainer, every_n_steps=4)
     part = history.breakdowns["part"].allocated
     assert len(history) == len(rows) == 3
     size = np.abs(history.allocated).max()
