@@ -6,7 +6,8 @@ shares that add up to the credit of every weight, and of every group.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lightning_lca.measure.stretches import GroupBlocks, Stretch, stretches
 from lightning_lca.measure.tensors import Flat, times_motion
 
 ORDERS = ("first_order", "curvature")
-OSCILLATION = ("reversed", "flipped", "cosine_start", "cosine_end")
+TURNS = ("reversed", "flipped", "cosine_start", "cosine_end")
 STEP = "step"  # The whole motion by an optimizer whose steps have no known form.
 
 
@@ -32,6 +33,8 @@ class Shares:
     Attributes:
         names: By breakdown, the names of its shares.
         needs_start: Whether the gradient at the start is needed.
+        needs_whole: Whether it must be that of the whole probe, and not of one process's share of
+            it: what is not linear in it does not add up over processes.
         in_chord: Whether parts of steps were added up since a chord began.
     """
 
@@ -44,11 +47,12 @@ class Shares:
             steps: What optimizers did.
         """
         self.needs_start = bool({"part", "order", "oscillation"} & {*breakdowns})
+        self.needs_whole = bool({"part", "oscillation"} & {*breakdowns})
         unknown = (STEP,) if steps.unknown else ()
         names = {
             "part": (*PARTS[:-1], *unknown, PARTS[-1]),
             "order": ORDERS,
-            "oscillation": OSCILLATION,
+            "oscillation": TURNS,
         }
         self.names = {name: names[name] for name in breakdowns if name in names}
         self._takes_terms = "term" in breakdowns
@@ -98,22 +102,24 @@ class Shares:
                 else:
                     into.add_(values, alpha=scale)
 
-    def chord(self) -> list[dict[str, Tensor]]:
-        """Returns the gradient and the motion of a chord by parts, for a checkpoint; [] in none."""
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint needs.
+
+        That is the gradient and the motion by parts of a chord, and the signs of the latest motion
+        [elements].
+        """
         flats = [self.start, *self._moved] if self.in_chord else []
-        return [{n: w.cpu().clone() for n, w in flat.items()} for flat in flats]
+        return {
+            "chord": [{n: w.cpu().clone() for n, w in flat.items()} for flat in flats],
+            "turns": [signs.cpu().clone() for signs in self._turns],
+        }
 
-    def turns(self) -> list[Tensor]:
-        """Returns the signs of the latest motion [elements], for a checkpoint; [] where none."""
-        return [signs.cpu().clone() for signs in self._turns]
-
-    def resume_turns(self, turns: Sequence[Tensor], device: torch.device) -> None:
-        """Goes on with what `turns` returned, if the layout will be the same."""
-        self._turns, self._turns_of = [signs.to(device) for signs in turns], None
-
-    def resume_chord(self, chord: Sequence[Weights], device: torch.device) -> None:
-        """Goes on with what `chord` returned."""
-        if len(chord) != len(self.names.get("part", ())):
+    def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on with what `state` returned, as far as it was noted then."""
+        self._turns = [signs.to(device) for signs in state.get("turns", ())]
+        self._turns_of = None
+        chord = state.get("chord", ())
+        if not chord or len(chord) != len(self.names.get("part", ())):
             return
         flats = [Flat({n: w.to(device) for n, w in weights.items()}) for weights in chord]
         for flat, weights in zip(flats, chord, strict=True):

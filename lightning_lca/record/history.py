@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from lightning_lca.record import findings, summary
 from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
+from lightning_lca.record.statistics import error_of_mean
 from lightning_lca.record.tables import (
     Breakdown,
     Columns,
@@ -209,10 +209,8 @@ class History:
         """
         if (by_batch := self.by_batch) is None:
             return None
-        count = len(by_batch.names)
         with np.errstate(invalid="ignore", over="ignore"):
-            error: Floats = by_batch.allocated.std(2, ddof=1) / math.sqrt(count)
-        return error
+            return error_of_mean(by_batch.allocated, 2)
 
     @property
     def efficiency(self) -> Floats:

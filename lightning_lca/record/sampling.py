@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_lca.record.layers import Layers
-from lightning_lca.record.statistics import Floats, quantile
+from lightning_lca.record.statistics import Floats, error_of_mean, quantile
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
@@ -54,8 +54,7 @@ def of_run(history: History, layers: Layers | None = None) -> OfRun | None:
         return None
     sums = values[known].sum(0).T
     sums = sums if layers is None else layers.sums(sums)
-    reach = quantile((1 + _SURE) / 2, count - 1) * sums.std(0, ddof=1) / math.sqrt(count)
-    return OfRun(count, reach)
+    return OfRun(count, quantile((1 + _SURE) / 2, count - 1) * error_of_mean(sums, 0))
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,16 @@ def signs(history: History, examples: int) -> Signs | None:
         history: The run.
         examples: How many the probe has.
     """
-    by_batch, error = history.by_batch, history.sampling_error
-    if by_batch is None or error is None or len(by_batch.names) < LEAST:
+    by_batch = history.by_batch
+    if by_batch is None or len(by_batch.names) < LEAST:
         return None
-    known = history.finite & np.isfinite(error).all(1)
+    known = history.finite & np.isfinite(by_batch.allocated).all((1, 2))
     layers = history.shown
     if known.sum() < 10:
         return None
     credit = layers.sums(history.allocated[known])
     each = layers.sums(by_batch.allocated[known].transpose(0, 2, 1))
-    error = each.std(1, ddof=1) / math.sqrt(each.shape[1])
+    error = error_of_mean(each, 1)
     moves = (credit**2).sum(0) > 0
     if not moves.any():
         return None

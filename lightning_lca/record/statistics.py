@@ -109,9 +109,8 @@ class Mean:
         ([5.0], [1])
         """
         table = np.asarray(batches, np.float64)
-        theirs = table.std(0, ddof=1) / math.sqrt(len(table))
         degrees = np.minimum(self.degrees, len(table) - 1)
-        return Mean(self.mean, np.hypot(self.error, theirs), degrees)
+        return Mean(self.mean, np.hypot(self.error, error_of_mean(table, 0)), degrees)
 
     def above(self) -> Floats:
         """Tests for a mean above 0. -> p [L], one-sided."""
@@ -142,6 +141,12 @@ class Mean:
             m / e if e > 0 else math.copysign(math.inf, m) if m else 0.0
             for m, e in zip(self.mean.tolist(), self.error.tolist(), strict=True)
         ]
+
+
+def error_of_mean(values: Floats, axis: int) -> Floats:
+    """Gives the standard error of means of independent values along an axis."""
+    error: Floats = values.std(axis, ddof=1) / math.sqrt(values.shape[axis])
+    return error
 
 
 def _cosines(table: Floats, count: int) -> Floats:

@@ -356,8 +356,7 @@ class Meter:
             "last_step": self.history.last_step,
             "terms": list(self.breakdowns.get("term", ())),
             "shares": list(self.probe.shares),
-            "chord": [] if self._shares is None else self._shares.chord(),
-            "turns": [] if self._shares is None else self._shares.turns(),
+            **({} if self._shares is None else self._shares.state()),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
@@ -372,10 +371,8 @@ class Meter:
         self._reuse.on = state["reuse"]
         if "panels" in state:  # A checkpoint of an older version lacks it.
             self._watched, self._futile, self._measured = state["panels"]
-        if self._shares is not None and state.get("chord"):
-            self._shares.resume_chord(state["chord"], self.probe.device)
-        if self._shares is not None and state.get("turns"):
-            self._shares.resume_turns(state["turns"], self.probe.device)
+        if self._shares is not None:
+            self._shares.resume(state, self.probe.device)
         if state["loss"] is not None:
             self._loss = float(state["loss"])
         if self.totals is not None and state["totals"]:
@@ -501,7 +498,7 @@ class Meter:
             first = self.probe(segment.at(0.0))
         assert first.gradient is not None
         shares.begin(first.gradient, segment.start)
-        if self._tolerance is None and not shares.names.keys() <= {"order", "term"}:
+        if self._tolerance is None and shares.needs_whole:
             self._ranks.sum(shares.start.wholes)
         return first
 
@@ -532,10 +529,10 @@ class Meter:
             return row
         found: list[Tensor] = []
         turns: list[Tensor] = []
-        if "oscillation" in self._shares.names:  # While both gradients are there.
+        if OSCILLATION in self._shares.names:  # While both gradients are there.
             turns = [self._turns(self._shares, segment, last)]
         for name in self._shares.names:
-            if name == "oscillation":
+            if name == OSCILLATION:
                 found += turns
             elif name in split:
                 if self._tolerance is None:
@@ -545,7 +542,7 @@ class Meter:
                 continue
             else:
                 order = self._shares.first_order(segment)
-                if self._tolerance is None and self._shares.names.keys() <= {"order", "term"}:
+                if self._tolerance is None and not self._shares.needs_whole:
                     self._ranks.sum([order])
                 found.append(order)
         return torch.cat([row, *found])

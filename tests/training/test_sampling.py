@@ -60,60 +60,59 @@ def code(module, batch):
     return F.cross_entropy(module.net(batch[0]), batch[1]) + 0 * weight[weight != 0].sum()
 
 
+def measured(path, batches, **options):
+    """Trains in double precision with all batches as the probe; gives the callback and the path."""
+    trail = Trail()
+    run = fit(
+        path,
+        trail,
+        model=lambda: Classifier(mlp().double()),
+        data=toy_loader(dtype=torch.float64),
+        probe=batches,
+        probe_batches=len(batches),
+        figures=False,
+        **options,
+    )
+    return run.lca, trail.points
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_batch_has_the_credit_of_its_own_gradients(tmp_path, way):
     options, nodes = WAYS[way]
     if "loss_fn" in options:
         options = options | {"loss_fn": code}
     sizes = (40, 24, 8)
-    batches, trail = batches_of(*sizes), Trail()
-    run = fit(
-        tmp_path,
-        trail,
-        model=lambda: Classifier(mlp().double()),
-        data=toy_loader(dtype=torch.float64),
-        probe=batches,
-        probe_batches=3,
-        figures=False,
-        **options,
-    )
-    history = run.lca.history
+    batches = batches_of(*sizes)
+    lca, points = measured(tmp_path, batches, **options)
+    history = lca.history
     assert (history.settings["evaluated"] == "recorded") == ("loss_fn" not in options)
     by_batch = history.by_batch
     assert by_batch.names == ("0", "1", "2")
     assert by_batch.allocated.shape == (12, 3, 3)
     shares = np.array(sizes) / sum(sizes)
-    inner = np.stack([by_hand(trail.points, batch, nodes) for batch in batches], 2)
+    inner = np.stack([by_hand(points, batch, nodes) for batch in batches], 2)
     expected = inner + (history.allocated - inner @ shares)[:, :, None]
     size = np.abs(expected).max()
     np.testing.assert_allclose(by_batch.allocated, expected, rtol=1e-10, atol=1e-12 * size)
     np.testing.assert_allclose(by_batch.allocated @ shares, history.allocated, rtol=1e-10)
     # What the middle leaves out is next to nothing beside how far batches lie apart.
-    whole = np.stack([by_hand(trail.points, batch, SIMPSON) for batch in batches], 2)
+    whole = np.stack([by_hand(points, batch, SIMPSON) for batch in batches], 2)
     assert np.abs(by_batch.allocated - whole).max() < 0.02 * by_batch.allocated.std(2).mean()
     np.testing.assert_allclose(
         history.sampling_error, by_batch.allocated.std(2, ddof=1) / 3**0.5, rtol=1e-12
     )
-    loaded = History.load(run.lca.log_dir)
+    loaded = History.load(lca.log_dir)
     np.testing.assert_allclose(loaded.by_batch.allocated, by_batch.allocated, rtol=1e-6, atol=1e-9)
     assert "batch" not in history.breakdowns
 
 
 def test_many_batches_are_taken_together(tmp_path):
-    batches, trail = batches_of(*[4] * 20), Trail()
-    history = fit(
-        tmp_path,
-        trail,
-        model=lambda: Classifier(mlp().double()),
-        data=toy_loader(dtype=torch.float64),
-        probe=batches,
-        probe_batches=20,
-        steps=3,
-        figures=False,
-    ).lca.history
+    batches = batches_of(*[4] * 20)
+    lca, points = measured(tmp_path, batches, steps=3)
+    history = lca.history
     by_batch = history.by_batch.allocated
     assert by_batch.shape == (3, 3, 16)
-    inner = np.stack([by_hand(trail.points, batch, {0.5: 1.0}) for batch in batches], 2)
+    inner = np.stack([by_hand(points, batch, {0.5: 1.0}) for batch in batches], 2)
     rest = history.allocated - inner.mean(2)
     groups = [[j for j in range(20) if j * 16 // 20 == k] for k in range(16)]
     expected = np.stack([inner[:, :, g].mean(2) + rest for g in groups], 2)

@@ -121,6 +121,25 @@ export class Grid {
     return ["", []];
   }
 
+  /** Explains colours in the strip above the rows: a swatch and a text each. */
+  drawKey(context, swatches) {
+    const y = this.plot.top - 13;
+    context.font = FONT_SMALL;
+    context.textAlign = "left";
+    context.textBaseline = "middle";
+    let x = this.plot.left;
+    for (const { color, text, width, height, alpha = 1 } of swatches) {
+      context.fillStyle = color;
+      context.globalAlpha = alpha;
+      context.fillRect(x, y - height / 2, width, height);
+      context.globalAlpha = 1;
+      context.fillStyle = colors.muted;
+      context.fillText(text, x + width + 5, y);
+      x += context.measureText(text).width + width + 22;
+    }
+    return y;
+  }
+
   drawNames(context) {
     const { rows, rowHeight, selected } = this.view;
     const { left, top } = this.plot;

@@ -7,6 +7,7 @@ import { FONT_BOLD, FONT_SMALL } from "./axes.js";
 import { Grid } from "./grid.js";
 import { extent } from "./marks.js";
 
+const FILL = 0.55; // How dense an area is painted.
 const AIR = 5; // Above and below the lines of a row.
 
 /** The colour of a verdict's words. */
@@ -73,7 +74,7 @@ export class Pairs extends Grid {
     if (!after.length) return;
     const base = y(Math.min(...val.filter((v) => v !== null)));
     context.fillStyle = colors.hurts;
-    context.globalAlpha = 0.55;
+    context.globalAlpha = FILL;
     context.beginPath();
     context.moveTo(this.x(since), base);
     for (const k of after) context.lineTo(this.x(edges[k]), y(val[k]));
@@ -85,26 +86,14 @@ export class Pairs extends Grid {
   }
 
   drawLegend(context) {
-    const { left, top, width } = this.plot;
-    const y = top - 13;
-    context.font = FONT_SMALL;
-    context.textAlign = "left";
-    context.textBaseline = "middle";
-    const roomy = width > 290;
-    let x = left;
-    for (const { color, text, isArea = false } of [
-      { color: colors.faint, text: "train" },
-      { color: colors.text, text: roomy ? "validation" : "val" },
-      { color: colors.hurts, text: roomy ? "given back on validation" : "given back", isArea: true },
-    ]) {
-      context.fillStyle = color;
-      context.globalAlpha = isArea ? 0.55 : 1;
-      context.fillRect(x, y - (isArea ? 5 : 1), 14, isArea ? 10 : 2);
-      context.globalAlpha = 1;
-      context.fillStyle = colors.muted;
-      context.fillText(text, x + 19, y);
-      x += context.measureText(text).width + 34;
-    }
+    const roomy = this.plot.width > 290;
+    const line = { width: 14, height: 2 };
+    const area = { width: 14, height: 10, alpha: FILL };
+    this.drawKey(context, [
+      { ...line, color: colors.faint, text: "train" },
+      { ...line, color: colors.text, text: roomy ? "validation" : "val" },
+      { ...area, color: colors.hurts, text: roomy ? "given back on validation" : "given back" },
+    ]);
   }
 
   drawVerdict(context, { verdict, detail }, y) {

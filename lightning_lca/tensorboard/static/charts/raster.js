@@ -43,23 +43,13 @@ export class Raster extends Grid {
   }
 
   drawLegend(context) {
-    const { left, top, width } = this.plot;
-    const y = top - 13;
-    context.font = FONT_SMALL;
-    context.textAlign = "left";
-    context.textBaseline = "middle";
+    const { left, width } = this.plot;
     const roomy = width > 290;
-    let x = left;
-    for (const [color, text] of [
-      [colors.helps, roomy ? "shared with another layer" : "shared"],
-      [colors.faint, roomy ? "of this layer alone" : "alone"],
-    ]) {
-      context.fillStyle = color;
-      context.fillRect(x, y - 5, 3, 10);
-      context.fillStyle = colors.muted;
-      context.fillText(text, x + 8, y);
-      x += context.measureText(text).width + 26;
-    }
+    const mark = { width: 3, height: 10 };
+    const y = this.drawKey(context, [
+      { ...mark, color: colors.helps, text: roomy ? "shared with another layer" : "shared" },
+      { ...mark, color: colors.faint, text: roomy ? "of this layer alone" : "alone" },
+    ]);
     context.fillText("shared", left + width + 14, y);
   }
 
