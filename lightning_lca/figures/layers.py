@@ -160,8 +160,9 @@ def ledger(history: History) -> Figure:
 
     How to read it: above, the black line (true) should run in the middle of the pale one (LCA
     added up). Below is the residual of each step, or its sum over several steps as the axis says:
-    what the quadrature missed. It should be small against the steps of the black line and of no
-    steady sign. Drift, if there is any, is loss change by other code than the optimizer.
+    what the quadrature missed; where a rule shares that out over the weights, the raw one, before.
+    It should be small against the steps of the black line and of no steady sign. Drift, if there is
+    any, is loss change by other code than the optimizer.
 
     Raises:
         ValueError: Nothing was measured yet.
@@ -178,14 +179,15 @@ def ledger(history: History) -> Figure:
         above.plot(time.edges, true, color=style.TRUE, linewidth=1.6, label="true")
         above.set_ylabel("loss change")
         above.legend(loc="best", handlelength=1.4)
-        below.stairs(time.sums(history.residual), time.edges, fill=True, color="0.35")
+        below.stairs(time.sums(history.raw_residual), time.edges, fill=True, color="0.35")
         if drifted:
             below.stairs(
                 drift, time.edges, color="#9467bd", linewidth=1.6, label="drift", zorder=0.5
             )
             below.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.7)
         below.axhline(0, color="0.3", linewidth=0.8)
-        below.set_ylabel(f"residual\n(loss {time.unit})")
+        what = "raw residual" if history.closes else "residual"
+        below.set_ylabel(f"{what}\n(loss {time.unit})")
         below.yaxis.set_major_formatter(style.tick)
         style.step_axis(below)
         trust = Trust.of(history)
@@ -197,7 +199,8 @@ def ledger(history: History) -> Figure:
             second += f"; {trust.unconverged:,} of {len(history):,} steps did not converge"
         style.headline(
             figure,
-            f"Residuals are {_percent(share)} of all credit"
+            f"{'Raw residuals' if history.closes else 'Residuals'} are {_percent(share)} of all "
+            "credit"
             if np.isfinite(share)
             else "No credit explains the loss change",
             second,

@@ -11,20 +11,22 @@ function that gives the loss and its gradient at a position.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.quadrature import SIMPSON, Quadrature
+from lightning_lca.measure.quadrature import SIMPSON, TRAPEZOID, Quadrature
 from lightning_lca.measure.tensors import (
     DeferredBool,
     Flat,
     add,
+    bundles,
     on_accelerator,
     pieces,
+    side_by_side,
     times_motion,
     together,
     total,
@@ -132,6 +134,8 @@ class Allocation:
         splits: Number of equal panels that the rule was applied on.
         converged: |residual| ≤ tolerance where one was asked for, else None.
         last: The sample at the stop: pass it as ``first`` of a segment that begins there.
+        shared: What a rule that closes had left unexplained [], and shared out over the weights, in
+            loss units; None where nothing is shared out.
     """
 
     values: Weights
@@ -140,6 +144,7 @@ class Allocation:
     splits: int
     converged: bool | None
     last: Sample
+    shared: Tensor | None = None
 
     @property
     def residual(self) -> Tensor:
@@ -213,6 +218,7 @@ class Ends:
         converged: Whether a tolerance was reached; None where none was asked for.
         settled: Whether the integral came to rest short of the loss change, so that no finer panels
             would explain more.
+        shared: What was left unexplained [], and is shared out over the weights; else None.
     """
 
     loss_before: Tensor
@@ -220,6 +226,7 @@ class Ends:
     splits: int = 1
     converged: bool | None = None
     settled: bool = False
+    shared: Tensor | None = None
 
 
 def mean_gradient(
@@ -252,6 +259,59 @@ def mean_gradient(
     if last is None:
         last = field(segment.at(1.0, needs_gradient=rule.first_is_start))
     return buffer.sums, Ends(loss_before, last)
+
+
+@dataclass(frozen=True)
+class _Bend:
+    """Some tensors, or a piece of one, along a segment.
+
+    Attributes:
+        part: Which of all tensors.
+        mean: Their mean gradient.
+        motion: How far they moved.
+        change: From the mean gradient to that at the stop.
+    """
+
+    part: slice
+    mean: list[Tensor]
+    motion: list[Tensor]
+    change: list[Tensor]
+
+
+def closed_gradient(
+    field: Field,
+    segment: Segment,
+    buffer: Buffer | None = None,
+    is_much: Callable[[Tensor], bool] | None = None,
+) -> tuple[Weights, Ends]:
+    """Integrates the gradient by the trapezoid rule, and shares out what that leaves unexplained.
+
+    The loss at both ends is known, and so is what the rule misses of its change. The rule misses
+    where the gradient changes along the motion d; so every weight takes a share by how much its own
+    does, |dᵢ (g₁ − g₀)ᵢ|. The credits add up to the loss change, but for rounding.
+
+    Args:
+        field: As for `mean_gradient`.
+        segment: As for `mean_gradient`.
+        buffer: As for `mean_gradient`.
+        is_much: Gets what is left unexplained []; where it returns True, the middle is taken, too,
+            and nothing is shared out: Simpson's rule.
+
+    Returns:
+        As `mean_gradient`; ``shared`` of the ends is what was shared out.
+    """
+    buffer = Buffer.of(segment) if buffer is None else buffer
+    gradient, ends = mean_gradient(field, segment, TRAPEZOID, buffer)
+    last = _gradient(ends.last)
+    explained, bent = (buffer.add_up(s) for s in _explained_and_bent(gradient, last, segment))
+    left = ends.last.loss - ends.loss_before - explained
+    if is_much is not None and is_much(left):
+        buffer.add(buffer.as_sample(), 1 / 3, fresh=True)
+        buffer.add(field(segment.at(0.5)), 2 / 3)
+        return gradient, ends
+    # Where no gradient changes, nobody takes a share.
+    _share_out(gradient, last, segment, torch.where(bent > 0, left / bent, 0.0))
+    return gradient, replace(ends, shared=left)
 
 
 def refined_gradient(
@@ -399,9 +459,17 @@ def allocate(
         >>> abs(allocation.residual.item()) < 1e-6
         True
     """
+    if rule.adapts:
+        raise ValueError(
+            f"Quadrature {rule.name!r} compares a step with the steps before it, which one segment "
+            "does not have: use it in LCACallback, or choose SIMPSON or CLOSED_TRAPEZOID here."
+        )
     buffer = Buffer.of(segment) if out is None else Buffer(out)
     buffer.first = first
-    gradient, ends = mean_gradient(field, segment, rule, buffer)
+    if rule.closes:
+        gradient, ends = closed_gradient(field, segment, buffer)
+    else:
+        gradient, ends = mean_gradient(field, segment, rule, buffer)
     return _allocation(credit(gradient, segment), ends)
 
 
@@ -457,7 +525,9 @@ def refine(
 
 def _allocation(values: Weights, ends: Ends) -> Allocation:
     last = ends.last
-    return Allocation(values, ends.loss_before, last.loss, ends.splits, ends.converged, last)
+    return Allocation(
+        values, ends.loss_before, last.loss, ends.splits, ends.converged, last, ends.shared
+    )
 
 
 def _gradient(sample: Sample) -> Weights:
@@ -467,6 +537,51 @@ def _gradient(sample: Sample) -> Weights:
             "Return Sample(loss, {name: gradient})."
         )
     return sample.gradient
+
+
+def _bends(gradient: Weights, last: Weights, segment: Segment) -> Iterator[_Bend]:
+    """Yields where gradients change along the motion, of some tensors after the other."""
+    names = list(gradient)
+    means, lasts, starts, stops = (
+        [w[n] for n in names] for w in (gradient, last, segment.start, segment.stop)
+    )
+    for part in bundles(means):
+        for some in side_by_side(means[part], lasts[part], starts[part], stops[part]):
+            mean, end, start, stop = some
+            # Exact in the wider type: half-precision weights would round their own motion.
+            stop = [w.to(m.dtype) for w, m in zip(stop, mean, strict=True)]
+            yield _Bend(
+                part,
+                mean,
+                list(torch._foreach_sub(stop, start)),
+                list(torch._foreach_sub(end, mean)),
+            )
+
+
+@torch.no_grad()
+def _explained_and_bent(
+    gradient: Weights, last: Weights, segment: Segment
+) -> tuple[Tensor, Tensor]:
+    """Sums d · ḡ and Σ |d (g₁ − ḡ)| of every tensor [weights] each; d is the motion."""
+    like = next(iter(gradient.values()))
+    sums = torch.zeros(2, len(gradient), dtype=wide(like), device=like.device)
+    for bend in _bends(gradient, last, segment):
+        torch._foreach_mul_(bend.change, bend.motion)
+        torch._foreach_mul_(bend.motion, bend.mean)
+        found = [t.sum(dtype=sums.dtype) for t in bend.motion]
+        found += [t.abs_().sum(dtype=sums.dtype) for t in bend.change]
+        sums[:, bend.part] += torch.stack([f.to(like.device) for f in found]).view(2, -1)
+    return sums[0], sums[1]
+
+
+@torch.no_grad()
+def _share_out(gradient: Weights, last: Weights, segment: Segment, share: Tensor) -> None:
+    """Adds share · sign(d) |g₁ − ḡ| to a mean gradient {name: [*shape]}, in place."""
+    for bend in _bends(gradient, last, segment):
+        torch._foreach_abs_(bend.change)
+        torch._foreach_mul_(bend.change, torch._foreach_sign(bend.motion))
+        torch._foreach_mul_(bend.change, [share.to(m) for m in bend.mean])
+        torch._foreach_add_(bend.mean, bend.change)
 
 
 @torch.no_grad()

@@ -24,10 +24,13 @@ class Quadrature:
         weights: Weights [k]; they sum to 1 and may be negative.
         degree: Polynomials up to this degree are integrated exactly: Σ wᵢ sᵢʲ = 1/(j+1) for j ≤
             degree.
+        closes: Whether what the rule leaves of the loss change is shared out over the weights, by
+            how much the gradient of each changes along its motion. Needs both ends.
+        adapts: Whether, where that is much, the middle is taken, too: Simpson's rule for that step.
 
     Raises:
-        ValueError: The lists differ in length, a node lies outside [0, 1] or out of order, or a
-            moment up to ``degree`` is wrong.
+        ValueError: The lists differ in length, a node lies outside [0, 1] or out of order, a moment
+            up to ``degree`` is wrong, or a rule that closes is not the trapezoid.
 
     Example:
         >>> Quadrature("trapezoid", nodes=(0.0, 1.0), weights=(0.5, 0.5), degree=1).first_is_start
@@ -43,9 +46,16 @@ class Quadrature:
     nodes: tuple[float, ...]
     weights: tuple[float, ...]
     degree: int
+    closes: bool = False
+    adapts: bool = False
 
     def __post_init__(self) -> None:
         """Checks shapes, order and moments."""
+        if (self.closes and self.nodes != (0.0, 1.0)) or (self.adapts and not self.closes):
+            raise ValueError(
+                f"Quadrature {self.name!r} closes or adapts, which needs nodes=(0.0, 1.0) and "
+                f"closes=True; got nodes={self.nodes} and closes={self.closes}."
+            )
         if not self.nodes or len(self.nodes) != len(self.weights):
             raise ValueError(
                 f"Quadrature {self.name!r} needs as many weights as nodes, at least one: got "
@@ -115,6 +125,8 @@ class Quadrature:
 EULER = Quadrature("euler", (0.0,), (1.0,), 0)
 MIDPOINT = Quadrature("midpoint", (0.5,), (1.0,), 1)
 TRAPEZOID = Quadrature("trapezoid", (0.0, 1.0), (1 / 2, 1 / 2), 1)
+CLOSED_TRAPEZOID = Quadrature("closed_trapezoid", (0.0, 1.0), (1 / 2, 1 / 2), 1, closes=True)
+ADAPTIVE = Quadrature("adaptive", (0.0, 1.0), (1 / 2, 1 / 2), 1, closes=True, adapts=True)
 SIMPSON = Quadrature("simpson", (0.0, 0.5, 1.0), (1 / 6, 4 / 6, 1 / 6), 3)
 BOOLE = Quadrature(
     "boole", (0.0, 0.25, 0.5, 0.75, 1.0), (7 / 90, 32 / 90, 12 / 90, 32 / 90, 7 / 90), 5
@@ -125,7 +137,18 @@ GAUSS3 = Quadrature(
 )
 
 RULES: dict[str, Quadrature] = {
-    rule.name: rule for rule in (EULER, MIDPOINT, TRAPEZOID, SIMPSON, BOOLE, GAUSS2, GAUSS3)
+    rule.name: rule
+    for rule in (
+        EULER,
+        MIDPOINT,
+        TRAPEZOID,
+        CLOSED_TRAPEZOID,
+        ADAPTIVE,
+        SIMPSON,
+        BOOLE,
+        GAUSS2,
+        GAUSS3,
+    )
 }
 
 

@@ -202,6 +202,17 @@ def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
 
 
+def side_by_side(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Cuts lists of tensors of the same shapes alike: small ones in bundles, large in pieces."""
+    for part in bundles(lists[0]):
+        some = [tensors[part] for tensors in lists]
+        if len(some[0]) > 1:
+            yield tuple(some)
+        else:
+            for cut in pieces(*(one[0] for one in some)):
+                yield tuple([piece] for piece in cut)
+
+
 class DeferredBool:
     """A boolean [] on a device; ``bool(flag)`` reads it on the host.
 

@@ -24,7 +24,7 @@ from lightning_lca.measure.parameters import (
     parts,
 )
 from lightning_lca.measure.selection import EVERYTHING, Selection
-from lightning_lca.measure.tensors import HALF, bundles, pieces, wide
+from lightning_lca.measure.tensors import HALF, side_by_side, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
 from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks, seeded
@@ -702,7 +702,7 @@ def agree(kept: Sample, fresh: Sample) -> Tensor:
         )
         differences: list[Tensor] = []
         sizes: list[Tensor] = []
-        for some, others in _side_by_side(new, old):
+        for some, others in side_by_side(new, old):
             a, b = [_finite(n) for n in some], [_finite(o) for o in others]
             sizes += torch._foreach_norm(a)
             torch._foreach_sub_(a, b)
@@ -710,16 +710,6 @@ def agree(kept: Sample, fresh: Sample) -> Tensor:
         difference, length = _length(differences), _length(sizes)
         same = same & (difference <= gradient_noise * length).to(same.device)
     return same
-
-
-def _side_by_side(new: list[Tensor], old: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Cuts two lists of gradients alike: small ones in bundles, large ones in pieces."""
-    for part in bundles(new):
-        if len(new[part]) > 1:
-            yield new[part], old[part]
-        else:
-            for a, b in pieces(*new[part], *old[part]):
-                yield [a], [b]
 
 
 def _finite(gradient: Tensor) -> Tensor:

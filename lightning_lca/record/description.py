@@ -55,6 +55,7 @@ class Description:
         settings: Of the callback, as plain JSON.
         breakdowns: By name, the names of the shares that credit is split into.
         batches: By probe, how many of its batches have credit of their own; not those with one.
+        closes: Whether a rule shared out what it left unexplained, so that rows have that, too.
     """
 
     probes: tuple[str, ...]
@@ -69,6 +70,7 @@ class Description:
     settings: Mapping[str, Any] = field(default_factory=dict)
     breakdowns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     batches: Mapping[str, int] = field(default_factory=dict)
+    closes: bool = False
 
     @classmethod
     def parse(cls, data: bytes) -> Description:
@@ -140,6 +142,7 @@ class Description:
             settings=_settings(metadata),
             breakdowns=breakdowns,
             batches=batches,
+            closes=_typed("closes", metadata.get("closes", False), bool, "true or false"),
         )
 
 

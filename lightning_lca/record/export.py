@@ -22,7 +22,7 @@ BLOCK = 10_000  # Most rows that are written at once,
 CELLS = 2**20  # and most numbers.
 _SPECIAL = re.compile('[,"\\r\\n]')
 _TOLD_APART = 2**22  # Weights of which float32 tells k from k + 1, as fractions.
-_PER_STEP = ("steps", *SCALARS, "finite")
+_PER_STEP = ("steps", *SCALARS, "finite")  # And the raw residual, where that is another one.
 _PER_GROUP = ("allocated", "helping", "hurting")
 
 
@@ -40,7 +40,7 @@ def wide(history: History, rows: slice = slice(None), *, by_layer: bool = False)
     """
     table = history.rows[rows]
     layers = history.shown if by_layer else Layers.of(history.groups)
-    columns = {name: getattr(table, name) for name in _PER_STEP}
+    columns = {name: getattr(table, name) for name in _per_step(history)}
     # "lca/" also keeps a name from being a formula.
     for prefix, values in _per_group(history, table, layers).items():
         columns |= {f"{prefix}/{name}": values[:, i] for i, name in enumerate(layers.names)}
@@ -58,6 +58,10 @@ def long(history: History) -> Columns:
     values = _per_group(history, history.rows, Layers.of(history.groups))
     values |= _per_share(history, history.rows, Layers.of(history.groups))
     return columns | {prefix: v.reshape(-1) for prefix, v in values.items()}
+
+
+def _per_step(history: History) -> tuple[str, ...]:
+    return (*_PER_STEP, "raw_residual") if history.closes else _PER_STEP
 
 
 def _per_group(history: History, table: StepTable, layers: Layers) -> Columns:
@@ -89,7 +93,7 @@ def arrays(history: History) -> Columns:
 
     ``neurons_allocated`` [W, N], ``neurons_steps`` [W] and ``neurons_names`` (N,), for example.
     """
-    columns: Columns = {name: getattr(history, name) for name in (*_PER_STEP, *_PER_GROUP)}
+    columns: Columns = {name: getattr(history, name) for name in (*_per_step(history), *_PER_GROUP)}
     columns |= {"groups": np.array(history.groups, dtype=str), "sizes": history.sizes}
     turns = history.oscillation
     for name, breakdown in (

@@ -252,7 +252,7 @@ class _Run:
         steps. Where that reaches the layer's whole credit, its sign is open.
         """
         missed, net = np.zeros(len(self.layers)), np.zeros(len(self.layers))
-        residual, first = np.abs(self.rows.residual[self.keep]), 0
+        residual, first = np.abs(self.rows.raw_residual[self.keep]), 0
         for credit in self.pieces(self._credit):
             size = np.abs(credit)
             all_of_it = size.sum(1)

@@ -44,9 +44,12 @@ class History:
         settings: What the callback was asked for, as far as the record says it.
         lost: Pieces of the record that could not be read: chunks of steps, or stretches of a file.
         cuts: How often rows were dropped; while it stays, rows only join those that are there.
+        closes: Whether what the rule leaves unexplained is shared out over the weights; then
+            ``raw_residual`` tells what that was.
     """
 
     cuts = 0
+    closes = False
     _growing: GrowingTable | None = None  # Made when rows are added; a pickle has none.
 
     def __init__(
@@ -126,7 +129,7 @@ class History:
     def as_it_is(self) -> History:
         """Takes a view of what is there now: later rows and windows do not join it."""
         now = History(self.groups, self.sizes, self.group_by, self.layers, self._shares)
-        now.settings, now.lost = dict(self.settings), self.lost
+        now.settings, now.lost, now.closes = dict(self.settings), self.lost, self.closes
         now._parts = [self.rows]
         now._windows = {name: [table] for name, table in self.windows.items()}
         now._declared = dict(self._declared)
@@ -170,6 +173,7 @@ class History:
     def go_on_like(self, other: History) -> None:
         """Takes over what another session says of the same columns: settings, layers, shares."""
         self.settings, self.layers, self._shares = other.settings, other.layers, other._shares
+        self.closes = self.closes or other.closes
 
     @property
     def breakdowns(self) -> dict[str, Breakdown]:
@@ -349,6 +353,16 @@ class History:
     def residual(self) -> Floats:
         """Loss change that the credits leave unexplained [T]."""
         return self.rows.residual
+
+    @property
+    def raw_residual(self) -> Floats:
+        """What the rule left unexplained, before a closed rule shared it out [T].
+
+        With ``quadrature="closed_trapezoid"`` or "adaptive" the residual itself is next to nothing
+        by construction, and this is what tells how far single layers can be trusted. Of other rules
+        it is the residual.
+        """
+        return self.rows.raw_residual
 
     @property
     def drift(self) -> Floats:

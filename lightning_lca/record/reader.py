@@ -212,7 +212,9 @@ def _columns(history: History, table: str) -> dict[str, tuple[int, ...]] | None:
     """Tells the shape of a row of every part of a table; None if there is no such table."""
     if table == "chunk":
         return StepTable.columns(
-            len(history.groups), {n: len(names) for n, names in history.split_columns.items()}
+            len(history.groups),
+            {n: len(names) for n, names in history.split_columns.items()},
+            closes=history.closes,
         )
     columns = history.declared(table)
     return None if columns is None else columns.parts()
@@ -228,7 +230,7 @@ def _empty(metadata: Description, probe: str) -> History:
         metadata.breakdowns,
     )
     history.split_into(metadata.breakdowns, metadata.batches.get(probe, 0))
-    history.settings = dict(metadata.settings)
+    history.settings, history.closes = dict(metadata.settings), metadata.closes
     for name, columns in metadata.windows.items():
         history.declare(name, columns)
     return history

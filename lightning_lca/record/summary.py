@@ -26,8 +26,10 @@ from lightning_lca.record.tables import Floats, StepTable
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
 
-LARGE = 0.01  # A residual beyond this share of all credit is pointed out.
+LARGE = 0.01  # A residual beyond this share of all credit is pointed out;
+_LARGE_SHARED = 0.03  # of one that is shared out, a third or less stays as error of layers.
 _WIDEST = 200  # Longer names get a line that is longer.
+_BAR = "\\|"  # As a table of Markdown needs it.
 _HELPS = 0.5  # Simpson's residual against that of the ends alone, where halving does not help.
 SIGN = "LCA < 0: the layer lowered the loss (helped); LCA > 0: it raised the loss (hurt)."
 
@@ -64,8 +66,10 @@ class Trust:
         unconverged: Number of steps beyond the tolerance, or not finite.
         unmoved: Number of steps that moved no weight.
         halved: Number of steps measured in two halves without a tolerance: the rule alone missed.
-        unexplained: Σ|residual| / Σ_t Σ_layers |A|; None where there is neither.
+        unexplained: Σ|raw residual| / Σ_t Σ_layers |A|; None where there is neither.
         settings: What the callback was asked for, as far as the record says it.
+        closes: Whether the raw residual is shared out, so that the residual itself is rounding.
+        middles: Of these, the number of steps that took the middle and share nothing out.
     """
 
     measured: int
@@ -75,6 +79,8 @@ class Trust:
     halved: int
     unexplained: float | None
     settings: Mapping[str, Any]
+    closes: bool = False
+    middles: int = 0
 
     @classmethod
     def of(
@@ -91,7 +97,7 @@ class Trust:
         if per_step is None:
             per_step = PerStep.of(table, Layers.of(history.layers))
         moved = float(per_step.credited.sum())
-        missed = float(np.abs(table.residual[per_step.finite]).sum())
+        missed = float(np.abs(table.raw_residual[per_step.finite]).sum())
         refines = history.settings.get("tolerance") is not None
         return cls(
             measured=len(table),
@@ -101,12 +107,16 @@ class Trust:
             halved=0 if refines else int((table.splits > 1).sum()),
             unexplained=missed / moved if moved else math.inf if missed else None,
             settings=history.settings,
+            closes=history.closes,
+            middles=int((table.raw_residual == table.residual).sum()) if history.closes else 0,
         )
 
     @property
     def is_large(self) -> bool:
         """Whether the residual is worth a remark."""
-        return self.unexplained is not None and self.unexplained > LARGE
+        return self.unexplained is not None and self.unexplained > (
+            _LARGE_SHARED if self.closes else LARGE
+        )
 
     @property
     def _leaves_out(self) -> bool:
@@ -124,7 +134,8 @@ class Trust:
         """What a reader must be told, a sentence each."""
         remarks = []
         if self.is_large:
-            remarks.append(f"The residual is large. {self._remedy}")
+            what = "The residual that is shared out" if self.closes else "The residual"
+            remarks.append(f"{what} is large. {self._remedy}")
         if self.not_finite:
             remarks.append(
                 f"In {self.not_finite} of {self.measured} steps loss or credit was not finite; no "
@@ -139,6 +150,10 @@ class Trust:
             remarks.append(
                 f"{self.halved} of {self.measured} steps were measured in two halves, since the "
                 "rule left more unexplained than all layers explained."
+            )
+        if self.closes and self.settings.get("quadrature") == "adaptive":
+            remarks.append(
+                f"{self.middles} of {self.measured} steps took the gradient in the middle, too."
             )
         return remarks
 
@@ -159,7 +174,7 @@ class Trust:
                 f"A chord of {every} steps cuts across the bends of the path: lower every_n_steps."
             )
         if self.settings.get("quadrature", "simpson") != "simpson":
-            return 'Choose quadrature="simpson".'
+            return 'Choose quadrature="simpson", at a second gradient per step.'
         helps = self.settings.get("halving")
         if isinstance(helps, float) and helps > _HELPS:
             return (
@@ -232,7 +247,7 @@ class Ledger:
             allocated=float(credit.sum()),
             residual=float(finite.residual.sum()),
             drift=float(drift.sum()),
-            largest=float(np.abs(finite.residual).max(initial=0)),
+            largest=float(np.abs(finite.raw_residual).max(initial=0)),
             trust=Trust.of(history, rows),
         )
 
@@ -256,6 +271,18 @@ class Ledger:
     def change(self) -> float:
         """True change of the probe loss."""
         return self.last_loss - self.first_loss
+
+    def over(self, bar: str) -> str:
+        """Says how much the rule left over.
+
+        Args:
+            bar: The sign of an absolute value.
+        """
+        head = "shared out over the weights: raw, " if self.trust.closes else ""
+        return (
+            f"{head}Σ{bar}residual{bar} is {self.unexplained} of Σ{bar}LCA{bar}; largest in one "
+            f"step {self.largest:.2g}"
+        )
 
     @property
     def unexplained(self) -> str:
@@ -292,8 +319,7 @@ def text(history: History, findings: Sequence[Finding] = ()) -> str:
         f"true loss change   {ledger.show(ledger.change)}   ({' -> '.join(ledger.ends)}, "
         f"{trust.measured} measured steps)",
         f"  allocated        {ledger.show(ledger.allocated)}",
-        f"  residual         {ledger.show(ledger.residual)}   (Σ|residual| is {ledger.unexplained} "
-        f"of Σ|LCA|; largest in one step {ledger.largest:.2g})",
+        f"  residual         {ledger.show(ledger.residual)}   ({ledger.over('|')})",
         f"  drift            {ledger.show(ledger.drift)}   ({trust.cause_of_drift})",
         f"  unconverged      {trust.unconverged} of {trust.measured} steps (beyond the "
         "tolerance, if one was set, or not finite)",
@@ -392,8 +418,7 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         f"| **true loss change** | **{ledger.show(ledger.change)}** | {' → '.join(ledger.ends)} in "
         f"{trust.measured} measured steps |",
         f"| allocated | {ledger.show(ledger.allocated)} | sum of the LCA above |",
-        f"| residual | {ledger.show(ledger.residual)} | Σ\\|residual\\| is {ledger.unexplained} of "
-        f"Σ\\|LCA\\|; largest in one step {ledger.largest:.2g} |",
+        f"| residual | {ledger.show(ledger.residual)} | {ledger.over(_BAR)} |",
         f"| drift | {ledger.show(ledger.drift)} | {trust.cause_of_drift} |",
         f"| unconverged | {trust.unconverged} | of {trust.measured} steps |",
         *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],

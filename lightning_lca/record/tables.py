@@ -23,6 +23,7 @@ SCALARS = (
     "trained",
     "seconds",
 )
+_RAW = "raw_residual"  # A part of the record where it is another than the residual.
 _SPLIT = "split_"  # What the parts of the record start with that hold a breakdown.
 LARGEST = 10**15  # Of any count or step: well inside what a float64, and so a web page, holds.
 
@@ -62,6 +63,8 @@ class StepTable:
             finite [T].
         trained: Number of weights that were being trained [T].
         seconds: What the measurement took, as the host saw it [T].
+        raw_residual: What the rule left unexplained before a closed rule shared it out over the
+            weights [T]; that of other rules is the residual.
         shares: By name of a breakdown, what every share was credited [T, G, K].
     """
 
@@ -77,7 +80,13 @@ class StepTable:
     converged: npt.NDArray[np.bool_]
     trained: Ints
     seconds: Floats
+    raw_residual: Floats = None  # type: ignore[assignment]
     shares: Mapping[str, Floats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Takes the residual for the raw one, where no rule shared anything out."""
+        if self.raw_residual is None:
+            object.__setattr__(self, "raw_residual", self.residual)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -149,8 +158,13 @@ class StepTable:
         }
         return cls(**columns)
 
-    def parts(self, sizes: Ints) -> dict[str, eventfile.Array]:
-        """Returns the arrays that the record keeps: credits to float32, everything else exactly."""
+    def parts(self, sizes: Ints, *, closes: bool = False) -> dict[str, eventfile.Array]:
+        """Returns the arrays that the record keeps: credits to float32, everything else exactly.
+
+        Args:
+            sizes: Number of weights of every group [G].
+            closes: Whether the raw residual is another than the residual.
+        """
         narrow = eventfile.counts_dtype(sizes)
         return {
             "steps": self.steps,
@@ -159,6 +173,7 @@ class StepTable:
             # Idle weights are few and steady: unlike hurting ones they compress to almost nothing.
             "idle": (sizes - self.helping - self.hurting).astype(narrow),
             "scalars": np.stack([getattr(self, name).astype(float) for name in SCALARS], 1),
+            **({_RAW: self.raw_residual.astype(float)} if closes else {}),
             **{f"{_SPLIT}{name}": _single(values) for name, values in self.shares.items()},
         }
 
@@ -177,7 +192,8 @@ class StepTable:
             if name.startswith(_SPLIT)
         }
         counts = {name: part.shape[-1] if part.ndim else 0 for name, part in shares.items()}
-        expected = cls.columns(len(sizes), counts)
+        raw = parts.get(_RAW)
+        expected = cls.columns(len(sizes), counts, closes=raw is not None)
         for name, columns in expected.items():
             if parts[name].shape != (len(steps), *columns):
                 shape = (len(steps), *columns)
@@ -185,6 +201,8 @@ class StepTable:
         _check_kinds("iu", steps=steps)
         _check_kinds("u", helping=helping, idle=idle)
         _check_kinds("f", allocated=allocated, scalars=scalars, **shares)
+        if raw is not None:
+            _check_kinds("f", **{_RAW: raw})
         _check_steps(steps)
         named = dict(zip(SCALARS, scalars.T.astype(np.float64), strict=True))
         exact = {"splits": np.int64, "converged": np.bool_, "trained": np.int64}
@@ -199,27 +217,36 @@ class StepTable:
             helping=helping,
             # Modulo 2^bits, so that it needs no wider numbers.
             hurting=sizes.astype(kind) - helping - idle.astype(kind, copy=False),
+            raw_residual=named["residual"] if raw is None else raw.astype(np.float64),
             shares=shares,
             **{name: column.astype(exact.get(name, np.float64)) for name, column in named.items()},
         )
 
     @staticmethod
-    def columns(groups: int, counts: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+    def columns(
+        groups: int, counts: Mapping[str, int] | None = None, *, closes: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """Tells the shape of a row of every part of the record.
 
         Args:
             groups: How many there are.
             counts: Of every breakdown, how many shares it has.
+            closes: Whether the raw residual is another than the residual.
         """
         wide = (groups,)
         split = {f"{_SPLIT}{name}": (groups, count) for name, count in (counts or {}).items()}
-        return split | {
-            "steps": (),
-            "allocated": wide,
-            "helping": wide,
-            "idle": wide,
-            "scalars": (len(SCALARS),),
-        }
+        raw: dict[str, tuple[int, ...]] = {_RAW: ()} if closes else {}
+        return (
+            split
+            | raw
+            | {
+                "steps": (),
+                "allocated": wide,
+                "helping": wide,
+                "idle": wide,
+                "scalars": (len(SCALARS),),
+            }
+        )
 
 
 def _columns() -> list[str]:

@@ -174,9 +174,8 @@ class RecordWriter:
             self._unwritten[probe] = [rows]
             while len(rows) >= (1 if everything else self.chunk_steps):
                 chunk, rows = rows[: self.chunk_steps], rows[self.chunk_steps :]
-                tags = eventfile.tagged(
-                    "chunk", int(chunk.steps[0]), probe, chunk.parts(self._sizes)
-                )
+                packed = chunk.parts(self._sizes, closes=bool(self._metadata.get("closes")))
+                tags = eventfile.tagged("chunk", int(chunk.steps[0]), probe, packed)
                 self._write(tags, int(chunk.steps[-1]))
                 self._unwritten[probe] = [rows]
         for (table, probe), windows in list(self._windows.items()):

@@ -99,7 +99,12 @@ class Reporter:
         )
         self._writer.hold(_widest(metadata))
         self._scalars = {
-            probe: Scalars(grouping.names, grouping.sizes, f"{name}_{probe}" if i else name)
+            probe: Scalars(
+                grouping.names,
+                grouping.sizes,
+                f"{name}_{probe}" if i else name,
+                closes=bool(metadata.get("closes")),
+            )
             for i, probe in enumerate(meters)
         }
         self._gallery = Gallery(trainer, self.log_dir, draws=figures)

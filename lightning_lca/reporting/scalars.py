@@ -38,6 +38,8 @@ class Scalars:
     Keys, for prefix "lca" (a second probe "val" has "lca_val"):
         - ``lca/total``, ``lca/residual``: credit and residual summed since the last log, in loss
         units.
+        - ``lca/raw_residual``: what a rule that closes has shared out over the weights, likewise;
+        only with ``quadrature="closed_trapezoid"`` or "adaptive".
         - ``lca/total_cum``: credit summed since the start of training.
         - ``lca/loss``: probe loss after the last measured step.
         - ``lca/help``, ``lca/hurt``: fraction of the trained weights that helped and hurt, mean per
@@ -50,14 +52,18 @@ class Scalars:
         no mean counts these.
     """
 
-    def __init__(self, groups: list[str], sizes: list[int], prefix: str = "lca") -> None:
+    def __init__(
+        self, groups: list[str], sizes: list[int], prefix: str = "lca", *, closes: bool = False
+    ) -> None:
         """Chooses the panels.
 
         Args:
             groups: Names of the groups.
             sizes: Weights of each.
             prefix: First part of every key.
+            closes: Whether the raw residual is another than the residual.
         """
+        self._closes = closes
         names = panels_of(groups)
         panels = list(dict.fromkeys(names))
         self._panel_of = np.zeros((len(groups), len(panels)))
@@ -118,6 +124,7 @@ class Scalars:
         values = {
             f"{p}/total": float(rows.allocated.sum()),
             f"{p}/residual": float(rows.residual.sum()),
+            **({f"{p}/raw_residual": float(rows.raw_residual.sum())} if self._closes else {}),
             f"{p}/total_cum": float(credit.sum()),
             f"{p}/loss": float(window.loss_after[-1]),
             f"{p}/help": float((rows.helping.sum(1) / trained).sum() / counted),

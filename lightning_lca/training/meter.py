@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from lightning_lca.measure.allocation import (
     Sample,
     Segment,
     Weights,
+    closed_gradient,
     credit,
     first_order,
     halve,
@@ -48,11 +50,13 @@ _WATCHED = 10  # Steps at first, and after each that was halved, that are looked
 _FUTILE = 3  # So often in a row, and finer panels are not tried any more, or seldom.
 _SELDOM = 20
 _NOISE = 1e-6  # Of the loss; what lies below is rounding.
+_MUCH = 0.05  # Of what layers are credited in a step: more than that is not shared out.
+_MEMORY = 0.9  # Of the running mean of that.
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A measured step, its row on the device: [loss before, loss after, 3 x groups, shares]."""
+    """A measured step, its row on the device: [`Meter._head`, 3 x groups, shares]."""
 
     step: int
     splits: int
@@ -122,7 +126,7 @@ class Meter:
             seed=settings.seed,
             process=ranks.process,
         )
-        self.history.settings = settings.describe()
+        self.history.settings, self.history.closes = settings.describe(), settings.rule.closes
         for name, table in self._fine.tables.items():
             self.history.append_windows(name, table)
         self.windows = self._fine.metadata
@@ -136,6 +140,8 @@ class Meter:
         self._spread: dict[str, Distribution] = {}
         self._rule = settings.rule
         self._tolerance = settings.tolerance
+        self._sees_whole = settings.sees_whole
+        self._typical: Tensor | None = None  # Running mean of what all layers are credited [].
         self._max_splits = settings.max_splits
         self._ranks = ranks
         self._reuse = Reuse(probe, ranks)
@@ -144,7 +150,8 @@ class Meter:
         self._pending: list[_Pending] = []
         self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
         self._missed = np.zeros(2)
-        self._watched = _WATCHED if self._rule == SIMPSON and self._tolerance is None else 0
+        refines = self._tolerance is not None
+        self._watched = _WATCHED if not refines and self._may_be_simpson else 0
         self._futile = 0
         self._measured = 0
         self.halved = 0
@@ -170,7 +177,10 @@ class Meter:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         field = self.probe if self._sampling is None else self._field
-        if self._tolerance is None:
+        if self._rule.closes:
+            is_much = self._is_much if self._rule.adapts else None
+            gradient, ends = closed_gradient(field, segment, self._buffer, is_much)
+        elif self._tolerance is None:
             gradient, ends = mean_gradient(field, segment, self._rule, self._buffer)
         else:
             tries = not self.is_futile or self._measured % _SELDOM == 0
@@ -190,7 +200,8 @@ class Meter:
                 ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
                 sums = self._halved(values, segment, sums, losses, split)
         self._measured += 1
-        row = torch.cat([losses, sums.table.reshape(-1)])
+        self._note_typical(sums.credit)
+        row = torch.cat([*self._head(losses, ends), sums.table.reshape(-1)])
         finite = row.isfinite().all()
         self._fine.update(values, sums.parameters, sums.neurons, finite)
         if spread and self._grouping.is_whole:
@@ -298,9 +309,11 @@ class Meter:
             return StepTable.none(groups)
         pending, self._pending = self._pending, []
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
-        columns, rest = np.split(table, [2 + 3 * groups], axis=1)
-        allocated, helping, hurting = np.split(columns[:, 2:], 3, axis=1)
+        head = 3 if self._rule.closes else 2
+        columns, rest = np.split(table, [head + 3 * groups], axis=1)
+        allocated, helping, hurting = np.split(columns[:, head:], 3, axis=1)
         before, after = table[:, 0], table[:, 1]
+        shared = table[:, 2] if self._rule.closes else 0.0
         known = before[0] if self._loss is None else self._loss
         with np.errstate(invalid="ignore", over="ignore"):
             residual = after - before - allocated.sum(1)
@@ -317,6 +330,7 @@ class Meter:
             loss_before=before.copy(),
             loss_after=after.copy(),
             residual=residual,
+            raw_residual=residual + shared,
             drift=drift,
             splits=np.array([p.splits for p in pending], np.int64),
             converged=finite & np.array([p.converged is not False for p in pending]),
@@ -358,6 +372,7 @@ class Meter:
             "shares": list(self.probe.shares),
             **({} if self._shares is None else self._shares.state()),
             "panels": [self._watched, self._futile, self._measured],
+            "typical": None if self._typical is None else self._typical.cpu(),
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},
         }
 
@@ -371,6 +386,8 @@ class Meter:
         self._reuse.on = state["reuse"]
         if "panels" in state:  # A checkpoint of an older version lacks it.
             self._watched, self._futile, self._measured = state["panels"]
+        if (typical := state.get("typical")) is not None:
+            self._typical = typical.to(self.probe.device)
         if self._shares is not None:
             self._shares.resume(state, self.probe.device)
         if state["loss"] is not None:
@@ -404,6 +421,36 @@ class Meter:
             return self.probe(at)
         finally:
             self.probe.watch = None
+
+    @property
+    def _may_be_simpson(self) -> bool:
+        """Whether credits are those of Simpson's rule on one panel, in some steps at least."""
+        return self._rule == SIMPSON or self._rule.adapts
+
+    def _head(self, losses: Tensor, ends: Ends) -> list[Tensor]:
+        """Lists what a row begins with: losses [2], and what a rule that closes has shared out."""
+        if not self._rule.closes:
+            return [losses]
+        return [
+            losses,
+            losses.new_zeros(1) if ends.shared is None else ends.shared.to(losses)[None],
+        ]
+
+    def _is_much(self, left: Tensor) -> bool:
+        """Whether what the trapezoid leaves unexplained [] is too much to be shared out."""
+        if self._typical is None:
+            return True
+        much = DeferredBool(left.abs() > _MUCH * self._typical)
+        return self._ranks.all([much], self.probe.device)[0]
+
+    def _note_typical(self, credit: Tensor) -> None:
+        """Takes the credit of a step [groups] into the running mean, if it is finite."""
+        if not self._rule.adapts:
+            return
+        size = credit.abs().sum()
+        mean = size if self._typical is None else torch.lerp(size, self._typical, _MEMORY)
+        last = size.new_tensor(math.inf) if self._typical is None else self._typical
+        self._typical = torch.where(size.isfinite(), mean, last)
 
     def _completed(
         self, found: npt.NDArray[np.float64], allocated: npt.NDArray[np.float64]
@@ -441,14 +488,14 @@ class Meter:
             is_summed: Whether credits of whole weights are sums over ranks already.
         """
         whole = self._grouping.is_whole
-        if whole and self._tolerance is None and not is_summed:
+        if whole and not self._sees_whole and not is_summed:
             # Credit is linear in the gradient, and adds up over ranks; counts do not.
             self._ranks.sum(list(values.values()))
             self._ranks.sum([losses])
         sums = self._grouping.sums(values)
         neurons = self._fine.neurons(values)
         if not whole:
-            losses /= self._ranks.copies if self._tolerance is None else self._ranks.processes
+            losses /= self._ranks.processes if self._sees_whole else self._ranks.copies
             self._ranks.sum([losses, sums.table, sums.parameters, neurons])
         return _Sums(sums.table, sums.parameters, neurons)
 
@@ -489,7 +536,7 @@ class Meter:
 
     def _add_shares(self, product: Tensor) -> None:
         """Adds up what ranks find for whole weights; of cut ones each has its own part."""
-        if self._grouping.is_whole:
+        if self._grouping.is_whole and not self._sees_whole:
             self._ranks.sum([product])
 
     def _begin_shares(self, shares: Shares, first: Sample | None, segment: Segment) -> Sample:
@@ -498,7 +545,7 @@ class Meter:
             first = self.probe(segment.at(0.0))
         assert first.gradient is not None
         shares.begin(first.gradient, segment.start)
-        if self._tolerance is None and shares.needs_whole:
+        if not self._sees_whole and shares.needs_whole:
             self._ranks.sum(shares.start.wholes)
         return first
 
@@ -535,14 +582,14 @@ class Meter:
             if name == OSCILLATION:
                 found += turns
             elif name in split:
-                if self._tolerance is None:
+                if not self._sees_whole:
                     self._ranks.sum([split[name]])
                 found.append(split[name].reshape(-1))
             elif name == "term":  # There is but one.
                 continue
             else:
                 order = self._shares.first_order(segment)
-                if self._tolerance is None and not self._shares.needs_whole:
+                if not self._sees_whole and not self._shares.needs_whole:
                     self._ranks.sum([order])
                 found.append(order)
         return torch.cat([row, *found])
@@ -550,7 +597,7 @@ class Meter:
     def _turns(self, shares: Shares, segment: Segment, last: Sample) -> Tensor:
         """Tells how weights turn round [4 x groups]; the end gradient lies in the buffer by now."""
         end = self._buffer.sums if last.gradient is not None else None
-        if end is not None and self._ranks.processes > 1 and self._tolerance is None:
+        if end is not None and self._ranks.processes > 1 and not self._sees_whole:
             whole = Flat(end, sums=True)
             torch._foreach_copy_(list(whole.values()), list(end.values()))
             self._ranks.sum(whole.wholes)

@@ -69,6 +69,14 @@ class Settings:
     needs_terms: bool = False
 
     @property
+    def sees_whole(self) -> bool:
+        """Whether every process must know loss and gradient of the whole probe, not of its share.
+
+        That is where what is done next depends on them, and where credit is not linear in them.
+        """
+        return self.tolerance is not None or self.rule.closes
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """What is noted of every group beside its credit."""
         return (*self.breakdown, *(("oscillation",) if self.oscillation else ()))
@@ -270,6 +278,11 @@ def _check_breakdown(settings: Settings) -> None:
         raise ValueError(
             'breakdown="term" splits credit over the terms of a loss, and training_step gives one '
             "number. Pass loss_fn=(module, batch) -> {term: scalar}."
+        )
+    if settings.needs_terms and settings.rule.closes:
+        raise ValueError(
+            f"quadrature={settings.rule.name!r} shares out what it leaves of the change of the "
+            'whole loss, not of its terms. With breakdown="term" choose quadrature="simpson".'
         )
     if settings.splits != ("term",) and not settings.rule.first_is_start:
         raise ValueError(

@@ -404,7 +404,7 @@ class Training:
             loss_fn=settings.loss_fn,
             seed=settings.seed,
             ranks=self._ranks,
-            whole=settings.tolerance is not None,  # All ranks must refine alike.
+            whole=settings.sees_whole,  # All ranks must refine alike.
             selection=settings.selection,
             splits="term" in settings.breakdown,
         )
@@ -524,6 +524,7 @@ class Training:
         return {
             "breakdowns": next(iter(self.meters.values())).breakdowns,
             "batches": {name: count for name, count in batches.items() if count},
+            "closes": self._settings.rule.closes,
         }
 
     def _settle(self, every: int) -> None:

@@ -1,13 +1,25 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_lca.measure.allocation import Sample, Segment, allocate, halve, refine
+from lightning_lca.measure.allocation import (
+    Sample,
+    Segment,
+    allocate,
+    closed_gradient,
+    halve,
+    mean_gradient,
+    refine,
+)
 from lightning_lca.measure.quadrature import BOOLE, RULES, SIMPSON, Quadrature
 from lightning_lca.measure.tensors import total
+
+
+EACH = {name: rule for name, rule in RULES.items() if not rule.adapts}
 
 
 class SmoothField:
@@ -40,7 +52,7 @@ def segment_of(step, size=6):
     return Segment({"w": start}, {"w": start + step * direction})
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", EACH.values(), ids=EACH)
 def test_credits_converge_to_the_closed_form_at_the_order_of_the_rule(rule):
     field = SmoothField()
 
@@ -48,11 +60,13 @@ def test_credits_converge_to_the_closed_form_at_the_order_of_the_rule(rule):
         segment = segment_of(step)
         exact = field.exact(segment.start["w"], segment.stop["w"])
         allocation = allocate(field, segment, rule)
-        return (allocation.values["w"] - exact).abs().max().item(), abs(allocation.residual.item())
+        left = allocation.residual if allocation.shared is None else allocation.shared
+        return (allocation.values["w"] - exact).abs().max().item(), abs(left.item())
 
     (credit, residual), (credit_half, residual_half) = worst(0.4), worst(0.2)
     # A rule of degree d is wrong by step^(d+2): d+1 for the integral, 1 for the motion.
-    order = {"midpoint": 3, "trapezoid": 3, "simpson": 5, "gauss2": 5, "boole": 7, "gauss3": 7}
+    order = dict.fromkeys(("midpoint", "trapezoid", "closed_trapezoid"), 3)
+    order |= {"simpson": 5, "gauss2": 5, "boole": 7, "gauss3": 7}
     expected = order.get(rule.name, 2)
     assert math.log2(credit / credit_half) > expected - 0.35
     assert math.log2(residual / residual_half) > expected - 0.35
@@ -67,7 +81,7 @@ def test_the_residual_is_what_the_credits_leave_of_the_loss_change():
     assert abs(allocation.residual) > 1e-3, "the trapezoid cannot be exact here"
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", EACH.values(), ids=EACH)
 def test_a_chain_pays_the_stated_gradients_and_gives_what_fresh_starts_give(rule):
     field = SmoothField()
     a, b = segment_of(0.3), segment_of(0.3)
@@ -79,6 +93,47 @@ def test_a_chain_pays_the_stated_gradients_and_gives_what_fresh_starts_give(rule
     fresh = allocate(field, b, rule)
     assert torch.equal(chained.values["w"], fresh.values["w"])
     assert torch.equal(chained.residual, fresh.residual)
+
+
+def test_a_closed_rule_shares_its_residual_by_how_much_gradients_change():
+    field, segment = SmoothField(), segment_of(0.8)
+    segment.stop["w"][2] = segment.start["w"][2]  # A weight at rest takes no share.
+    plain, closed = (allocate(field, segment, EACH[n]) for n in ("trapezoid", "closed_trapezoid"))
+    change = (field(segment.at(1.0)).gradient["w"] - field(segment.at(0.0)).gradient["w"]).numpy()
+    bent = np.abs((segment.stop["w"] - segment.start["w"]).numpy() * change)
+    want = plain.values["w"].numpy() + plain.residual.item() * bent / bent.sum()
+    assert np.allclose(closed.values["w"], want, rtol=1e-13, atol=1e-15)
+    assert abs(plain.residual) > 1e-3
+    assert closed.shared.item() == pytest.approx(plain.residual.item(), rel=1e-12)
+    assert abs(closed.residual) < 1e-14
+    assert plain.shared is None
+
+
+def test_a_closed_rule_shares_nothing_where_no_gradient_changes():
+    def kink(at):  # A jump that no gradient shows.
+        w = at.weights()["w"].detach()
+        return Sample(w.sum() + (w[0] > 0).double(), {"w": torch.ones_like(w)})
+
+    segment = Segment({"w": torch.tensor([-1.0, 2.0])}, {"w": torch.tensor([1.0, 1.0])})
+    allocation = allocate(kink, segment, EACH["closed_trapezoid"])
+    assert allocation.values["w"].tolist() == [2.0, -1.0]
+    assert allocation.residual.item() == allocation.shared.item() == 1.0
+
+
+def test_where_much_is_left_the_middle_is_taken_too():
+    field, segment = SmoothField(), segment_of(0.8)
+    asked = []
+    gradient, ends = closed_gradient(field, segment, is_much=lambda r: asked.append(r) or True)
+    simpson = mean_gradient(field, segment, SIMPSON)[0]
+    assert torch.allclose(gradient["w"], simpson["w"], rtol=1e-14, atol=1e-15)
+    assert ends.shared is None
+    assert asked[0].item() == allocate(field, segment, EACH["trapezoid"]).residual.item()
+    assert sum(needs for _, needs in field.asked[:3]) == 3, "start, end and middle"
+
+
+def test_one_segment_cannot_adapt():
+    with pytest.raises(ValueError, match="compares a step with the steps before it"):
+        allocate(SmoothField(), segment_of(0.8), RULES["adaptive"])
 
 
 def test_buffers_may_be_those_of_the_first_sample():

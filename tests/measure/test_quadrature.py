@@ -52,12 +52,22 @@ def test_a_wrong_rule_cannot_be_built(nodes, weights, degree, message):
         Quadrature("mine", nodes, weights, degree)
 
 
+@pytest.mark.parametrize("told", [{"closes": True}, {"adapts": True}])
+def test_only_the_trapezoid_closes(told):
+    with pytest.raises(ValueError, match=r"needs nodes=\(0.0, 1.0\)"):
+        Quadrature("mine", SIMPSON.nodes, SIMPSON.weights, 3, **told)
+    with pytest.raises(ValueError, match="got nodes"):
+        Quadrature("mine", (0.0, 1.0), (0.5, 0.5), 1, adapts=True)
+
+
 def test_gradients_per_step_count_what_a_chain_of_segments_pays():
     per_step = {name: rule.gradients_per_step for name, rule in RULES.items()}
     assert per_step == {
         "euler": 1,
         "midpoint": 1,
         "trapezoid": 1,
+        "closed_trapezoid": 1,
+        "adaptive": 1,  # And one more where the middle is taken.
         "simpson": 2,
         "boole": 4,
         "gauss2": 2,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from support.models import Model
-from support.twin import RULES
+from support.twin import CLOSED, RULES
 
 CLASSES = 3
 
@@ -179,7 +179,7 @@ def case(seed):
     # Lightning clips neither sparse gradients nor, in mixed precision, those of fused optimizers.
     if sparse or half or random.random() < 0.5:
         clip = {}
-    rule = pick(random, *RULES)
+    rule = pick(random, *RULES, *CLOSED)
     tolerance = None
     if random.random() < 0.25 and not half:
         rule, tolerance = "simpson", float(10 ** random.uniform(-6, -3))
@@ -189,7 +189,7 @@ def case(seed):
     if mode == "train" and (kind == "words" or precision == "bf16-true"):
         mode = "no_dropout"
     if precision == "bf16-true":  # It rounds every node but the ends.
-        rule = pick(random, "euler", "trapezoid")
+        rule = pick(random, "euler", "trapezoid", "closed_trapezoid")
     sizes = [int(random.integers(3, 9)) for _ in range(random.integers(1, 4))]
     drawn = {
         "seed": seed,

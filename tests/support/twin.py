@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ RULES = {
     "gauss2": ([1 / 2 - 12**-0.5, 1 / 2 + 12**-0.5], [1 / 2, 1 / 2]),
     "gauss3": ([1 / 2 - 0.15**0.5, 1 / 2, 1 / 2 + 0.15**0.5], [5 / 18, 8 / 18, 5 / 18]),
 }
+CLOSED = ("closed_trapezoid", "adaptive")  # They begin as the trapezoid does.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
@@ -132,6 +133,29 @@ class Measured:
     @property
     def residual(self):
         return self.after - self.before - sum(c.sum() for c in self.credit.values())
+
+    def closed(self):
+        """Shares out what the trapezoid leaves, by |motion x change of the gradient|."""
+        left = self.residual
+        off = sum(s.sum() for s in self.slack.values()) + 2 * self.loss_slack
+        change = {n: np.abs(self.last[n] - self.first[n]) for n in self.motion}
+        bent = {n: np.abs(self.motion[n]) * change[n] for n in self.motion}
+        bent_off = {n: 2 * np.abs(self.motion[n]) * self.errors[n] for n in self.motion}
+        total, total_off = (sum(a.sum() for a in b.values()) for b in (bent, bent_off))
+        if total <= 0:
+            return self
+        credit, slack, mean, mean_slack = {}, {}, {}, {}
+        # What remains where the sum of all is off by as much as rounding may do.
+        least = max(total - total_off, 0.0)
+        for n, motion in self.motion.items():
+            credit[n] = self.credit[n] + left * bent[n] / total
+            mean[n] = self.mean[n] + np.sign(motion) * left * change[n] / total
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = (bent[n] + bent_off[n]) / least
+                doubt = off * share + abs(left) * (bent_off[n] + share * total_off) / least
+                slack[n] = self.slack[n] + np.where(motion != 0, doubt, 0)
+                mean_slack[n] = np.where(motion != 0, slack[n] / np.abs(motion), np.inf)
+        return replace(self, credit=credit, slack=slack, mean=mean, mean_slack=mean_slack)
 
 
 class Twin:

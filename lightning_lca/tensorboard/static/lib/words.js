@@ -67,9 +67,12 @@ export function layerWords(table) {
  * How far the credits explain what happened: by the residuals of all steps against all credit.
  * @param {TableAnswer} table
  */
-function explainedWords({ unexplained, is_large: large }) {
+function explainedWords({ unexplained, is_large: large, closes }) {
   if (unexplained === null) return large ? "The credits do not add up" : "The credits add up";
   if (unexplained === 0) return "The credits add up";
+  if (closes && Number.isFinite(unexplained)) {
+    return `The rule explains ${percent(Math.floor((1 - unexplained) * 1000) / 1000, 1)}, the rest is shared out`;
+  }
   const explained = 1 - unexplained;
   if (explained <= 0) return "The credits do not explain the change";
   // Never rounded up to all of it.
@@ -114,11 +117,11 @@ export function ledgerWords(table) {
   const { true_change: change, allocated, residual, drift, unexplained, remarks } = table;
   // What is left out is missing from the sums, but not from the change.
   const equals = table.not_finite ? "; of the finite steps:" : " =";
-  const share =
-    unexplained === null ? "" : ` Residuals of all steps are ${percent(unexplained)} of all credit.`;
+  const which = table.closes ? "Raw residuals, which are shared out over the weights," : "Residuals of all steps";
+  const share = unexplained === null ? "" : ` ${which} are ${percent(unexplained)} of all credit.`;
   return [
     `True change ${signed(change, 5)}${equals} LCA ${signed(allocated, 5)}, residual ${signed(residual)}, ` +
-      `drift ${signed(drift)}.${share} Largest residual of one step: ${number(table.largest_residual, 2)}.`,
+      `drift ${signed(drift)}.${share} Largest ${table.closes ? "raw residual" : "residual"} of one step: ${number(table.largest_residual, 2)}.`,
     ...remarks,
   ].join(" ");
 }

@@ -94,7 +94,10 @@ function drawTotals(chart, bins, sinceRun) {
  * @param {Chart} chart
  * @param {BinsAnswer} bins
  */
-function drawResidual(chart, { edges, residual, drift, beyond_tolerance: beyond }) {
+function drawResidual(chart, { edges, closes, drift, beyond_tolerance: beyond, ...bins }) {
+  // What is shared out over the weights is next to nothing afterwards: the raw one tells.
+  const residual = closes ? bins.raw_residual : bins.residual;
+  const title = closes ? "raw residual" : "residual";
   const missed = beyond.some(Boolean);
   chart.update({
     x: edges,
@@ -102,7 +105,7 @@ function drawResidual(chart, { edges, residual, drift, beyond_tolerance: beyond 
     low: edges[0],
     high: edges.at(-1),
     y: extent([residual], { include: [0] }),
-    title: "residual",
+    title,
     above: [
       bars(edges, residual, (i) => (beyond[i] ? colors.warn : colors.muted)),
       rule(0, colors.frame),
@@ -111,7 +114,7 @@ function drawResidual(chart, { edges, residual, drift, beyond_tolerance: beyond 
     describe(at) {
       const k = binAt(edges, at);
       const rows = [
-        ["residual", signed(residual[k])],
+        [title, signed(residual[k])],
         ["drift", signed(drift[k])],
       ];
       if (beyond[k]) rows.push(["steps over tolerance", count(beyond[k])]);
