@@ -114,7 +114,9 @@ def test_a_random_training_is_credited_as_by_the_twin(tmp_path, seed):
         if "part" in history.breakdowns:
             check_parts(history, t, groups, twin, start, recorder.updates[t], want)
         if history.oscillation is not None:
-            check_turns(history, t, groups, trained, previous, want)
+            # The gradient at the end of a step that is halved without a tolerance is let go of.
+            has_end = asked["tolerance"] is not None or history.splits[t] == 1
+            check_turns(history, t, groups, trained, previous, want, has_end)
         previous = want
         if asked["tolerance"] is not None:
             check_refinement(history, t, asked, twin, (start, stop, buffers), everything)
@@ -130,7 +132,9 @@ def wanted(history, t, asked, twin, segment, trained):
     if rule in CLOSED:
         plain = twin.measure(*segment, RULES["trapezoid"], trained)
         off = sum(s.sum() for s in plain.slack.values()) + 2 * plain.loss_slack
-        if rule == "closed_trapezoid" or history.raw_residual[t] != history.residual[t]:
+        # Where nothing is left, nothing tells.
+        is_shared = history.raw_residual[t] != history.residual[t] or plain.residual == 0
+        if rule == "closed_trapezoid" or is_shared:
             near(history.raw_residual[t], plain.residual, off)
             assert rule == "closed_trapezoid" or abs(plain.residual) <= much(history, t) + off
             return plain.closed()
@@ -250,7 +254,7 @@ def check_parts(history, t, groups, twin, start, update, want):
         near(found[g, -1], credit[name] - explained, own + slack[name])
 
 
-def check_turns(history, t, groups, trained, previous, want):
+def check_turns(history, t, groups, trained, previous, want, has_end):
     """Shares are of the weights whose signs are sure; cosines are off by what gradients are."""
     found = history.oscillation.allocated[t]
     motion, first, last = want.motion, want.first, want.last
@@ -265,7 +269,9 @@ def check_turns(history, t, groups, trained, previous, want):
         moved, turned = (d * before != 0).sum(), (d * before < 0).sum()
         np.testing.assert_allclose(found[g, 0], turned / moved if moved else np.nan, rtol=1e-6)
         sines = []
-        for slope, cosine in ((a, found[g, 2]), (b, found[g, 3])):
+        if not has_end:
+            assert np.isnan(found[g, [1, 3]]).all()
+        for slope, cosine in ((a, found[g, 2]), (b, found[g, 3]))[: 1 + has_end]:
             sines.append(2 * np.linalg.norm(off) / np.linalg.norm(slope) if slope.any() else np.inf)
             if sines[-1] < 1 and d.any():
                 true = -(d @ slope) / np.linalg.norm(d) / np.linalg.norm(slope)
@@ -273,6 +279,6 @@ def check_turns(history, t, groups, trained, previous, want):
         sure = (np.abs(a) > off) & (np.abs(b) > off)
         steep, flipped = sure.sum(), (sure & (a * b < 0)).sum()
         unsure = (~sure & ((a != 0) | (b != 0))).sum()
-        if steep:
+        if steep and has_end:
             assert flipped <= found[g, 1] * (steep + unsure) * (1 + 1e-6) + 1e-9, name
             assert found[g, 1] <= (flipped + unsure) / (steep + unsure) + 1e-6, name

@@ -154,7 +154,8 @@ class Measured:
                 share = (bent[n] + bent_off[n]) / least
                 doubt = off * share + abs(left) * (bent_off[n] + share * total_off) / least
                 slack[n] = self.slack[n] + np.where(motion != 0, doubt, 0)
-                mean_slack[n] = np.where(motion != 0, slack[n] / np.abs(motion), np.inf)
+                moves = motion != 0
+                mean_slack[n] = np.where(moves, slack[n] / np.abs(motion), self.mean_slack[n])
         return replace(self, credit=credit, slack=slack, mean=mean, mean_slack=mean_slack)
 
 
