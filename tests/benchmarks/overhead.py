@@ -1,7 +1,7 @@
 """What measuring LCA costs in time and memory, and what each quadrature rule gives for it.
 
     python tests/benchmarks/overhead.py [--quick] [--device cpu|cuda] [--threads N]
-                                        [--only mlp|cnn|transformer|...|rules]
+                                        [--only mlp|cnn|transformer|...]
                                         [--precision 32-true|bf16-mixed|...]
 
 Contestants take turns within one training run, so that a drifting machine slows all of them alike.
@@ -26,7 +26,6 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces itself otherwise.
 
 import pytorch_lightning as pl
-import rules
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -408,22 +407,6 @@ def report_agreement(names: list[str], device: str) -> None:
     print(f"\nCredit per tensor, here and naively, differs by at most this share: {text}.")
 
 
-def report_rules(steps: int) -> None:
-    """Prints table (e)."""
-    header = ["rule", "gradients per step"]
-    for optimizer in rules.OPTIMIZERS:
-        header += [f"{optimizer}: credit error", f"{optimizer}: residual"]
-    for activation in rules.ACTIVATIONS:
-        print(
-            table(
-                f"(e) {activation} MLP on digits, {steps} steps: against Simpson x{rules.PANELS}",
-                header,
-                rules.compare(activation, steps),
-            )
-        )
-    print("\nCredit error: share of Σ|A|, mean over steps. Residual: Σ|residual| over Σ|ΔL|.")
-
-
 def machine(device: str) -> str:
     """Describes what the numbers were taken on."""
     cpu = Path("/proc/cpuinfo")
@@ -443,7 +426,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="of the CPU; few, where it is shared")
     parser.add_argument("--precision", default=PRECISION, help="as Trainer's")
-    parser.add_argument("--only", choices=[*WORKLOADS, "rules"])
+    parser.add_argument("--only", choices=[*WORKLOADS])
     arguments = parser.parse_args()
     PRECISION = arguments.precision
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -471,8 +454,6 @@ def main() -> None:
         report_memory(names, device)
         report_idle(timings)
         report_naive(timings)
-    if arguments.only in (None, "rules"):
-        report_rules(steps=8 if arguments.quick else 40)
 
 
 if __name__ == "__main__":

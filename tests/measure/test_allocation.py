@@ -18,7 +18,6 @@ from lightning_lca.measure.allocation import (
 from lightning_lca.measure.quadrature import BOOLE, RULES, SIMPSON, Quadrature
 from lightning_lca.measure.tensors import total
 
-
 EACH = {name: rule for name, rule in RULES.items() if not rule.adapts}
 
 

@@ -31,6 +31,8 @@ OPTIONS = (
     "ddp+budget",
     "ddp+split",
     "ddp+parts",
+    "ddp+closed",
+    "ddp+adaptive",
 )
 CUT = (
     *(
@@ -42,6 +44,7 @@ CUT = (
         "fsdp+neuron",
         "fsdp+mixed",
         "fsdp+budget",
+        "fsdp+closed",
     ),
     *("tensor+double", "tensor+tolerance", "tensor+neuron"),
     *("both+double", "both+tolerance"),
@@ -128,8 +131,8 @@ def test_ranks_started_from_within_do_so_too_and_the_record_is_left(spawned, cas
     assert "History.load" in (spawned / f"{case}-error").read_text()
 
 
-def simpson(points, batches, panels=1):
-    """Credits of every step along a path, on the whole probe, in plain torch in float64."""
+def on_the_whole_probe(batches):
+    """Returns what gives loss and gradients at some weights, in plain torch in float64."""
     net = mlp().double()
     x, y = (torch.cat(part) for part in zip(*batches))
 
@@ -138,6 +141,20 @@ def simpson(points, batches, panels=1):
         loss = F.cross_entropy(torch.func.functional_call(net, weights, (x.double(),)), y)
         return loss.item(), torch.autograd.grad(loss, list(weights.values()))
 
+    return at
+
+
+def ends_of_steps(points, batches):
+    """Losses before and after every step along a path, motion, and gradients at both ends."""
+    at = on_the_whole_probe(batches)
+    for start, stop in pairwise(points):
+        (before, first), (after, last) = at(start), at(stop)
+        yield before, after, [(stop[n] - start[n]).double() for n in start], (first, last)
+
+
+def simpson(points, batches, panels=1):
+    """Credits of every step along a path, on the whole probe."""
+    at = on_the_whole_probe(batches)
     for start, stop in pairwise(points):
         ends = [
             {n: torch.lerp(start[n], stop[n], i / panels) for n in start} for i in range(panels)
@@ -162,6 +179,30 @@ def simpson(points, batches, panels=1):
 )
 def test_the_shared_probe_gives_the_history_of_the_whole_one(trained, case, batches, exact):
     assert_history_of_the_whole_probe(load(trained, case, "measured", 0), batches, exact)
+
+
+@pytest.mark.parametrize("case", ["ddp+closed", "fsdp+closed", "ddp+adaptive"])
+def test_what_a_rule_shares_out_is_that_of_the_whole_probe(request, case):
+    """Trapezoid, and its residual by |motion x change of the gradient|, on the whole probe."""
+    directory = request.getfixturevalue("trained" if case.startswith("ddp") else "cut")
+    measured = load(directory, case, "measured", 0)
+    rows, batches = measured["rows"], probe_batches(torch.float64)
+    middles = 0
+    for t, (before, after, moved, ends) in enumerate(ends_of_steps(measured["points"], batches)):
+        plain = [m * (a + b) / 2 for m, a, b in zip(moved, *ends, strict=True)]
+        left = after - before - sum(c.sum().item() for c in plain)
+        bent = [(m * (b - a)).abs() for m, a, b in zip(moved, *ends, strict=True)]
+        total = sum(b.sum().item() for b in bent)
+        credit = [c + left * b / total for c, b in zip(plain, bent, strict=True)]
+        if case == "ddp+adaptive" and rows["raw_residual"][t] == rows["residual"][t]:
+            middles += 1
+            _, _, credit = next(simpson(measured["points"][t : t + 2], batches))
+        else:
+            assert rows["raw_residual"][t] == pytest.approx(left, rel=1e-6, abs=1e-12)
+            assert abs(rows["residual"][t]) < 1e-12
+        layers = [sum(c.sum().item() for c in credit[i : i + 2]) for i in (0, 2, 4)]
+        np.testing.assert_allclose(rows["allocated"][t], layers, rtol=1e-9, atol=1e-12)
+    assert bool(middles) == (case == "ddp+adaptive")
 
 
 def test_shares_are_those_of_the_whole_probe(trained):

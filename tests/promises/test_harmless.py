@@ -514,6 +514,10 @@ OPTIONS = {
     "a tolerance": Case(Everything, lca={"tolerance": 1e-4}),
     "tracked parameters": Case(Everything, lca={"track_parameters": True}),
     "the midpoint rule": Case(Everything, lca={"quadrature": "midpoint"}),
+    "the closed trapezoid": Case(
+        Everything, lca={"quadrature": "closed_trapezoid", "breakdown": True}
+    ),
+    "the adaptive rule": Case(Everything, lca={"quadrature": "adaptive", "oscillation": True}),
     "the gauss2 rule": Case(Everything, lca={"quadrature": "gauss2", "group_by": "neuron"}),
     "a loss_fn": Case(
         Everything, lca={"loss_fn": lambda m, batch: {"a": m.training_step(batch, 0)}}
@@ -529,6 +533,8 @@ QUICK = {
     "every third step",
     "a tolerance",
     "tracked parameters",
+    "the closed trapezoid",
+    "the adaptive rule",
     "the gauss2 rule",
     "a loss_fn",
 }

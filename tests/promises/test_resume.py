@@ -107,6 +107,20 @@ def test_a_resumed_training_has_the_history_of_the_unbroken_one(tmp_path, every,
         assert late == pytest.approx(wanted, rel=1e-5, abs=1e-7), tag
 
 
+def test_an_adaptive_rule_goes_on_from_what_it_compares_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_lca.training.meter._MUCH", 0.005)
+    options = {"quadrature": "adaptive", "probe": list(toy_loader(shuffle=False))[:1]}
+    unbroken, *_ = train(tmp_path, "unbroken", STEPS, save_at=[9], **options)
+    train(tmp_path, "broken", 11, save_at=[9], **options)
+    (checkpoint,) = (tmp_path / "broken").glob("9-*step=9.ckpt")
+    resumed, *_ = train(tmp_path, "broken", STEPS, checkpoint, save_at=[9], **options)
+    mine, theirs = resumed.history, unbroken.history
+    middles = theirs.raw_residual == theirs.residual
+    assert 1 < middles.sum() < STEPS - 1
+    for column in ("steps", "residual", "raw_residual", "drift"):
+        assert np.array_equal(getattr(mine, column), getattr(theirs, column)), column
+
+
 def test_a_training_that_ended_in_mid_chord_goes_on_as_if_it_had_not(tmp_path):
     options = {"every_n_steps": 3, "track_parameters": True}
     unbroken, *_ = train(tmp_path, "unbroken", 14, save_at=[7], **options)

@@ -191,6 +191,8 @@ RUNS = {
     "dropout on": {"probe_mode": "train"},
     "chords": {"every_n_steps": 5},
     "midpoint": {"quadrature": "midpoint"},
+    "closed": {"quadrature": "closed_trapezoid", "breakdown": True},
+    "adaptive": {"quadrature": "adaptive", "oscillation": True},
     "refined": {"tolerance": 1e-3},
     "neurons": {"group_by": "neuron"},
     "modules": {"group_by": "module:1"},
@@ -236,6 +238,9 @@ def test_the_ledger_closes_and_the_residual_is_small(tmp_path, net, run, dtype, 
     moved = np.abs(history.loss_after - history.loss_before).sum() + np.abs(history.drift).sum()
     # Credits must explain what is booked, not the residual: chords and kinks leave a little.
     assert np.abs(history.residual).sum() < 0.05 * moved
+    if run.get("quadrature") == "closed_trapezoid":
+        assert np.abs(history.residual).max() < relative * np.abs(history.allocated).sum(1).max()
+        assert np.abs(history.raw_residual).max() > 1e3 * np.abs(history.residual).max()
     if "tolerance" in run:
         assert (np.abs(history.residual) <= 1e-3 * (1 + 1e-4))[history.converged].all()
         assert history.converged.any()

@@ -200,7 +200,8 @@ def precision(name, option, double):
 
 def train(directory, case, measured):
     name, _, option = case.partition("+")
-    double = option in ("double", "three", "tolerance", "neuron", "halved", "split", "parts")
+    single = ("single", "drawn", "mixed", "budget", "die", "")
+    double = option not in single
     dtype = torch.float64 if double else torch.float32
     pl.seed_everything(1, verbose=False)
     if name in MESHES:
@@ -217,6 +218,9 @@ def train(directory, case, measured):
         options = {"max_overhead": 0.1, "loss_fn": Slow.loss}
     if option == "parts":
         options = {"exclude": ["net.2", "*.bias"]}
+    if option in ("closed", "adaptive"):
+        rule = "closed_trapezoid" if option == "closed" else option
+        options = {"quadrature": rule}
     if option == "split":
         options = {"breakdown": True, "oscillation": True}
     # As where every step leaves more than it explains.

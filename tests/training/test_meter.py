@@ -38,6 +38,7 @@ COSTS = {
     "simpson": (3, 2),
     "midpoint": (1, 1),
     "trapezoid": (2, 1),
+    "closed_trapezoid": (2, 1),
     "euler": (2, 1),
     "boole": (5, 4),
     "gauss2": (2, 2),
@@ -59,6 +60,25 @@ def test_a_measured_step_costs_the_gradients_it_promises(tmp_path, monkeypatch, 
     assert epochs + 2 <= meter.audits <= epochs + 2 + 120 // AUDIT_EVERY
     assert len(calls) == 3 + meter.audits, "a look, a recording, a comparison; then audits alone"
     assert (lca.history.drift == 0).all()
+
+
+def test_the_adaptive_rule_costs_a_second_gradient_where_it_takes_the_middle(tmp_path):
+    lca = fit(tmp_path, quadrature="adaptive", steps=120).lca
+    history = lca.history
+    middles = history.raw_residual == history.residual
+    assert middles[0], "of the first step nothing is known to compare with"
+    assert 1 < middles.sum() < 60
+    assert gradients_of(lca) == 2 + 119 + middles.sum()
+    simpson = fit(tmp_path, quadrature="simpson", steps=120).lca.history
+    ours, theirs = (h.allocated[middles] for h in (history, simpson))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert np.array_equal(history.loss_after, simpson.loss_after)
+    assert np.abs(history.residual[~middles]).max() < 1e-6
+    assert np.abs(history.raw_residual[~middles]).max() > 1e-5
+    read = History.load(lca.log_dir)
+    assert np.array_equal(read.raw_residual, history.raw_residual)
+    assert read.closes
+    assert f"{middles.sum()} of 120 steps took the gradient in the middle, too." in lca.summary()
 
 
 @pytest.mark.parametrize("rule", ["simpson", "midpoint"])
