@@ -114,7 +114,7 @@ class Probe:
         self._seed = seed
         self._devices: set[torch.device] = {p.device for p in module.parameters()}
         self._ranks = ranks = ranks or Ranks()
-        self._whole = whole and ranks.processes > 1
+        self.whole = whole
         self._is_cut = any_cut(module)
         # Their gradients are means over the ranks' shares of the data, where sums are wanted.
         self._factor = ranks.world if self._is_cut else 1
@@ -309,7 +309,7 @@ class Probe:
     ) -> Sample:
         if not at.needs_gradient:
             sums = None
-        if self._whole:
+        if self.whole and self._ranks.processes > 1:
             total = total / self._ranks.copies
             self._ranks.sum([total])
             if sums is not None and not self._is_cut:

@@ -99,14 +99,11 @@ class Reporter:
         )
         self._writer.hold(_widest(metadata))
         self._scalars = {
-            probe: Scalars(
-                grouping.names,
-                grouping.sizes,
-                f"{name}_{probe}" if i else name,
-                closes=bool(metadata.get("closes")),
-            )
+            probe: Scalars(grouping.names, grouping.sizes, f"{name}_{probe}" if i else name)
             for i, probe in enumerate(meters)
         }
+        for scalars in self._scalars.values():
+            scalars.closes = bool(metadata.get("closes"))
         self._gallery = Gallery(trainer, self.log_dir, draws=figures)
         self._gallery.turn(trainer.global_step)
         self._x = self.logged_at = x_axis(trainer)
@@ -230,10 +227,12 @@ class Reporter:
         if self._writer is not None:
             self._writer.describe(self._metadata)
 
-    def note_breakdowns(self, **told: Any) -> None:
-        """Records the names of shares, which the first look at the loss may tell of."""
+    def note_columns(self, **told: Any) -> None:
+        """Records what rows hold beside credit, which the first look at the loss may tell of."""
         if {name: self._metadata.get(name) for name in told} != told:
             self._metadata |= told
+            for scalars in self._scalars.values():
+                scalars.closes = bool(self._metadata["closes"])
             if self._writer is not None:
                 self._writer.hold(_widest(self._metadata))
                 if "first_step" in self._metadata:  # It has begun.

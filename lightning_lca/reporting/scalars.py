@@ -47,28 +47,29 @@ class Scalars:
         - ``lca_layer_cum/00 name``: the layer's credit since the start of training.
         - ``lca_layer_help/00 name``, ``lca_layer_hurt/00 name``: fraction of the layer's weights,
           mean per step since the last log.
-
         - ``lca/not_finite``: steps since the start whose loss or credit was not finite; no sum and
         no mean counts these.
+
+    Attributes:
+        prefix: First part of every key.
+        labels: Last part of a layer's keys, with its number.
+        closes: Whether the raw residual is another than the residual.
     """
 
-    def __init__(
-        self, groups: list[str], sizes: list[int], prefix: str = "lca", *, closes: bool = False
-    ) -> None:
+    def __init__(self, groups: list[str], sizes: list[int], prefix: str = "lca") -> None:
         """Chooses the panels.
 
         Args:
             groups: Names of the groups.
             sizes: Weights of each.
             prefix: First part of every key.
-            closes: Whether the raw residual is another than the residual.
         """
-        self._closes = closes
         names = panels_of(groups)
         panels = list(dict.fromkeys(names))
         self._panel_of = np.zeros((len(groups), len(panels)))
         self._panel_of[np.arange(len(groups)), [panels.index(name) for name in names]] = 1
         self.prefix = prefix
+        self.closes = False
         self.labels = [f"{i:02d} {name or 'root'}" for i, name in enumerate(panels)]
         panel_sizes = [int(size) for size in np.array(sizes) @ self._panel_of]
         self._credit = GroupCredit(len(panels))
@@ -124,7 +125,7 @@ class Scalars:
         values = {
             f"{p}/total": float(rows.allocated.sum()),
             f"{p}/residual": float(rows.residual.sum()),
-            **({f"{p}/raw_residual": float(rows.raw_residual.sum())} if self._closes else {}),
+            **({f"{p}/raw_residual": float(rows.raw_residual.sum())} if self.closes else {}),
             f"{p}/total_cum": float(credit.sum()),
             f"{p}/loss": float(window.loss_after[-1]),
             f"{p}/help": float((rows.helping.sum(1) / trained).sum() / counted),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.allocation import Weights
+from lightning_lca.measure.allocation import Segment, Weights
+from lightning_lca.measure.quadrature import Quadrature
 from lightning_lca.training.settings import Settings
 from lightning_lca.training.snapshots import Snapshots
 
@@ -20,14 +23,49 @@ _TIMED = 20
 _LONG = 10
 
 
-class Budget:
-    """Chooses every_n_steps while the first chord is under way.
+@dataclass(frozen=True)
+class Choice:
+    """What a budget chose.
 
-    The first steps are measured one by one, as a trial: their rows are kept if all steps can be
-    afforded, and forgotten otherwise. Then plain steps are timed, until the steps done since the
-    chord began pay for measuring it, or twenty are timed. What is measured is thus what a training
-    that was told the number measures, from its first step on; 2 to 4 are the numbers that can't be
+    Attributes:
+        every: Optimizer steps of a segment.
+        rule: The rule that each is measured by.
+    """
+
+    every: int
+    rule: Quadrature
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a budget asks of the training that it chooses for; every rank must ask alike.
+
+    Attributes:
+        measure: (module, segment, rule, steps done) -> gradients. Measures a segment, but for the
+            time that it takes.
+        commit: (rule) takes what was tried by a rule for measured; None: forgets it all.
+        miss: (module, segment or None, rule) -> share. Tells how far layers' credits were off.
+        largest: Finds the largest of all ranks' numbers.
+    """
+
+    measure: Callable[[Any, Segment, Quadrature, int], int]
+    commit: Callable[[Quadrature | None], None]
+    miss: Callable[[Any, Segment | None, Quadrature], float]
+    largest: Callable[[int], int]
+
+
+class Budget:
+    """Chooses every_n_steps, and the rule, while the first chord is under way.
+
+    The first steps are measured one by one, as a trial, by each rule that may be chosen: the rows
+    of the better one are kept if all steps can be afforded by it, else those of the cheaper one,
+    and else all are forgotten. Then plain steps are timed, until the steps done since the chord
+    began pay for measuring it, or twenty are timed. What is measured is thus what a training that
+    was told number and rule measures, from its first step on; 2 to 4 are the numbers that can't be
     chosen, since by then too little is timed.
+
+    Chords are measured by the cheaper rule: at the same cost they are half as long, and along
+    shorter chords less is missed than any rule makes good.
 
     With a tolerance a chord may take more gradients than a step: there it is measured before it is
     chosen, and training goes on to a longer one if it is too dear.
@@ -38,13 +76,7 @@ class Budget:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        snapshots: Snapshots,
-        timer: StepTimer,
-        trial: Callable[..., int],
-        commit: Callable[..., None],
-        largest: Callable[[int], int],
+        self, settings: Settings, snapshots: Snapshots, timer: StepTimer, trials: Trials
     ) -> None:
         """Starts before the first step.
 
@@ -52,19 +84,16 @@ class Budget:
             settings: What was asked for: the budget, and the least number to choose.
             snapshots: Cuts the weights' motion into segments.
             timer: The clock.
-            trial: Closes the open segment and measures it, but for the time that it takes; returns
-                the gradients.
-            commit: Takes what was tried for measured (``keep=True``), or forgets it.
-            largest: Finds the largest of all ranks' numbers.
+            trials: What is asked of the training.
         """
         self._most = settings.max_overhead or 0.0
         self._least = settings.every_n_steps
+        self._rules = settings.choices
         self._refines = settings.tolerance is not None
         self._snapshots = snapshots
-        self._trial = trial
-        self._commit = commit
-        self._largest = largest
+        self._trials = trials
         self._timer = timer
+        self._seconds: dict[Quadrature, list[float]] = {rule: [] for rule in self._rules}
         self._tries = True
         self._whole = True
         self._done = 0
@@ -72,6 +101,8 @@ class Budget:
         self._first_look = 0
         self._ended = False
         self._plain = self._measuring = 0.0
+        self._rule = self._rules[0]
+        self._missed: tuple[int, float] | None = None  # By a chord of so many steps.
         self.began_at: int | None = None
         self.start: dict[str, Tensor] = {}
 
@@ -92,8 +123,8 @@ class Budget:
         """What is waited for when times are taken."""
         return self._timer.device
 
-    def take(self, module: object, weights: Weights, done: int) -> int | None:
-        """Takes a batch that has ended; gives every_n_steps once it is chosen.
+    def take(self, module: object, weights: Weights, done: int) -> Choice | None:
+        """Takes a batch that has ended; gives number and rule once they are chosen.
 
         Then either the path is closed, and what was tried is measured, or the first chord is
         open.
@@ -117,21 +148,25 @@ class Budget:
         self._timer.leave()
         return chosen
 
-    def end(self, weights: Weights, done: int) -> int | None:
+    def end(self, weights: Weights, done: int) -> Choice | None:
         """Chooses at the end of a training that was too short: all steps, or one chord."""
         if self.began_at is None or done == self.began_at:
             return None
         self._ended = True
         if self._tries and self._whole and self._least == 1:
-            self._commit(keep=True)
-            return 1
+            self._trials.commit(self._rule)
+            return Choice(1, self._rule)
         if self._tries:
             self._forget(weights)
-        return max(self._least, done - self.began_at)
+        return Choice(max(self._least, done - self.began_at), self._rule)
 
-    def line(self, every: int) -> str:
+    def line(self, chosen: Choice) -> str:
         """Words what was chosen, from which times, and what it means."""
-        text = f"LCA: every_n_steps={every} repeats this run exactly; "
+        every = chosen.every
+        told = f"every_n_steps={every}"
+        if len(self._rules) > 1:
+            told += f', quadrature="{chosen.rule.name}"'
+        text = f"LCA: {told} repeats this run exactly; "
         if self._ended:
             return text + f"training ended before max_overhead={self._most:g} could choose more."
         share = self._measuring / self._plain
@@ -144,65 +179,117 @@ class Budget:
             text += f" every_n_steps={fits} would do, too, but {self._least} is the least allowed."
         elif fits < every == self._first_look:
             text += f" every_n_steps={fits} would, too, but until step {every} steps were timed."
+        text += self._cost_in_accuracy(every)
         if every > _LONG:
             text += (
-                f" A chord of {every} steps cuts across the bends of the path: watch the residual. "
-                "A smaller probe or a larger max_overhead makes it shorter."
+                f" A chord of {every} steps cuts across the bends of the path. A smaller probe or "
+                "a larger max_overhead makes it shorter."
             )
         return text
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _cost_in_accuracy(self, every: int) -> str:
+        """Says what was seen of it in the first steps."""
+        if self._missed is None:
+            return ""
+        steps, missed = self._missed
+        what = (
+            f"Measured so, the first {TRIALS} steps were"
+            if steps == 1
+            else (f"The first {steps} steps, measured as one chord, were")
+        )
+        text = (
+            f" {what} off by {100 * missed:.2g} % of the layers' credit, against Simpson's rule "
+            "step by step"
+        )
+        if every <= 1:
+            return f"{text}."
+        longer = "; longer chords are by more" if every > steps else ""
+        return f"{text}{longer}. That a chord's residual is small does not vouch for its layers."
+
     def _measure(self, module: object, weights: Weights) -> None:
-        """Measures a segment, in the time between `enter` and `leave` of the clock."""
-        self._timer.leave(self._trial(module, weights, self._done))
+        """Measures a segment by every rule, in the time between `enter` and `leave`."""
+        segment = self._snapshots.close(weights)
+        gradients = []
+        for rule in self._rules:
+            began = self._timer.now()
+            gradients.append(self._trials.measure(module, segment, rule, self._done))
+            self._seconds[rule].append(self._timer.now() - began)
+        self._timer.leave(gradients[0])
 
     def _forget(self, weights: Weights) -> None:
         """Drops what was tried, and opens the first chord again where it began."""
-        self._commit(keep=False)
+        self._trials.commit(None)
         self._tries = False
         # Only weights that were trained there: a chord told beforehand has no others.
         self._snapshots.resume(self.start, {n: w for n, w in weights.items() if n in self.start})
 
-    def _look(self, module: object, weights: Weights, length: int) -> int | None:
+    def _look(self, module: object, weights: Weights, length: int) -> Choice | None:
         """Chooses, or says how long the chord must become before the next look."""
         # The first step is slower than all others.
         self._plain = median(self._timer.plain[1:])
         if self._tries:
-            self._measuring = median(self._timer.measuring[_COLD:])
-        every = self._affordable()
-        if self._tries:
+            every = self._choose_rule(module, weights, length)
             self._first_look = length
-            if every * TRIALS <= length and self._least == 1 and self._whole:
-                self._commit(keep=True)
-                return 1
+            if self._affords_all(every, length):
+                self._trials.commit(self._rule)
+                return Choice(1, self._rule)
             self._forget(weights)
+        else:
+            every = self._affordable()
         if every <= length and self._refines and length >= self._least:
             return self._try(module, weights, length)
         every = max(every, self._least)
         if every <= length:
-            return length
+            return Choice(length, self._rule)
         if length >= _TIMED and not self._refines:
-            return every
+            return Choice(every, self._rule)
         self._next_look = every if self._refines else min(every, _TIMED)
         return None
 
-    def _try(self, module: object, weights: Weights, length: int) -> int | None:
+    def _choose_rule(self, module: object, weights: Weights, length: int) -> int:
+        """Chooses the rule, and returns the every_n_steps that it affords.
+
+        The better rule, if it affords every step; or else the cheaper one, if that is cheaper here.
+        """
+        affords = {}
+        for rule in self._rules:
+            self._measuring = median(self._seconds[rule][_COLD:])
+            affords[rule] = self._affordable()
+        best, cheapest = self._rules[0], self._rules[-1]
+        keeps_best = self._affords_all(affords[best], length)
+        self._rule = best if keeps_best or affords[cheapest] >= affords[best] else cheapest
+        self._measuring = median(self._seconds[self._rule][_COLD:])
+        if len(self._rules) > 1 and self._whole and not keeps_best:
+            if self._affords_all(affords[self._rule], length):
+                self._missed = 1, self._trials.miss(module, None, self._rule)
+            elif weights.keys() == self.start.keys():  # Or others are trained by now.
+                self._snapshots.resume(self.start, weights)
+                chord = self._snapshots.look(weights)
+                self._missed = length, self._trials.miss(module, chord, self._rule)
+        return affords[self._rule]
+
+    def _affords_all(self, every: int, length: int) -> bool:
+        """Whether each of the segments that were tried is paid for, and may be kept."""
+        return every * TRIALS <= length and self._least == 1 and self._whole
+
+    def _try(self, module: object, weights: Weights, length: int) -> Choice | None:
         """Measures the chord, and chooses it if it is paid for."""
         self._timer.enter(1)
         self._timer.plain.pop()
         self._measure(module, weights)
-        self._measuring = self._timer.measuring[-1]
+        self._measuring = self._seconds[self._rule][-1]
         if (every := self._affordable()) <= length:
-            self._commit(keep=True)
-            return length
+            self._trials.commit(self._rule)
+            return Choice(length, self._rule)
         self._forget(weights)
         self._next_look = every
         return None
 
     def _affordable(self) -> int:
         """Every rank's own number may differ: the largest holds."""
-        return self._largest(affordable(self._measuring, self._plain, self._most))
+        return self._trials.largest(affordable(self._measuring, self._plain, self._most))
 
 
 clock = time.perf_counter

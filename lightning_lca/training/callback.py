@@ -51,15 +51,21 @@ class LCACallback(LightningCallback):
             missed, at 1/n of the cost, but what happens within a chord is not resolved. The
             attribute of this name is what max_overhead chose, and None until it did.
         max_overhead: Chooses every_n_steps, at least the one given, from what the first steps cost,
-            so that measuring slows training down by at most this share, up to 1 (0.1: a tenth). It
-            is chosen once, logged, recorded, and ``every_n_steps`` from then on: a training
-            that is told that number has the same history. What loggers take to write, and figures
-            to draw, is not in it.
+            so that measuring slows training down by at most this share, up to 1 (0.1: a tenth).
+            Where Simpson's rule does not afford every step, it chooses ``closed_trapezoid``: chords
+            by it are half as long at the same cost. Both are chosen once, logged with what that
+            costs in accuracy, recorded, and ``every_n_steps`` and ``quadrature`` from then on: a
+            training that is told them has the same history. What loggers take to write, and figures
+            to draw, is not in it. While it chooses, one more copy of the weights is held.
         segments: "batch": a segment goes from the begin to the end of a batch. "step": where manual
             optimization steps several times in a batch, every step has a segment and a row of its
             own, on the loss as it is at the batch's end; each takes one more copy of the weights.
-        quadrature: Name of a rule ("euler", "midpoint", "trapezoid", "simpson", "boole", "gauss2",
-            "gauss3") or a `Quadrature`.
+        quadrature: Name of a rule or a `Quadrature`. "simpson": two gradients per measured step.
+            "closed_trapezoid": one; what it leaves of the loss change, which is known, is shared
+            out over the weights by how much their gradients change along the step. "adaptive": the
+            same, but Simpson's rule where that is much. Layers are nearly as good by these, single
+            weights (``helping``, ``track_parameters``) less so. Also "euler", "midpoint",
+            "trapezoid", "boole", "gauss2" and "gauss3".
         tolerance: Largest |residual| per measured step, in loss units: panels are doubled until it
             is met. Needs Simpson's rule. None: no refinement; the residual is reported all the
             same.
@@ -168,6 +174,11 @@ class LCACallback(LightningCallback):
     def every_n_steps(self) -> int | None:
         """Optimizer steps of a segment: what was given, or what max_overhead chose; else None."""
         return self._chords.every
+
+    @property
+    def quadrature(self) -> str:
+        """Name of the rule: that which was given, or what max_overhead chose."""
+        return self._chords.rule.name
 
     @property
     def histories(self) -> dict[str | None, History]:

@@ -138,6 +138,7 @@ class Meter:
         self._grouping = grouping
         self._distributions = Distributions(module, grouping.parameters)
         self._spread: dict[str, Distribution] = {}
+        self._settings = settings
         self._rule = settings.rule
         self._tolerance = settings.tolerance
         self._sees_whole = settings.sees_whole
@@ -150,8 +151,7 @@ class Meter:
         self._pending: list[_Pending] = []
         self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
         self._missed = np.zeros(2)
-        refines = self._tolerance is not None
-        self._watched = _WATCHED if not refines and self._may_be_simpson else 0
+        self._watched = self._to_watch
         self._futile = 0
         self._measured = 0
         self.halved = 0
@@ -166,6 +166,7 @@ class Meter:
             spread: Also takes the distributions of credit over single weights.
         """
         began = time.perf_counter()
+        self.probe.whole = self._sees_whole
         opened, self._opened = self._opened, None
         first = self._reuse.start(segment) if opened is None else self._reuse.still(opened, segment)
         if not alike(self._buffer.sums, segment.start):
@@ -257,6 +258,11 @@ class Meter:
         """Whether finer panels gained nothing, several times in a row."""
         return self._futile >= _FUTILE
 
+    def let_go(self) -> None:
+        """Lets go of the gradient that is kept, and of its memory."""
+        self._buffer = Buffer({})
+        self._reuse.forget()
+
     def rest(self) -> None:
         """Audits nothing any more: training is over, and what its steps read may be gone."""
         self._reuse.rests = True
@@ -270,6 +276,15 @@ class Meter:
     def batches(self) -> int:
         """How many batches of the probe have credit of their own; 0 where there is one."""
         return 0 if self._sampling is None else len(self._sampling.shares)
+
+    def take_rule(self, settings: Settings) -> None:
+        """Goes on with another rule, before anything is measured."""
+        self._settings, self._rule = settings, settings.rule
+        self._sees_whole, self._watched = settings.sees_whole, self._to_watch
+        self.history.closes = settings.rule.closes
+        self.history.settings["quadrature"] = settings.rule.name
+        if self._sampling is not None:
+            self._sampling.nodes = inner_nodes(self._rule)
 
     def learn(self, terms: Sequence[str], shares: Sequence[float]) -> None:
         """Takes what the first evaluation of the loss tells.
@@ -423,9 +438,10 @@ class Meter:
             self.probe.watch = None
 
     @property
-    def _may_be_simpson(self) -> bool:
-        """Whether credits are those of Simpson's rule on one panel, in some steps at least."""
-        return self._rule == SIMPSON or self._rule.adapts
+    def _to_watch(self) -> int:
+        """How many first steps are looked at: where Simpson's rule is taken, on one panel."""
+        is_simpson = self._rule == SIMPSON or self._rule.adapts
+        return _WATCHED if is_simpson and self._tolerance is None else 0
 
     def _head(self, losses: Tensor, ends: Ends) -> list[Tensor]:
         """Lists what a row begins with: losses [2], and what a rule that closes has shared out."""

@@ -63,6 +63,10 @@ class Reuse:
         """Keeps the sample at the end of a segment, its gradients in existing tensors."""
         self._kept = into.keep(last)
 
+    def forget(self) -> None:
+        """Keeps nothing: the next start is evaluated."""
+        self._kept = None
+
     def start(self, segment: Segment) -> Sample | None:
         """Returns the sample at the start of a segment if one is known that can be trusted.
 

@@ -10,7 +10,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_lca.measure.groups import CUSTOM, GroupBy, check_group_by
-from lightning_lca.measure.quadrature import SIMPSON, Quadrature, as_quadrature
+from lightning_lca.measure.quadrature import (
+    CLOSED_TRAPEZOID,
+    SIMPSON,
+    Quadrature,
+    as_quadrature,
+)
 from lightning_lca.measure.selection import Selection
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
@@ -20,19 +25,21 @@ BREAKDOWNS = ("part", "order", "term")
 
 @dataclass
 class Chords:
-    """How many optimizer steps a segment has.
+    """How many optimizer steps a segment has, and by which rule it is measured.
 
     Attributes:
         every: Their number, as given or as ``max_overhead`` chose; None until it has.
-        is_final: Whether a training that goes on from a checkpoint keeps a number that was chosen.
+        rule: The rule, likewise.
+        is_final: Whether a training that goes on from a checkpoint keeps what was chosen.
     """
 
     every: int | None
+    rule: Quadrature
     is_final: bool = False
 
-    def choose(self, every: int) -> None:
-        """Takes the number that ``max_overhead`` chose."""
-        self.every, self.is_final = every, True
+    def choose(self, every: int, rule: Quadrature) -> None:
+        """Takes what ``max_overhead`` chose."""
+        self.every, self.rule, self.is_final = every, rule, True
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,14 @@ class Settings:
 
     def chords(self) -> Chords:
         """Returns how long segments are at the start of a training."""
-        return Chords(self.every_n_steps if self.max_overhead is None else None)
+        return Chords(self.every_n_steps if self.max_overhead is None else None, self.rule)
+
+    @property
+    def choices(self) -> tuple[Quadrature, ...]:
+        """The rules that ``max_overhead`` chooses from: the one asked for, and a cheaper one."""
+        if self.max_overhead is None or self.rule != SIMPSON or self.tolerance is not None:
+            return (self.rule,)
+        return (self.rule,) if "term" in self.breakdown else (self.rule, CLOSED_TRAPEZOID)
 
     def key(self, *, whole: bool = False) -> str:
         """Names what is measured; ``whole``: with all that tells several callbacks apart."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from lightning_lca.measure.parameters import (
     named_parameters,
     parts,
 )
+from lightning_lca.measure.quadrature import RULES, Quadrature, as_quadrature
 from lightning_lca.measure.shares import Shares
 from lightning_lca.probe.batches import ProbeBatches
 from lightning_lca.probe.loss import NoLossError
@@ -39,7 +42,7 @@ from lightning_lca.runtime.lightnings import (
 )
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.runtime.signals import defer_signals
-from lightning_lca.training.budget import Budget, StepTimer
+from lightning_lca.training.budget import Budget, Choice, StepTimer, Trials
 from lightning_lca.training.meter import Meter
 from lightning_lca.training.settings import Chords, Settings
 from lightning_lca.training.snapshots import Snapshots
@@ -79,6 +82,8 @@ class Training:
             place: Which one of the Trainer's callbacks this is, from 0.
             kept: What `state` returned when a checkpoint was saved; None for a new training.
         """
+        if kept and kept.get("every_n_steps") and kept.get("quadrature") and chords.every is None:
+            settings = replace(settings, rule=as_quadrature(kept["quadrature"]))
         self._settings = settings
         self._chords = chords
         self._kept = kept
@@ -125,7 +130,7 @@ class Training:
         self._counter = StepCounter(trainer, module, self._before_step)
         self._timer: StepTimer | None = StepTimer(module.device)
         self._budget: Budget | None = None
-        self._trials: dict[str | None, Meter] = {}
+        self._trials: dict[Quadrature, dict[str | None, Meter]] = {}
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Opens the record, and goes on where a checkpoint left off."""
@@ -148,7 +153,7 @@ class Training:
             if name or None in self.meters:
                 meter = self.meters[name or None]
                 meter.learn(state.get("terms", ()), state.get("shares", ()))
-        self.reporter.note_breakdowns(**self._columns)
+        self.reporter.note_columns(**self._columns)
         self.reporter.begin(first_step)
         opened = kept["open"] if kept else None
         if kept:
@@ -166,9 +171,7 @@ class Training:
                 self._settings,
                 self.snapshots,
                 self._timer,
-                self._trial,
-                self._commit,
-                self._largest,
+                Trials(self._trial, self._commit, self._miss, self._largest),
             )
             if opened:
                 self._budget.resume(opened, self._counter.done)
@@ -222,8 +225,8 @@ class Training:
         if not (self._is_prepared or self._prepare(trainer, live)):
             return
         if self._budget is not None and not last:
-            every = self._budget.take(module, live, done)
-            if self._choose(trainer, self._budget, every) and not self.snapshots.is_open:
+            chosen = self._budget.take(module, live, done)
+            if self._choose(trainer, self._budget, chosen) and not self.snapshots.is_open:
                 self.reporter.log(x_axis(trainer), done)
         if self.snapshots.is_open and not self._catches_up:
             self._split_step(live, done)
@@ -352,8 +355,8 @@ class Training:
             meter.rest()
         x, done = 0, self._counter.done
         if self._budget is not None:
-            every = self._budget.end(self._live(), done)
-            if self._choose(trainer, self._budget, every):
+            chosen = self._budget.end(self._live(), done)
+            if self._choose(trainer, self._budget, chosen):
                 x = x_axis(trainer) - 1
             self._chords.is_final = False  # A training that goes on from here chooses for itself.
         if self.snapshots.is_open and done > self._opened_at:
@@ -391,7 +394,9 @@ class Training:
             reported["probes"][name or ""] |= meter.state() | data
         chosen = self._chords.every if self._chords.is_final else None
         own = {"open": opened, "steps": self._counter.done, "every_n_steps": chosen}
-        return reported | own
+        # A rule of the user's own is among the arguments.
+        name = self._chords.rule.name
+        return reported | own | {"quadrature": name if name in RULES else None}
 
     # -- how it is set up -------------------------------------------------------------------------
 
@@ -409,10 +414,13 @@ class Training:
             splits="term" in settings.breakdown,
         )
 
-    def _meter(self, module: LightningModule, probe: Probe) -> Meter:
-        splits = self._settings.splits
+    def _meter(
+        self, module: LightningModule, probe: Probe, settings: Settings | None = None
+    ) -> Meter:
+        settings = self._settings if settings is None else settings
+        splits = settings.splits
         shares = Shares(splits, self._grouping, self._steps) if splits else None
-        meter = Meter(probe, module, self._settings, self._grouping, self._ranks, shares)
+        meter = Meter(probe, module, settings, self._grouping, self._ranks, shares)
         meter.learn(probe.terms, probe.shares)
         return meter
 
@@ -450,7 +458,7 @@ class Training:
             self.reporter.go_on(name, taken, state, kept["record"])
         self._counter.resume(kept["steps"])
         if self._chords.every is None and kept.get("every_n_steps") is not None:
-            self._settle(int(kept["every_n_steps"]))
+            self._settle(Choice(int(kept["every_n_steps"]), self._settings.rule))
 
     # -- what it means ----------------------------------------------------------------------------
 
@@ -467,14 +475,14 @@ class Training:
             self.snapshots.mark(self._trained, done)
         self.open()
 
-    def _choose(self, trainer: Trainer, budget: Budget, every: int | None) -> bool:
-        """Goes on with the every_n_steps that was chosen; False if none is yet."""
+    def _choose(self, trainer: Trainer, budget: Budget, chosen: Choice | None) -> bool:
+        """Goes on with the every_n_steps and the rule that were chosen; False if none is yet."""
         if self.snapshots.is_open and budget.began_at is not None:
             self._opened_at = budget.began_at
-        if every is None:
+        if chosen is None:
             return False
-        tell(trainer, budget.line(every))
-        self._settle(every)
+        tell(trainer, budget.line(chosen))
+        self._settle(chosen)
         self._budget, self._timer = None, StepTimer(budget.device)
         return True
 
@@ -515,7 +523,7 @@ class Training:
                 "same ones in the same order on every probe, zero where one is off."
             )
         if self._columns != before:
-            self.reporter.note_breakdowns(**self._columns)
+            self.reporter.note_columns(**self._columns)
 
     @property
     def _columns(self) -> dict[str, Any]:
@@ -527,31 +535,70 @@ class Training:
             "closes": self._settings.rule.closes,
         }
 
-    def _settle(self, every: int) -> None:
-        """Goes on with an every_n_steps, and records it."""
-        self._chords.choose(every)
+    def _settle(self, chosen: Choice) -> None:
+        """Goes on with an every_n_steps and a rule, and records them."""
+        self._chords.choose(chosen.every, chosen.rule)
+        if chosen.rule != self._settings.rule:
+            self._settings = replace(self._settings, rule=chosen.rule)
+            for meter in self.meters.values():
+                if meter.history.settings["quadrature"] != chosen.rule.name:
+                    meter.take_rule(self._settings)
+            self.reporter.note_columns(**self._columns)
         for meter in self.meters.values():
-            meter.history.settings["every_n_steps"] = every
-        self.reporter.note(every_n_steps=every)
+            meter.history.settings["every_n_steps"] = chosen.every
+        self.reporter.note(every_n_steps=chosen.every, quadrature=chosen.rule.name)
 
-    def _trial(self, module: LightningModule, weights: dict[str, Tensor], step: int) -> int:
-        """Measures the open segment for the time that it takes; the rows wait for `_commit`.
+    def _trial(self, module: LightningModule, segment: Segment, rule: Quadrature, step: int) -> int:
+        """Measures a segment for the time that it takes; the rows wait for `_commit`.
 
         Returns the gradients that it took.
         """
-        segment = self.snapshots.close(weights)
-        if not self._trials:
-            self._trials = {n: self._meter(module, m.probe) for n, m in self.meters.items()}
-        before = sum(meter.gradients for meter in self._trials.values())
-        for meter in self._trials.values():
+        if rule not in self._trials:
+            self._trials[rule] = self._meters_by(module, rule)
+        trials = self._trials[rule].values()
+        before = sum(meter.gradients for meter in trials)
+        for meter in trials:
             meter.measure(segment, step)
             meter.collect()
-        return sum(meter.gradients for meter in self._trials.values()) - before
+        return sum(meter.gradients for meter in trials) - before
 
-    def _commit(self, *, keep: bool) -> None:
-        """Takes what was tried for measured, or forgets it."""
-        trials, self._trials = self._trials, {}
-        if keep:
+    def _meters_by(self, module: LightningModule, rule: Quadrature) -> dict[str | None, Meter]:
+        """Makes meters of the same probes that measure by a rule."""
+        settings = replace(self._settings, rule=rule)
+        return {n: self._meter(module, m.probe, settings) for n, m in self.meters.items()}
+
+    def _miss(self, module: LightningModule, segment: Segment | None, rule: Quadrature) -> float:
+        """Tells how far layers' credits were off in the steps that were tried, as a share.
+
+        Against those by the rule that was asked for, step by step.
+
+        Args:
+            module: The LightningModule.
+            segment: Of these steps, measured as one chord; None: step by step, too.
+            rule: The rule to compare.
+        """
+        meters = self._trials.get(rule, {})
+        if segment is not None:
+            for tried in self._trials.values():
+                for meter in tried.values():
+                    meter.let_go()
+            meters = self._meters_by(module, rule)
+            for meter in meters.values():
+                meter.measure(segment, self._counter.done)
+                meter.collect()
+        worst = 0.0
+        for name, meter in self._trials[self._settings.rule].items():
+            best, other = (m.history.shown.sums(m.history.allocated) for m in (meter, meters[name]))
+            if segment is not None:
+                best = best.sum(0, keepdims=True)
+            size = float(np.abs(best).sum())
+            worst = max(worst, float(np.abs(other - best).sum()) / size if size else 0.0)
+        return worst
+
+    def _commit(self, rule: Quadrature | None) -> None:
+        """Takes what was tried by a rule for measured; None: forgets it all."""
+        trials, self._trials = self._trials.get(rule) if rule is not None else None, {}
+        if trials is not None:
             self.meters = trials
             self._measured_to = max(meter.history.last_step for meter in trials.values())
             self.reporter.replace(trials)

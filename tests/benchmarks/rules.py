@@ -5,8 +5,8 @@
 Trains small networks in float64, on scikit-learn's digits and on a text that comes with Python, and
 credits every step by every rule. The truth is Gauss-Legendre of 8 points on each half of a step.
 Errors are Σ|A - true A| / Σ|true A|: of layers per step (which is what dashboards show), and of
-single weights; signs are those of a layer's credit in a step. Chords of ten steps are measured along the
-chord, as `every_n_steps` does, and compared with the path.
+single weights; signs are those of a layer's credit in a step. Chords of ten steps are measured
+along the chord, as `every_n_steps` does, and compared with the path.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Time is made up: training and the probe move the clock by what they are told to 
 """
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -127,29 +128,44 @@ def normed(plain):
     return Slow(plain, nn.Sequential(nn.BatchNorm1d(12), mlp()))
 
 
+SIMPSON, CLOSED = "simpson", "closed_trapezoid"
 CASES = {
-    "as many steps as pay for one": (10, {"max_overhead": 0.1}),
-    "more than are timed": (50, {"max_overhead": 0.02}),
-    "every step, if all are cheap": (1, {"max_overhead": 1.0}),
-    "not fewer than are timed": (5, {"max_overhead": 0.5}),
-    "no less than every_n_steps": (30, {"max_overhead": 0.1, "every_n_steps": 30}),
-    "no less, though all could be paid for": (5, {"max_overhead": 1.0, "every_n_steps": 3}),
-    "whatever single steps took": (10, {"max_overhead": 0.1, "plain": hiccups}),
-    "three gradients, where buffers move": (
-        15,
+    "as many steps as pay for one": (10, CLOSED, {"max_overhead": 0.05}),
+    "more than are timed": (25, CLOSED, {"max_overhead": 0.02}),
+    "every step, if all are cheap": (1, SIMPSON, {"max_overhead": 1.0}),
+    "every step by the cheaper rule": (1, CLOSED, {"max_overhead": 0.5}),
+    "not fewer than are timed": (5, CLOSED, {"max_overhead": 0.2}),
+    "no less than every_n_steps": (30, CLOSED, {"max_overhead": 0.1, "every_n_steps": 30}),
+    "no less, though all could be paid for": (
+        *(5, SIMPSON),
+        {"max_overhead": 1.0, "every_n_steps": 3, "gradient": 1},
+    ),
+    "whatever single steps took": (10, CLOSED, {"max_overhead": 0.05, "plain": hiccups}),
+    "a rule that was asked for": (15, "gauss2", {"max_overhead": 0.1, "quadrature": "gauss2"}),
+    "two gradients, where buffers move": (
+        *(10, CLOSED),
         {"max_overhead": 0.1, "model": normed, "probe_mode": "eval"},
     ),
-    "three gradients, where weights are clamped": (15, {"max_overhead": 0.1, "callback": Clamp()}),
-    "steps of several batches": (
-        5,
-        {"max_overhead": 0.1, "steps": 16, "trainer": {"accumulate_grad_batches": 2}},
+    "two gradients, where weights are clamped": (
+        *(10, CLOSED),
+        {"max_overhead": 0.1, "callback": Clamp()},
     ),
-    "several steps of a batch": (10, {"max_overhead": 0.1, "model": Gan}),
-    "every batch of several steps": (1, {"max_overhead": 0.5, "model": Gan}),
-    "layers that thaw while it is chosen": (10, {"max_overhead": 0.1, "callback": Thaw(7)}),
-    "layers that thaw in the rehearsal": (10, {"max_overhead": 0.1, "callback": Thaw(3)}),
+    "steps of several batches": (
+        *(5, CLOSED),
+        {"max_overhead": 0.05, "steps": 16, "trainer": {"accumulate_grad_batches": 2}},
+    ),
+    "several steps of a batch": (10, CLOSED, {"max_overhead": 0.05, "model": Gan}),
+    "every batch of several steps": (1, SIMPSON, {"max_overhead": 0.5, "model": Gan}),
+    "layers that thaw while it is chosen": (
+        *(10, CLOSED),
+        {"max_overhead": 0.05, "callback": Thaw(7)},
+    ),
+    "layers that thaw in the rehearsal": (
+        *(10, CLOSED),
+        {"max_overhead": 0.05, "callback": Thaw(3)},
+    ),
     "several probes, and finer sums": (
-        20,
+        *(10, CLOSED),
         {
             "max_overhead": 0.1,
             "probe": {"a": list(toy_loader(shuffle=False))[:1], "b": "train"},
@@ -160,23 +176,25 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("expected", "options"), CASES.values(), ids=CASES)
-def test_the_number_chosen_repeats_the_run_exactly(tmp_path, expected, options):
+@pytest.mark.parametrize(("expected", "rule", "options"), CASES.values(), ids=CASES)
+def test_what_is_chosen_repeats_the_run_exactly(tmp_path, expected, rule, options):
     others = [c for c in [options.get("callback")] if c]
     options = {k: v for k, v in options.items() if k != "callback"}
     chosen, module, _ = train(tmp_path / "chosen", *others, **options)
-    assert chosen.every_n_steps == expected
-    told = options | {"max_overhead": None, "every_n_steps": expected}
+    assert (chosen.every_n_steps, chosen.quadrature) == (expected, rule)
+    told = options | {"max_overhead": None, "every_n_steps": expected, "quadrature": rule}
     repeated, twin, _ = train(tmp_path / "told", *others, **told)
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameters()))
     records = [Reader.of(lca.log_dir) for lca in (chosen, repeated)]
     for name, history in chosen.histories.items():
         assert_same_history(history, repeated.histories[name])
         assert_same_history(*(record.histories[name or ""] for record in records))
+        assert history.closes == (rule == CLOSED)
     if options.get("track_parameters"):
         assert all(torch.equal(t, repeated.totals[n]) for n, t in chosen.totals.items())
     said = [record.meta["settings"] for record in records]
     assert [s["every_n_steps"] for s in said] == [expected, expected]
+    assert [s["quadrature"] for s in said] == [rule, rule]
     assert [s["max_overhead"] for s in said] == [options["max_overhead"], None]
     assert scalars(chosen.log_dir) == scalars(repeated.log_dir) != {}
 
@@ -195,29 +213,51 @@ def test_with_a_tolerance_the_chord_itself_is_paid_for(tmp_path, tolerance, most
 
 
 def test_a_training_that_ends_before_the_choice_is_measured_all_the_same(tmp_path, caplog):
-    for steps, every, rows in ((3, 1, [1, 2, 3]), (8, 8, [8])):
-        lca, *_ = train(tmp_path / str(steps), steps=steps, max_overhead=0.1)
-        assert lca.every_n_steps == every
-        told, *_ = train(tmp_path / f"{steps} told", steps=steps, every_n_steps=every)
+    for steps, every, rule, rows in ((3, 1, SIMPSON, [1, 2, 3]), (8, 8, CLOSED, [8])):
+        lca, *_ = train(tmp_path / str(steps), steps=steps, max_overhead=0.05)
+        assert (lca.every_n_steps, lca.quadrature) == (every, rule)
+        told = {"every_n_steps": every, "quadrature": rule}
+        told, *_ = train(tmp_path / f"{steps} told", steps=steps, **told)
         assert lca.history.steps.tolist() == rows
         assert lca.state_dict()["every_n_steps"] is None, "Who goes on from here chooses anew."
         assert_same_history(lca.history, told.history)
-        assert "training ended before max_overhead=0.1 could choose more" in caplog.text
+        assert "training ended before max_overhead=0.05 could choose more" in caplog.text
 
 
 def test_the_line_tells_number_times_and_limits_once(tmp_path, caplog):
     lines = {}
-    for most, steps in ((0.1, 40), (0.5, 200), (0.05, 40)):
+    for most, steps in ((0.05, 40), (0.2, 200), (0.02, 60), (0.5, 40), (1.0, 40)):
         caplog.clear()
-        train(tmp_path / str(most), max_overhead=most, plain=0.01, gradient=0.005, steps=steps)
+        lca, *_ = train(
+            tmp_path / str(most), max_overhead=most, plain=0.01, gradient=0.005, steps=steps
+        )
         (lines[most],) = [m for r in caplog.records if "every_n" in (m := r.getMessage())]
-    assert lines[0.1] == (
-        "LCA: every_n_steps=10 repeats this run exactly; chosen for max_overhead=0.1: measuring a "
-        "step takes 1 times as long as a plain one (10 and 10 ms), so that training slows down by "
-        "10.0%."
+        if most == 0.5:
+            single = lca.history.allocated[:5]
+    told = lines[0.05].split(" The first 5 steps, measured as one chord, were off by ")
+    assert told[0] == (
+        'LCA: every_n_steps=10, quadrature="closed_trapezoid" repeats this run exactly; chosen for '
+        "max_overhead=0.05: measuring a step takes 0.5 times as long as a plain one (5 and 10 ms), "
+        "so that training slows down by 5.0%."
     )
-    assert "every_n_steps=2 would, too, but until step 5 steps were timed." in lines[0.5]
-    assert "A chord of 20 steps cuts across the bends of the path" in lines[0.05]
+    off, told = told[1].split(" %", 1)
+    assert told == (
+        " of the layers' credit, against Simpson's rule step by step; longer chords are by more. "
+        "That a chord's residual is small does not vouch for its layers."
+    )
+    options = {"plain": 0.01, "gradient": 0.005, "steps": 5}
+    simpson, *_ = train(tmp_path / "simpson", **options)
+    chord, *_ = train(tmp_path / "chord", every_n_steps=5, quadrature=CLOSED, **options)
+    best = simpson.history.allocated
+    wrong = np.abs(chord.history.allocated - best.sum(0)).sum() / np.abs(best.sum(0)).sum()
+    assert float(off) == pytest.approx(100 * wrong, rel=0.05)
+    wrong = np.abs(single - best).sum() / np.abs(best).sum()
+    (off,) = re.findall(r"the first 5 steps were off by (\S+) %", lines[0.5])
+    assert float(off) == pytest.approx(100 * wrong, rel=0.05)
+    assert "every_n_steps=3 would, too, but until step 5 steps were timed." in lines[0.2]
+    assert "A chord of 25 steps cuts across the bends of the path" in lines[0.02]
+    assert 'every_n_steps=1, quadrature="simpson"' in lines[1.0]
+    assert "off by" not in lines[1.0]
 
 
 def test_a_budget_overdrawn_by_far_is_warned_of_once_and_nothing_is_timed_any_more(tmp_path):
@@ -229,11 +269,11 @@ def test_a_budget_overdrawn_by_far_is_warned_of_once_and_nothing_is_timed_any_mo
         return 5 if module.trainer.global_step <= 20 else 50
 
     seen = []
-    with pytest.warns(UserWarning, match="beyond max_overhead=0.5: since every_n_steps=5") as said:
-        lca, *_ = train(tmp_path / "x", Reads(), max_overhead=0.5, gradient=gradient, steps=90)
+    with pytest.warns(UserWarning, match="beyond max_overhead=0.2: since every_n_steps=5") as said:
+        lca, *_ = train(tmp_path / "x", Reads(), max_overhead=0.2, gradient=gradient, steps=90)
     (line,) = [str(w.message) for w in said if "max_overhead" in str(w.message)]
-    assert "LCA: measuring takes 200% of training's own time" in line
-    assert "every_n_steps=20 would keep to it" in line
+    assert "LCA: measuring takes 100% of training's own time" in line
+    assert "every_n_steps=25 would keep to it" in line
     assert lca.every_n_steps == 5
     assert lca.history.steps.tolist() == list(range(5, 91, 5))
     timed = 2 + np.flatnonzero(np.diff(seen))
@@ -254,7 +294,7 @@ def test_a_resumed_training_keeps_the_choice_or_makes_it(
     save = pl.callbacks.ModelCheckpoint(tmp_path / "saved", "x", every_n_train_steps=saved_at)
     trainer = {"enable_checkpointing": True}
     options = {"track_parameters": True, "probe": list(toy_loader(shuffle=False))[:2]}
-    options |= {"max_overhead": 0.1, "gradient": 2.5}
+    options |= {"max_overhead": 0.05, "gradient": 2.5}
     train(tmp_path / "same", save, steps=saved_at + 2, trainer=trainer, **options)
     state = torch.load(tmp_path / "saved" / "x.ckpt", weights_only=True)["callbacks"]
     (mine,) = [v for name, v in state.items() if "LCACallback" in name]
@@ -268,7 +308,7 @@ def test_a_resumed_training_keeps_the_choice_or_makes_it(
         resume=tmp_path / "saved" / "x.ckpt",
         **(options | {"gradient": dear}),
     )
-    assert lca.every_n_steps == expected
+    assert (lca.every_n_steps, lca.quadrature) == (expected, CLOSED)
     assert bool(resumes) == (saved_at < 10)
     rows = list(range(expected, 61, expected))
     assert lca.history.steps.tolist() == rows + [60] * (rows[-1] < 60)
