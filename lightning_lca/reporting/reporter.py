@@ -216,10 +216,11 @@ class Reporter:
         return self._gallery.shows_distributions and self._gallery.due(step)
 
     def replace(self, meters: Mapping[str | None, Measured]) -> None:
-        """Reports of other meters from now on, and of what they have measured."""
+        """Reports of other meters from now on, and of what they have measured since."""
+        known = {name: len(meter.history) for name, meter in self._meters.items()}
         self._meters = meters
         for name, meter in meters.items():
-            self._take(name, meter.history.rows)
+            self._take(name, meter.history.rows[known[name] :])
 
     def note(self, **settings: Any) -> None:
         """Records what was chosen, or found out, since the start."""

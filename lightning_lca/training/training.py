@@ -563,9 +563,13 @@ class Training:
         return sum(meter.gradients for meter in trials) - before
 
     def _meters_by(self, module: LightningModule, rule: Quadrature) -> dict[str | None, Meter]:
-        """Makes meters of the same probes that measure by a rule."""
+        """Makes meters of the same probes that measure by a rule, and go on from what is there."""
         settings = replace(self._settings, rule=rule)
-        return {n: self._meter(module, m.probe, settings) for n, m in self.meters.items()}
+        made = {n: self._meter(module, m.probe, settings) for n, m in self.meters.items()}
+        for name, meter in self.meters.items():
+            if len(meter.history):
+                made[name].resume(meter.state(), meter.history.as_it_is())
+        return made
 
     def _miss(self, module: LightningModule, segment: Segment | None, rule: Quadrature) -> float:
         """Tells how far layers' credits were off in the steps that were tried, as a share.
@@ -588,7 +592,10 @@ class Training:
                 meter.collect()
         worst = 0.0
         for name, meter in self._trials[self._settings.rule].items():
-            best, other = (m.history.shown.sums(m.history.allocated) for m in (meter, meters[name]))
+            before = len(self.meters[name].history)
+            best, other = (
+                m.history.shown.sums(m.history.allocated[before:]) for m in (meter, meters[name])
+            )
             if segment is not None:
                 best = best.sum(0, keepdims=True)
             size = float(np.abs(best).sum())

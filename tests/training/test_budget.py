@@ -318,6 +318,25 @@ def test_a_resumed_training_keeps_the_choice_or_makes_it(
     assert sum(parts) == pytest.approx(change, abs=1e-7), "The ledger closes from the first step."
 
 
+@pytest.mark.parametrize("most", [1.0, 0.5, 0.05])
+def test_a_training_that_goes_on_keeps_what_was_measured_before_it_chooses_anew(tmp_path, most):
+    first, _, trainer = train(tmp_path / "x", steps=4, max_overhead=most)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    lca, *_ = train(tmp_path / "x", resume=tmp_path / "x.ckpt", steps=40, max_overhead=most)
+    history = lca.history
+    assert history.steps.tolist()[: len(first.history)] == first.history.steps.tolist()
+    known = history.allocated[: len(first.history)]
+    assert np.array_equal(known, first.history.allocated.astype(np.float32))
+    read = Reader.of(lca.log_dir).histories[""]
+    assert np.array_equal(read.steps, history.steps)
+    assert np.array_equal(read.raw_residual, history.raw_residual)
+    assert np.array_equal(read.allocated, history.allocated.astype(np.float32))
+    parts = [getattr(history, c).sum() for c in ("allocated", "residual", "drift")]
+    change = history.loss_after[-1] - history.loss_before[0]
+    assert sum(parts) == pytest.approx(change, abs=1e-7)
+    assert lca.quadrature == (SIMPSON if most == 1.0 else CLOSED)
+
+
 # -- arguments ------------------------------------------------------------------------------------
 
 
