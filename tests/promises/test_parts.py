@@ -318,6 +318,7 @@ def test_single_steps_of_a_part_are_those_by_hand(tmp_path):
     assert np.abs(history.drift[2::2]).min() > 0
 
 
+@pytest.mark.filterwarnings("ignore:LCA. measuring takes")  # Where the machine is shared.
 def test_a_budget_chooses_chords_of_a_part_and_leaves_training_alone(tmp_path):
     budget = {"max_overhead": 0.5, "exclude": ["net.2", "*.bias"], "figures": False}
     run = fit(tmp_path / "lca", steps=120, **budget)

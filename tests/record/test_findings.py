@@ -164,7 +164,7 @@ def test_overfitting_needs_the_two_probes_by_name_and_steps_of_both():
 def test_a_residual_that_may_turn_a_sign_on_either_probe_is_no_ground_for_overfitting():
     for doubted in ("train", "val"):
         both = {"train": noisy(1, planted=at(3, -1)), "val": noisy(2, planted=at(3, 1))}
-        both[doubted].rows.residual[:] = 3 * np.abs(both[doubted].allocated).sum(1)
+        both[doubted].rows.raw_residual[:] = 3 * np.abs(both[doubted].allocated).sum(1)
         found = {finding.kind for finding in find(both)}
         assert "residual" in found
         assert "overfits" not in found

@@ -409,7 +409,10 @@ def test_the_cost_line_suggests_a_chord_only_where_that_is_good_advice(
 
 def test_the_summary_says_what_to_do_about_a_large_residual(tmp_path):
     rough = fit(tmp_path, quadrature="euler", steps=40).lca
-    assert 'The residual is large. Choose quadrature="simpson".' in rough.summary()
+    assert 'large. Choose quadrature="simpson", at a second gradient' in rough.summary()
+    swings = partial(Classifier, optimizer=partial(torch.optim.SGD, lr=0.8, momentum=0.9))
+    shared = fit(tmp_path, quadrature="closed_trapezoid", steps=40, model=swings).lca
+    assert "The residual that is shared out is large. Choose" in shared.summary()
     rough = fit(tmp_path, every_n_steps=20, steps=40).lca
     assert "A chord of 20 steps cuts across the bends of the path" in rough.summary()
     assert "The residual is large" not in fit(tmp_path, steps=40).lca.summary()
