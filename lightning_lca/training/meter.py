@@ -37,6 +37,7 @@ from lightning_lca.measure.sampling import Sampling, completed, inner_nodes
 from lightning_lca.measure.shares import Shares
 from lightning_lca.measure.tensors import DeferredBool, Flat
 from lightning_lca.probe.probe import Probe
+from lightning_lca.record.eventfile import counts_dtype
 from lightning_lca.record.history import BATCH, OSCILLATION, History
 from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.reporting.distributions import Distribution, Distributions
@@ -149,6 +150,7 @@ class Meter:
         self._buffer = Buffer({})
         self._loss: float | None = None  # At the end of the last segment, up to `collect`.
         self._pending: list[_Pending] = []
+        self._counts = counts_dtype(self.history.sizes)  # A long run holds many of them.
         self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
         self._missed = np.zeros(2)
         self._watched = self._to_watch
@@ -340,8 +342,8 @@ class Meter:
         rows = StepTable(
             steps=np.array([p.step for p in pending], np.int64),
             allocated=allocated.copy(),
-            helping=helping.astype(np.int64),
-            hurting=hurting.astype(np.int64),
+            helping=helping.astype(self._counts),
+            hurting=hurting.astype(self._counts),
             loss_before=before.copy(),
             loss_after=after.copy(),
             residual=residual,
