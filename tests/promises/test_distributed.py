@@ -205,6 +205,20 @@ def test_what_a_rule_shares_out_is_that_of_the_whole_probe(request, case):
     assert bool(middles) == (case == "ddp+adaptive")
 
 
+@pytest.mark.parametrize(
+    ("case", "large", "small"), [("ddp+double", 1, 4), ("ddp+closed", 1, 3), ("ddp+split", 3, 5)]
+)
+def test_a_measured_step_reduces_one_gradient_and_a_few_numbers(trained, case, large, small):
+    """Flags, losses, what each batch is credited; in the first ten steps whether halves help."""
+    measured = load(trained, case, "measured", 0)
+    weights = sum(w.numel() for w in measured["points"][0].values())
+    for reduced in measured["reduced"][2:]:  # The first has no start yet, the second is audited.
+        assert sum(n >= weights for n in reduced) == large
+        few = [n for n in reduced if n < weights]
+        assert len(few) == small
+        assert sum(few) <= 48
+
+
 def test_shares_are_those_of_the_whole_probe(trained):
     """Replayed on the whole probe: SGD with momentum 0.9, whose first step has none."""
     measured = load(trained, "ddp+split", "measured", 0)

@@ -9,6 +9,7 @@ import datetime
 import os
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from support.models import Classifier, mlp, toy_data, unrecorded
 from support.training import make_trainer
 
 from lightning_lca import LCACallback
+from lightning_lca.runtime import processes
 from lightning_lca.training import budget as cost
 from lightning_lca.training.meter import Meter
 
@@ -45,6 +47,8 @@ DDP = {
     "fork": {"start_method": "fork"},
 }
 MISSES_ALL = Meter._misses_all
+MEASURE = Meter.measure
+REDUCED = []  # By measured step, the elements of every reduction of ours.
 MESHES = {"fsdp": (2, 1), "tensor": (1, 2), "both": (2, 2)}  # Shares of the data, of a layer.
 TIMEOUT = datetime.timedelta(seconds=400)  # Of a rank for another; shorter than torch's own.
 
@@ -140,9 +144,24 @@ class Save(pl.Callback):
                 if history
                 else None,
                 "log_dir": str(self.lca.log_dir) if self.lca else None,
+                "reduced": REDUCED,
             },
             f"{self.file}-{trainer.global_rank}.pt",
         )
+
+
+def measure(self, *arguments, **options):
+    """Measures, and notes what is reduced over processes on the way."""
+    REDUCED.append([])
+    reduce = processes.dist.all_reduce
+    processes.dist = types.SimpleNamespace(
+        all_reduce=lambda t, *a: REDUCED[-1].append(t.numel()) or reduce(t, *a),
+        ReduceOp=torch.distributed.ReduceOp,
+    )
+    try:
+        MEASURE(self, *arguments, **options)
+    finally:
+        processes.dist = torch.distributed
 
 
 class Die(pl.Callback):
@@ -224,6 +243,7 @@ def train(directory, case, measured):
     if option == "split":
         options = {"breakdown": True, "oscillation": True}
     # As where every step leaves more than it explains.
+    Meter.measure, REDUCED[:] = measure, []
     Meter._misses_all = (lambda *_: True) if option == "halved" else MISSES_ALL
     probe = {"three": probe[:3], "drawn": "train"}.get(option, probe)
     tolerance = 1e-9 if option == "tolerance" else None
