@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_lca.measure.quadrature import SIMPSON, TRAPEZOID, Quadrature
 from lightning_lca.measure.tensors import (
+    CHUNK,
     DeferredBool,
     Flat,
     add,
@@ -163,12 +164,16 @@ class Buffer:
         add_up: Sums what single tensors explain: [weights] -> []. Where they are parts of larger
             ones, over all who hold parts, so that all come to the same end.
         terms: Tensors that receive the mean gradient of each term but the last.
+        is_cut: Whether the tensors are parts of larger ones, so that ``add_up`` must tell them
+            apart.
     """
 
     sums: Weights
     first: Sample | None = None
     add_up: Callable[[Tensor], Tensor] = torch.sum
     terms: Sequence[Weights] = ()
+    is_cut: bool = False
+    _spare: Flat | None = None
 
     @classmethod
     def of(cls, segment: Segment, terms: int = 0) -> Buffer:
@@ -200,6 +205,18 @@ class Buffer:
     def as_sample(self) -> Sample:
         """Shows the sums as gradients; the loss is of no use."""
         return Sample(torch.empty(()), self.sums, self.terms)
+
+    def side_by_side(self, gradient: Weights, segment: Segment) -> Weights:
+        """Copies a gradient to lie as the sums do, where all are small: then few operations do."""
+        sums = self.sums
+        if self.is_cut or not isinstance(sums, Flat) or sum(map(len, sums.wholes)) > CHUNK:
+            return gradient
+        if not sums.goes_with(segment.start, segment.stop):
+            return gradient
+        if self._spare is None or not self._spare.goes_with(sums):
+            self._spare = Flat(sums)
+        torch._foreach_copy_(list(self._spare.values()), [gradient[n] for n in self._spare])
+        return self._spare
 
     def take_first(self) -> Sample | None:
         """Returns the sample at the start away, so that its memory can be freed."""
@@ -302,7 +319,7 @@ def closed_gradient(
     """
     buffer = Buffer.of(segment) if buffer is None else buffer
     gradient, ends = mean_gradient(field, segment, TRAPEZOID, buffer)
-    last = _gradient(ends.last)
+    last = buffer.side_by_side(_gradient(ends.last), segment)
     explained, bent = (buffer.add_up(s) for s in _explained_and_bent(gradient, last, segment))
     left = ends.last.loss - ends.loss_before - explained
     if is_much is not None and is_much(left):
@@ -541,10 +558,7 @@ def _gradient(sample: Sample) -> Weights:
 
 def _bends(gradient: Weights, last: Weights, segment: Segment) -> Iterator[_Bend]:
     """Yields where gradients change along the motion, of some tensors after the other."""
-    names = list(gradient)
-    means, lasts, starts, stops = (
-        [w[n] for n in names] for w in (gradient, last, segment.start, segment.stop)
-    )
+    means, lasts, starts, stops = together(gradient, last, segment.start, segment.stop)
     for part in bundles(means):
         for some in side_by_side(means[part], lasts[part], starts[part], stops[part]):
             mean, end, start, stop = some
@@ -562,15 +576,18 @@ def _bends(gradient: Weights, last: Weights, segment: Segment) -> Iterator[_Bend
 def _explained_and_bent(
     gradient: Weights, last: Weights, segment: Segment
 ) -> tuple[Tensor, Tensor]:
-    """Sums d · ḡ and Σ |d (g₁ − ḡ)| of every tensor [weights] each; d is the motion."""
-    like = next(iter(gradient.values()))
-    sums = torch.zeros(2, len(gradient), dtype=wide(like), device=like.device)
+    """Sums d · ḡ and Σ |d (g₁ − ḡ)| of every tensor, or of what lies side by side: [tensors] each.
+
+    d is the motion.
+    """
+    (means,) = together(gradient) if isinstance(last, Flat) else ([*gradient.values()],)
+    sums = torch.zeros(2, len(means), dtype=wide(means[0]), device=means[0].device)
     for bend in _bends(gradient, last, segment):
         torch._foreach_mul_(bend.change, bend.motion)
         torch._foreach_mul_(bend.motion, bend.mean)
         found = [t.sum(dtype=sums.dtype) for t in bend.motion]
         found += [t.abs_().sum(dtype=sums.dtype) for t in bend.change]
-        sums[:, bend.part] += torch.stack([f.to(like.device) for f in found]).view(2, -1)
+        sums[:, bend.part] += torch.stack([f.to(sums.device) for f in found]).view(2, -1)
     return sums[0], sums[1]
 
 

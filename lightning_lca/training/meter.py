@@ -174,6 +174,7 @@ class Meter:
         if not alike(self._buffer.sums, segment.start):
             self._buffer = Buffer.of(segment, self._terms)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
+            self._buffer.is_cut = not self._grouping.is_whole
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
         is_begun = first is not None and first is opened
         if self._shares is not None and self._shares.needs_start and not is_begun:
