@@ -96,7 +96,7 @@ class LCACallback(LightningCallback):
             they take no further gradient, and one more copy of the weights ("part" over chords:
             six). "term" says what each term of the loss was credited, where ``loss_fn`` returns
             several: one forward and a backward pass for each, and for each but the last two copies
-            of the weights. True: all that there are.
+            of the weights. True: all that there are (no terms by a rule that closes).
         oscillation: Notes in every step how many weights of each group turned round, and how the
             motion lies to the gradient, `History.oscillation`. Takes no further gradient, and one
             more copy of the weights and a quarter (one that ``breakdown`` takes, too).

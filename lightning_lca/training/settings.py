@@ -105,10 +105,12 @@ class Settings:
             ValueError: An argument out of range.
             TypeError: One of the wrong type.
         """
+        rule = as_quadrature(quadrature)
+        has_terms = arguments["loss_fn"] is not None and not rule.closes
         settings = cls(
             sources=_sources(probe),
-            rule=as_quadrature(quadrature),
-            breakdown=_breakdowns(breakdown, has_terms=arguments["loss_fn"] is not None),
+            rule=rule,
+            breakdown=_breakdowns(breakdown, has_terms=has_terms),
             needs_terms=not isinstance(breakdown, bool) and "term" in _breakdowns(breakdown),
             selection=Selection(_patterns("include", include), _patterns("exclude", exclude)),
             **arguments,

@@ -385,6 +385,11 @@ def test_a_resumed_training_goes_on_with_its_shares(tmp_path):
         ({"breakdown": True, "max_overhead": 0.1}, ValueError, r'breakdown=\["order"\] goes with'),
         ({"breakdown": "part", "max_overhead": 0.1}, ValueError, "how long a chord is"),
         ({"breakdown": "part", "segments": "step"}, ValueError, "segments='step'"),
+        (
+            {"breakdown": "term", "loss_fn": print, "quadrature": "closed_trapezoid"},
+            ValueError,
+            "of the change of the whole loss, not of its terms",
+        ),
         ({"oscillation": 1}, TypeError, "oscillation must be True or False"),
         ({"oscillation": True, "quadrature": "gauss2"}, ValueError, "gradient at the start"),
     ],
