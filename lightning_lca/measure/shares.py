@@ -158,9 +158,8 @@ class Shares:
         return torch.stack(found)
 
     def first_order(self, segment: Segment) -> Tensor:
-        """Sums the gradient at the start times the motion: [groups]; the gradient is used up."""
-        times_motion(self.start, segment.start, segment.stop)
-        return self._grouping.sums(self.start).credit
+        """Sums the gradient at the start times the motion: [groups]."""
+        return self._blocks.products(self.start, segment)
 
     def oscillation(self, end: Flat | None, segment: Segment) -> Tensor:
         """Tells how weights turn round, by group: [4, groups]; NaN where nothing can be said.
