@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -563,6 +563,43 @@ def test_training_is_bitwise_the_same_with(case, tmp_path, capsys):
     assert list(differences(weights[0], weights[-1])), "The case trains nothing."
     assert lca.history.steps[-1] == plain["done"][0] >= 2, "The case measures nothing."
     assert np.isfinite(lca.history.allocated).all()
+
+
+EVERY_ARGUMENT = {
+    "shares and turns": {"breakdown": True, "oscillation": True},
+    "a part, and one gradient": {
+        "exclude": "*bias*",
+        "group_by": "module:1",
+        "quadrature": "adaptive",
+        "breakdown": "order",
+        "oscillation": True,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:LCA. the probe loss changed")
+@pytest.mark.parametrize("arguments", EVERY_ARGUMENT.values(), ids=EVERY_ARGUMENT)
+@pytest.mark.parametrize("case", matrix(MODELS | SETTINGS))
+def test_so_it_is_with_every_argument(case, arguments, tmp_path, capsys):
+    own = case.lca if callable(case.lca) else (lambda *data, given=case.lca: given)
+    arguments = dict(arguments)
+    if not any("bias" in name for name, _ in case.model().named_parameters()):
+        arguments.pop("exclude", None)
+    if not callable(case.lca) and case.lca.get("segments") == "step":
+        arguments["breakdown"] = "order"  # The parts of single steps are refused.
+    case = replace(case, lca=lambda *data: {**own(*data), **arguments})
+    plain, measured, lca = twins(case, tmp_path, capsys)
+    assert_same(plain, measured)
+    history = lca.history
+    assert history.steps[-1] == plain["done"][0], "The case measures nothing."
+    assert np.isfinite(history.allocated).all()
+    for breakdown in history.breakdowns.values():
+        rest = breakdown.allocated.sum(2) - history.allocated
+        assert np.abs(rest).max() <= 1e-12 * np.abs(breakdown.allocated).max()
+    assert history.oscillation is not None
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need")
