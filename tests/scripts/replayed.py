@@ -1,6 +1,8 @@
 """What `test_replay` names by import path: models, data and probes of a project of its own."""
 
+import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -145,6 +147,55 @@ def loss_fn(module, batch):
 
 
 def by_code(module, batch):
+    return unrecorded(module.loss(batch))
+
+
+def cut_off(module, batch):
+    """A loss whose gradient lacks a part: finer panels gain nothing."""
+    loss = module.loss(batch)
+    return loss + loss.detach().square()
+
+
+def turning(module, batch):
+    """Another loss from step 7 on, which only the user's code can tell."""
+    return unrecorded(module.loss(batch)) * (2 if module.global_step > 6 else 1)
+
+
+def bent(module, batch):
+    """A loss with a bump that a rule of three nodes steps over: some early steps are halved."""
+    weight = module.head.weight.sum()
+    return module.loss(batch) + 0.05 * torch.sin(400 * weight)
+
+
+def noted(module, batch):
+    """Notes for which step the user's code runs, and in which process."""
+    with open(os.environ["REPLAY_NOTES"], "a") as notes:
+        notes.write(f"{os.getpid()} {module.global_step}\n")
+    return unrecorded(module.loss(batch))
+
+
+def deadly(module, batch):
+    """Ends its process at step 9: the first one that comes there, or each."""
+    if multiprocessing.parent_process() is not None and module.global_step == 9:
+        mark = Path(os.environ["REPLAY_MARK"])
+        if not mark.exists() or mark.read_text() == "each":
+            mark.exists() or mark.write_text("once")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return noted(module, batch)
+
+
+def held_up(module, batch):
+    """Waits at step 9, in a worker, for as long as the process lives that started it."""
+    parent = os.getppid()
+    while multiprocessing.parent_process() and module.global_step == 9 and os.getppid() == parent:
+        time.sleep(0.05)
+    return noted(module, batch)
+
+
+def mistaken(module, batch):
+    """Fails at step 9."""
+    if module.global_step == 9:
+        raise ZeroDivisionError("of the user's own")
     return unrecorded(module.loss(batch))
 
 
