@@ -161,10 +161,14 @@ def turning(module, batch):
     return unrecorded(module.loss(batch)) * (2 if module.global_step > 6 else 1)
 
 
+def of_process(module, batch):
+    """Another loss in every process."""
+    return unrecorded(module.loss(batch)) * (1 + os.getpid() / 1e3)
+
+
 def bent(module, batch):
-    """A loss with a bump that a rule of three nodes steps over: some early steps are halved."""
-    weight = module.head.weight.sum()
-    return module.loss(batch) + 0.05 * torch.sin(400 * weight)
+    """A loss with waves as long as some early steps, which are measured in halves."""
+    return module.loss(batch) + 0.5 * torch.sin(100 * module.head.weight.square().sum())
 
 
 def noted(module, batch):
@@ -186,8 +190,8 @@ def deadly(module, batch):
 
 def held_up(module, batch):
     """Waits at step 9, in a worker, for as long as the process lives that started it."""
-    parent = os.getppid()
-    while multiprocessing.parent_process() and module.global_step == 9 and os.getppid() == parent:
+    starter = multiprocessing.parent_process()
+    while starter and module.global_step == 9 and os.getppid() == starter.pid:
         time.sleep(0.05)
     return noted(module, batch)
 
