@@ -151,6 +151,7 @@ class Meter:
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
         self._sampling: Sampling | None = None
+        self._known_shares: list[float] = []  # Of the probe's batches.
         self._opened: Sample | None = None  # At the start of a chord whose steps are split.
         self._terms = 0  # Of the loss, but the last, whose gradients are taken, too.
         self._grouping = grouping
@@ -364,6 +365,7 @@ class Meter:
         if self._shares is not None:
             self._shares.learn(terms)
             self._terms = max(0, len(self._shares.names.get("term", ())) - 1)
+        self._known_shares = list(shares) or self._known_shares
         if len(shares) > 1:
             # Where panels are doubled, the first of all nodes is the middle.
             nodes = inner_nodes(SIMPSON if self._tolerance is not None else self._rule)
@@ -450,7 +452,7 @@ class Meter:
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
             "terms": list(self.breakdowns.get("term", ())),
-            "shares": list(self.probe.shares),
+            "shares": self._known_shares,
             **({} if self._shares is None else self._shares.state()),
             "panels": [self._watched, self._futile, self._measured],
             "totals": self.totals and {n: t.cpu() for n, t in self.totals.items()},

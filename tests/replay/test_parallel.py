@@ -217,7 +217,7 @@ def test_a_worker_that_is_killed_is_replaced(runs, tmp_path, monkeypatch):
     mark.unlink()
     mark.write_text("once")
     (record,) = replay(runs / "a", Net, **again, **options)
-    assert_one_record(one, record)
+    assert_one_record(one, record, resumed=True)
 
 
 @slow
@@ -254,7 +254,7 @@ def test_a_replay_that_is_killed_does_only_what_is_missing(runs, tmp_path, monke
     assert (ran[8], ran[9]) == (3, 6), "three batches"
     assert not parts.exists()
     assert main(["replay", str(runs / "b"), *options]) == 0
-    assert_one_record(runs / "b" / RECORD, runs / "a" / RECORD)
+    assert_one_record(runs / "b" / RECORD, runs / "a" / RECORD, resumed=True)
 
 
 def is_there(process):
@@ -316,7 +316,7 @@ def test_what_is_added_later_goes_on_by_one_process_or_many(runs, tmp_path):
         shutil.copy(later / path.name, path)
     (x,) = replay(runs / "a", Net, out=tmp_path / "x", **options)
     (y,) = replay(runs / "a", Net, workers=2, out=tmp_path / "y", **options)
-    assert_one_record(x, y)
+    assert_one_record(x, y, resumed=True)
     assert np.isfinite(History.load(x).oscillation.reversed[1:]).any(1).all()
 
 
