@@ -21,6 +21,10 @@ example:
 
 The class of the model gets its hyperparameters from the checkpoint (save_hyperparameters), unless
 they are given, as --model.width 64. Options are those of LCACallback and of the Trainer.
+
+Several processes measure with --workers N, or on several machines that see the same files:
+  torchrun --nnodes 2 --nproc-per-node 4 ... -m lightning_lca replay ...
+One record is written, the same as by one process.
 """
 _GIVEN = re.compile(r"--(model|data)\.(\w+)(?:=(.*))?", re.DOTALL)
 _PASSED_ON = (
@@ -91,6 +95,8 @@ def add_to(commands: Any) -> None:
     option("--no_figures", dest="figures", action="store_false", help="draw no figures")
     option("--accelerator", default="auto", metavar="NAME", help="as the Trainer's (auto)")
     option("--precision", default="32-true", metavar="P", help="as the Trainer's (32-true)")
+    option("--workers", type=int, default=1, metavar="N", help="processes that measure (1)")
+    option("--threads", type=int, metavar="N", help="of each (those of torch, shared out)")
     option(
         "--no_weights_only",
         dest="weights_only",
@@ -128,6 +134,9 @@ def _run(typed: argparse.Namespace) -> None:
     data = typed.data and resolve(typed.data, "--data")
     if typed.given.get("data") and not callable(data):
         raise InputError("--data.ARGUMENT needs --data, which names a class or function.")
+    for name in ("workers", "threads"):
+        if (count := getattr(typed, name)) is not None and count < 1:
+            raise InputError(f"--{name} must be at least 1, got {count}.")
     options = {name: getattr(typed, name) for name in _PASSED_ON}
     options["group_by"] = _grouping(typed.group_by)
     options["breakdown"] = typed.breakdown
@@ -155,6 +164,8 @@ def _run(typed: argparse.Namespace) -> None:
                 accelerator=typed.accelerator,
                 precision=typed.precision,
                 weights_only=typed.weights_only,
+                workers=typed.workers,
+                threads=typed.threads,
                 **options,
             )
     except ReplayError as error:

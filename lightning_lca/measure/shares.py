@@ -127,6 +127,13 @@ class Shares:
         self.start, *self._moved = flats
         self.in_chord = True
 
+    def recall(self, segment: Segment) -> None:
+        """Takes which way weights moved in the segment before the next, for what turns round."""
+        if "oscillation" in self.names:
+            if not self.start.goes_with(segment.start):
+                self.start = Flat(segment.start, sums=True)
+            self.oscillation(None, segment)
+
     def parts(self, gradient: Weights, segment: Segment, live: Weights) -> Tensor:
         """Sums what the parts of a step were credited, all but the last: [parts - 1, groups].
 

@@ -437,6 +437,11 @@ class Probe:
         return f"by the user's code, since it cannot be recorded: {self.why_not}"
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether gradients are scaled for float16, by what overflowed before."""
+        return self._scale is not None
+
+    @property
     def is_recorded(self) -> bool:
         """Whether a recording is evaluated, and not the user's code."""
         return bool(self._recordings)

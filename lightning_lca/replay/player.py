@@ -16,7 +16,9 @@ from lightning_lca.record.reader import Reader
 from lightning_lca.replay.checkpoints import Checkpoint, ReplayError, one_line, read
 from lightning_lca.reporting.reporter import x_axis
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningModule, Trainer
+from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.callback import LCACallback
+from lightning_lca.training.training import Training
 
 Bar = Callable[[Sequence[Any]], Iterable[Any]]  # Shows how far a loop is.
 _STATE = "replay.pt"
@@ -62,6 +64,14 @@ class ReplayCallback(LCACallback):
         self._weights_only = weights_only
         self._bar = bar
         self._terms: dict[str, Any] = {}
+        self._before: Checkpoint | None = None  # Where the segment began that led to the first.
+        # The same of the last segment, where the state does not know which way weights moved.
+        self._began_at: int | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps the record."""
+        return self._writes
 
     @property
     def draws_from(self) -> set[str]:
@@ -119,6 +129,7 @@ class ReplayCallback(LCACallback):
                 "checkpoint any more, so that it cannot go on without a gap. Put it back, or "
                 "start a new record elsewhere (--out)."
             )
+        self._before = self._find_before(state.get("before"))
         self._checkpoints = left
         self.load_state_dict(state["callback"] | {"record": str(self._file.parent)})
         return len(left) > 1
@@ -143,26 +154,76 @@ class ReplayCallback(LCACallback):
     # -- inside -----------------------------------------------------------------------------------
 
     def _play(self, trainer: AnyTrainer, module: LightningModule) -> None:
-        """Calls the hooks of `LCACallback` as a training does."""
-        self._look_through(module)
-        self._load(trainer, module, self._checkpoints[0])
-        super().on_train_start(trainer, module)
+        """Measures from each checkpoint to the next."""
+        training = self._begin(trainer, module)
         batches = self._batches(trainer, module)
         for checkpoint in self._bar(self._checkpoints[1:]):
-            super().on_train_batch_start(trainer, module, None, 0)
-            while self._training is not None and self._training.waits_for_batches:
-                self._training.start(module, next(batches))
-            super().on_before_optimizer_step(trainer, module, None)
+            self._depart(trainer, module, batches)
             self._load(trainer, module, checkpoint)
             super().on_train_batch_end(trainer, module, None, None, 0)
-            # Only where windows of finer sums end, so that they do not depend on interruptions.
-            running = self._training
-            if running is not None and running.reporter.logged_at == x_axis(trainer) + 1:
-                self._save()
-            if trainer.received_sigterm:
-                raise KeyboardInterrupt
+            self._save_at_window(trainer, training)
         super().on_train_end(trainer, module)
         self._save()
+
+    def _begin(self, trainer: AnyTrainer, module: LightningModule) -> Training:
+        """Goes to the first checkpoint, and sets up what a training has at its start."""
+        if self._writes:
+            self._look_through(module)
+        self._load(trainer, module, self._checkpoints[0])
+        super().on_train_start(trainer, module)
+        training = self._training
+        assert training is not None
+        if self._before is not None and "oscillation" in self._settings.splits:
+            self._stand_at(trainer, module, 0, self._before, self._checkpoints[0])
+        return training
+
+    def _stand_at(
+        self,
+        trainer: AnyTrainer,
+        module: LightningModule,
+        index: int,
+        before: Checkpoint | None,
+        here: Checkpoint,
+    ) -> None:
+        """Goes to a checkpoint as if all segments up to there had been measured.
+
+        Args:
+            trainer: The Trainer.
+            module: Its LightningModule.
+            index: How many lie before, in this session.
+            before: Where the last of them began, where it is known.
+            here: The checkpoint.
+        """
+        training = self._training
+        assert training is not None
+        training.snapshots.drop()
+        if before is not None:
+            self._load(trainer, module, before)
+            training.look(module)
+            training.open()
+        self._load(trainer, module, here)
+        with defer_signals():
+            training.begin_at(index)
+
+    def _depart(self, trainer: AnyTrainer, module: LightningModule, batches: Iterator[Any]) -> None:
+        """Calls the hooks of `LCACallback` from the start of a batch to its optimizer step."""
+        super().on_train_batch_start(trainer, module, None, 0)
+        while self._training is not None and self._training.waits_for_batches:
+            self._training.start(module, next(batches))
+        super().on_before_optimizer_step(trainer, module, None)
+
+    def _save_at_window(self, trainer: AnyTrainer, training: Training) -> None:
+        """Saves the state where windows of finer sums end, and looks for a wish to stop.
+
+        Saved elsewhere, windows would depend on interruptions.
+
+        Raises:
+            KeyboardInterrupt: The process was asked to end.
+        """
+        if training.reporter.logged_at == x_axis(trainer) + 1:
+            self._save()
+        if trainer.received_sigterm:
+            raise KeyboardInterrupt
 
     def _batches(self, trainer: Trainer, module: LightningModule) -> Iterator[Any]:
         """Reads training's batches, for a probe that keeps some since they are read only once.
@@ -227,10 +288,28 @@ class ReplayCallback(LCACallback):
                 stacklevel=2,
             )
 
+    def _find_before(self, step: int | None) -> Checkpoint | None:
+        """Finds where the last segment began, if the state of an earlier replay needs that."""
+        if step is None or "oscillation" not in self._settings.splits:
+            return None
+        found = [c for c in self._checkpoints if c.step == step]
+        if not found:
+            warnings.warn(
+                f"LCA: there is no checkpoint of step {step} any more: how many weights turn round "
+                "after it cannot be told in the next segment.",
+                stacklevel=3,
+            )
+        return next(iter(found), None)
+
     def _save(self) -> None:
         """Writes where the replay is, whole or not at all."""
         rows = {name or "": len(history) for name, history in self.histories.items()}
-        state = {"terms": self._terms, "rows": rows, "callback": self.state_dict()}
+        state = {
+            "terms": self._terms,
+            "rows": rows,
+            "callback": self.state_dict(),
+            "before": self._began_at,
+        }
         fresh = self._file.with_suffix(".tmp")
         torch.save(state, fresh)
         os.replace(fresh, self._file)
@@ -277,14 +356,19 @@ def set_progress(trainer: Trainer, content: Mapping[str, Any]) -> None:
     if "fit_loop" in loops:
         trainer.fit_loop.load_state_dict(loops["fit_loop"])
     if trainer.global_step != content["global_step"]:
-        # Private: a checkpoint that someone made by hand tells no more than the step.
-        loop = trainer.fit_loop.epoch_loop
-        if trainer.lightning_module.automatic_optimization:
-            steps = loop.automatic_optimization.optim_progress.optimizer.step
-        else:
-            steps = loop.manual_optimization.optim_step_progress
-        steps.total.completed = content["global_step"]
-        loop._batches_that_stepped = content["global_step"] - 1
+        # A checkpoint that someone made by hand tells no more than the step.
+        set_step(trainer, content["global_step"], content["global_step"] - 1)
+
+
+def set_step(trainer: Trainer, step: int, x: int) -> None:
+    """Sets global_step, and where on the x axis the loggers are."""
+    loop = trainer.fit_loop.epoch_loop  # Private, as what follows.
+    if trainer.lightning_module.automatic_optimization:
+        steps = loop.automatic_optimization.optim_progress.optimizer.step
+    else:
+        steps = loop.manual_optimization.optim_step_progress
+    steps.total.completed = step
+    loop._batches_that_stepped = x
 
 
 def _digits(tensor: Tensor) -> int:

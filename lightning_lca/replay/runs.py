@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,32 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from lightning_lca.probe.isolation import fence
+from lightning_lca.measure.quadrature import as_quadrature
 from lightning_lca.record.history import History
-from lightning_lca.replay.checkpoints import ReplayError, allowing, find, in_order, one_line, read
-from lightning_lca.replay.player import Bar, LeftError, ReplayCallback, does_not_fit
-from lightning_lca.runtime import lightnings
-from lightning_lca.runtime.lightnings import LightningModule
+from lightning_lca.replay.checkpoints import ReplayError, find, in_order
+from lightning_lca.replay.parallel import DealingCallback
+from lightning_lca.replay.player import Bar, ReplayCallback
+from lightning_lca.replay.recipe import Recipe, name_of
+from lightning_lca.replay.workers import Group, Pool
 from lightning_lca.training.callback import LCACallback
 
 __all__ = ["RECORD", "ReplayError", "replay"]
 RECORD = "lca_replay"  # Directory of a run's record.
-_VERSION = "pytorch-lightning_version"  # Whatever Lightning saves has it.
-_TALKATIVE = ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric")
-_HINTS = (
-    "does not have many workers",
-    "GPU available but not used",
-    "smaller than the logging interval",
-    "Experiment logs directory",
-    "treespec",
-    "Found keys that are",
-    "You defined a `validation_step`",
-    "You passed in a `val_dataloader`",
-    "persistent_workers",
-    "in eval mode",
-)
 
 
 def replay(
@@ -50,6 +37,8 @@ def replay(
     precision: Any = "32-true",
     weights_only: bool = True,
     progress: bool = True,
+    workers: int = 1,
+    threads: int | None = None,
     **lca: Any,
 ) -> dict[Path, History]:
     """Measures LCA from each saved checkpoint of a run to the next, and records it.
@@ -63,6 +52,13 @@ def replay(
     ``configure_model``, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``), and no
     step is taken. An interrupted replay goes on where it stopped when it is called again, and so
     does one to which training has added checkpoints since.
+
+    With ``workers=n`` that many processes measure, and this one writes what they find: one record,
+    to the bit that of one process with as many threads, where kernels add in a fixed order (on a
+    CPU they do). They are started afresh, so that a script calls this under
+    ``if __name__ == "__main__":``, and classes and functions are those of modules. One that is
+    killed is replaced. Started by ``torchrun``, on one machine or several that see the same files,
+    its processes measure without being asked: the first deals out and writes.
 
     Args:
         runs: Directories with checkpoints of one run or of several, or the files themselves; all
@@ -81,17 +77,22 @@ def replay(
         weights_only: False trusts checkpoints that hold other than weights and plain values, which
             can run any code when they are loaded.
         progress: Shows a bar on a terminal.
+        workers: Processes that measure.
+        threads: Of torch, in each process that measures. None: as many as torch takes, divided by
+            the workers.
         lca: Arguments of `LCACallback`, with the same meaning: ``probe``, ``probe_batches``,
             ``probe_mode``, ``loss_fn``, ``quadrature``, ``tolerance``, ``group_by`` and so on.
             With ``every_n_steps=n`` checkpoints that are nearer than n steps are passed over.
             ``breakdown=True`` is all but "part", which only training can tell.
 
     Returns:
-        {directory of the record: history}, of the first probe if there are several.
+        {directory of the record: history}, of the first probe if there are several. Nothing in
+        the processes of ``torchrun`` that only measure.
 
     Raises:
         ReplayError: Checkpoints, model, data or Trainer do not fit together. Of several runs, the
-            others are replayed all the same.
+            others are replayed all the same. Or what workers need cannot be pickled, or they end
+            again and again at one place.
         ValueError: An argument of `LCACallback` is out of range. TypeError: of the wrong type.
         KeyboardInterrupt: It was interrupted; what was measured is kept.
 
@@ -108,32 +109,88 @@ def replay(
     lca["probe"] = _to_keep(lca.get("probe", "train"))
     lca["breakdown"] = to_tell(lca.get("breakdown", False), lca.get("loss_fn") is not None)
     LCACallback(**lca)  # Mistakes in its arguments are told before anything is read.
-    found = find([Path(run) for run in listed])
-    records = _records(list(found), None if out is None else Path(out))
+    for name, count in (("workers", workers), ("threads", threads)):
+        if isinstance(count, bool) or not (isinstance(count, int) or count is None):
+            raise TypeError(f"{name} must be a whole number, got {count!r}.")
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}.")
+    recipe = Recipe(
+        model,
+        data,
+        model_arguments,
+        data_arguments,
+        accelerator,
+        precision,
+        weights_only,
+        lca,
+    )
+    with Group.joined() as group:
+        if group is not None and workers > 1:
+            raise ReplayError(
+                f"torchrun says how many processes there are; got workers={workers} as well. Leave "
+                "it out, and give torchrun --nproc-per-node."
+            )
+        rule = lca.get("quadrature", "simpson")
+        if (group is not None or workers > 1) and as_quadrature(rule).adapts:
+            raise ReplayError(
+                f"quadrature={rule!r} compares every segment with those before it, so that they "
+                'cannot be dealt out. Take one process, or quadrature="closed_trapezoid".'
+            )
+        if group is not None and group.rank:
+            group.serve(recipe, threads)
+            return {}
+        found = find([Path(run) for run in listed])
+        records = _records(list(found), None if out is None else Path(out))
+        if group is None and workers == 1:
+            with _threads(threads):
+                return _replay(recipe, found, records, progress, None)
+        share = threads or (None if group else max(1, torch.get_num_threads() // workers))
+        with Pool(recipe, workers, share, group) as pool:
+            return _replay(recipe, found, records, progress, pool)
+
+
+def _replay(
+    recipe: Recipe,
+    found: Mapping[Path, Sequence[Path]],
+    records: Mapping[Path, Path],
+    progress: bool,
+    pool: Pool | None,
+) -> dict[Path, History]:
+    """Replays run after run.
+
+    Args:
+        recipe: How they are set up.
+        found: Checkpoints by directory.
+        records: Where each directory's record goes.
+        progress: Shows bars on a terminal.
+        pool: Who measures; None: this process.
+    """
     histories: dict[Path, History] = {}
     failed: list[str] = []
     for directory, files in found.items():
         record = records[directory]
         bar = _bar(record, progress)
+        told: dict[str, Any] = {
+            "weights_only": recipe.weights_only,
+            "bar": bar,
+            "arguments": recipe.lca,
+        }
         try:
-            checkpoints = in_order(files, weights_only=weights_only, bar=bar)
-            player = ReplayCallback(
-                checkpoints, record, weights_only=weights_only, bar=bar, arguments=lca
+            checkpoints = in_order(files, weights_only=recipe.weights_only, bar=bar)
+            player = (
+                ReplayCallback(checkpoints, record, **told)
+                if pool is None
+                else DealingCallback(checkpoints, record, **told, pool=pool)
             )
-            if player.resume(model=_name(model), precision=str(precision)):
-                with fence(seed=lca.get("seed", 0)), _quiet():
-                    first = checkpoints[0].path
-                    module = _build(model, model_arguments, first, weights_only, "model")
-                    loaders = _loaders(module, data, data_arguments, first, weights_only, player)
-                    trainer = _trainer(module, player, record, accelerator, precision)
-                    _fit(trainer, module, loaders)
+            if player.resume(model=name_of(recipe.model), precision=str(recipe.precision)):
+                recipe.play(player, checkpoints[0].path, record)
         except ReplayError as error:
             if len(found) == 1:
                 raise
             failed.append(
                 f"{directory}: {error}".replace(f"{directory}: {directory}", f"{directory}")
             )
-            warnings.warn(failed[-1], stacklevel=2)
+            warnings.warn(failed[-1], stacklevel=3)
             continue
         if player.interrupted:
             raise KeyboardInterrupt
@@ -180,112 +237,16 @@ def _records(directories: Sequence[Path], out: Path | None) -> dict[Path, Path]:
     return {d: out / place.relative_to(above) for d, place in zip(directories, places, strict=True)}
 
 
-def _build(
-    make: Any, arguments: Mapping[str, Any] | None, path: Path, weights_only: bool, option: str
-) -> Any:
-    """Builds the module or the data: a class with hyperparameters, or a function."""
-    given = dict(arguments or {})
-    remedy = (
-        f"Give what it needs, e.g. --{option}.ARGUMENT VALUE, or name a function that builds it."
-    )
-    load = getattr(make, "load_from_checkpoint", None) if isinstance(make, type) else None
-    # A file that someone made by hand has no hyperparameters.
-    if load is not None and _VERSION in read(path, weights_only=weights_only):
-        given |= {"checkpoint_path": path, "map_location": "cpu"}
-        if option == "model":
-            given["strict"] = False  # Weights are loaded later, when all layers are there.
-    elif callable(make):
-        load = make
-    else:
-        raise ReplayError(f"{make!r} is neither a class nor a function. {remedy}")
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Has torch compute on so many threads meanwhile; None: as it does."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
     try:
-        with allowing(weights_only):
-            made = load(**given)
-    except Exception as error:
-        if "loading state_dict" in str(error):
-            raise does_not_fit(path, make, error) from error
-        raise ReplayError(
-            f"{_name(make)} cannot be built: {type(error).__name__}: {one_line(error)}. {remedy}"
-        ) from error
-    if option == "model" and not isinstance(made, lightnings.LIGHTNING_MODULES):
-        raise ReplayError(
-            f"{_name(make)} gives a {type(made).__name__}, not a LightningModule. Name the class "
-            "that was trained, or a function that builds it (--model package.module.Class)."
-        )
-    return made
-
-
-def _loaders(
-    module: LightningModule,
-    data: Any,
-    arguments: Mapping[str, Any] | None,
-    path: Path,
-    weights_only: bool,
-    player: ReplayCallback,
-) -> dict[str, Any]:
-    """Returns what `Trainer.fit` takes as data."""
-    made = _build(data, arguments, path, weights_only, "data") if callable(data) else data
-    if isinstance(made, lightnings.of(module, "").LightningDataModule):
-        return {"datamodule": made}
-    if isinstance(made, tuple):
-        return dict(zip(("train_dataloaders", "val_dataloaders"), made, strict=False))
-    if made is not None:
-        return {"train_dataloaders": made}
-    base = lightnings.of(module, "").LightningModule
-    own = {
-        name
-        for name in ("train", "val")
-        if getattr(type(module), f"{name}_dataloader") is not getattr(base, f"{name}_dataloader")
-    }
-    if missing := player.draws_from - own:
-        raise ReplayError(
-            f"There is no probe: {type(module).__name__} has no {missing.pop()}_dataloader. Give "
-            "its data (--data package.module.DataModule), or batches to measure on "
-            "(--probe package.module.function)."
-        )
-    # Nothing is read from it, and the Trainer wants one.
-    return {} if "train" in own else {"train_dataloaders": [0]}
-
-
-def _trainer(
-    module: LightningModule, player: ReplayCallback, record: Path, accelerator: str, precision: Any
-) -> Any:
-    """Makes a Trainer that keeps silent and writes nothing but the record."""
-    logger = lightnings.of(module, ".loggers").TensorBoardLogger(
-        record.parent, name="", version=record.name, default_hp_metric=False
-    )
-    try:
-        return lightnings.of(module, "").Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision=precision,
-            callbacks=[player],
-            logger=logger,
-            default_root_dir=record,
-            max_epochs=-1,
-            max_steps=player.last_step,
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    except Exception as error:
-        raise ReplayError(
-            f"There can be no Trainer(accelerator={accelerator!r}, precision={precision!r}): "
-            f"{one_line(error)}"
-        ) from error
-
-
-def _fit(trainer: Any, module: Any, loaders: Mapping[str, Any]) -> None:
-    """Sets everything up as for training, until the player takes over."""
-    module.configure_callbacks = list  # Those of the training would save, stop and freeze.
-    try:
-        trainer.fit(module, **loaders)
-    except LeftError:
-        return
-    except lightnings.of(trainer, ".utilities.exceptions").MisconfigurationException as error:
-        raise ReplayError(one_line(error, 500)) from error
-    raise ReplayError("The training data has no batch. Give a loader that has one (--data).")
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bar(record: Path, progress: bool) -> Bar:
@@ -296,24 +257,3 @@ def _bar(record: Path, progress: bool) -> Bar:
         return shown
 
     return bar
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps back what Lightning has to say to people who train."""
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for hint in _HINTS:
-                warnings.filterwarnings("ignore", f".*{hint}")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _name(value: Any) -> str:
-    return str(getattr(value, "__qualname__", type(value).__name__))

@@ -164,8 +164,20 @@ class Gallery:
 
     def turn(self, step: int) -> None:
         """Looks forward to the next occasion."""
+        self._next = self._after(step)
+
+    def occasions(self, steps: Sequence[int]) -> list[int]:
+        """Foretells after which of these steps, in their order, something will be shown."""
+        found, coming = [], self._next
+        for step in steps:
+            if step >= coming:
+                found.append(step)
+                coming = self._after(step)
+        return found
+
+    def _after(self, step: int) -> int:
         later = [mark for mark in self._marks if mark > step]
-        self._next = later[0] if later else 2 * max(step, 1)
+        return later[0] if later else 2 * max(step, 1)
 
     def _hang(self, tag: str, figure: Figure, step: int) -> None:
         png = BytesIO()

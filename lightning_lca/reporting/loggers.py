@@ -21,10 +21,15 @@ class Loggers:
             where nothing is written.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        """Finds the loggers and the log directory; every rank must call this."""
+    def __init__(self, trainer: Trainer, *, writes: bool = True) -> None:
+        """Finds the loggers and the log directory; every rank must call this.
+
+        Args:
+            trainer: The Trainer.
+            writes: False: nothing is written, on rank zero either.
+        """
         self._loggers = list(trainer.loggers)
-        self._writes = trainer.is_global_zero and not trainer.fast_dev_run
+        self._writes = writes and trainer.is_global_zero and not trainer.fast_dev_run
         self._tensorboard = next((x for x in self._loggers if is_a("TensorBoardLogger", x)), None)
         self.log_dir: Path | None = None
         root = trainer.strategy.broadcast(trainer.default_root_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +50,7 @@ class Reporter:
     Attributes:
         log_dir: Directory of the record; None where this process writes nothing.
         logged_at: Where on the loggers' x axis the next interval of scalars begins.
+        shown_elsewhere: Steps after which another process shows what this one has measured.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Reporter:
         interval: int | None = None,
         figures: bool = True,
         custom_scalars: bool = False,
+        writes: bool = True,
     ) -> None:
         """Finds loggers and directory, and writes nothing yet; every rank must call this.
 
@@ -77,10 +79,11 @@ class Reporter:
             interval: Of the scalars; None: that of the Trainer.
             figures: Whether figures are drawn.
             custom_scalars: Lays out TensorBoard's Custom Scalars tab.
+            writes: False: another process writes what is measured here.
         """
         self._meters = meters
         self._metadata = dict(metadata)
-        self._loggers = Loggers(trainer)
+        self._loggers = Loggers(trainer, writes=writes)
         self._claim = claim(self._loggers.log_dir, place, record)
         self.log_dir = self._claim.directory
         name = self._claim.name
@@ -109,6 +112,7 @@ class Reporter:
         self._x = self.logged_at = x_axis(trainer)
         self._interval = interval or trainer.log_every_n_steps
         self._lays_out = custom_scalars
+        self.shown_elsewhere: Collection[int] = ()
 
     # -- begin and end ----------------------------------------------------------------------------
 
@@ -213,7 +217,12 @@ class Reporter:
 
     def spreads(self, step: int) -> bool:
         """Whether distributions of credit should be shown after this step."""
-        return self._gallery.shows_distributions and self._gallery.due(step)
+        here = self._gallery.shows_distributions and self._gallery.due(step)
+        return here or step in self.shown_elsewhere
+
+    def occasions(self, steps: Sequence[int]) -> list[int]:
+        """Foretells after which of these steps, in their order, `spreads` will hold."""
+        return self._gallery.occasions(steps) if self._gallery.shows_distributions else []
 
     def replace(self, meters: Mapping[str | None, Measured]) -> None:
         """Reports of other meters from now on, and of what they have measured since."""

@@ -112,6 +112,8 @@ class LCACallback(LightningCallback):
         >>> # pl.Trainer(callbacks=[lca]).fit(model, loader); print(lca.summary())
     """
 
+    _writes = True  # Whether this process keeps the record.
+
     def __init__(
         self,
         probe: Any = "train",
@@ -265,6 +267,7 @@ class LCACallback(LightningCallback):
                 key=self.state_key,
                 place=_place(self, trainer),
                 kept=kept,
+                writes=self._writes,
             )
             self.log_dir = self._training.reporter.log_dir
             self._training.begin(trainer, pl_module)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,23 @@ _MEMORY = 0.9  # Of the running mean of that.
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A measured step, its row on the device: [`Meter._head`, 3 x groups, shares]."""
+class Measurement:
+    """What a meter finds of one segment: all that goes into its history and the finer sums.
+
+    Attributes:
+        step: Optimizer steps done at its end.
+        splits: Panels that the rule was applied on.
+        converged: Whether a tolerance was reached; None where none was asked for.
+        trained: Number of weights that were trained.
+        seconds: What it took.
+        row: [`Meter._head`, 3 x groups, shares], on the device.
+        panels: What the next segment goes by: steps that are still looked at for halving, steps in
+            a row where finer panels gained nothing, and steps so far.
+        trusts: Whether the next segment may start with the sample at the end of this one.
+        fine: What it adds to each finer sum {name: [sum]}.
+        look: Residuals with the middle, and without [2], where the start was audited.
+        spread: How credit is spread {layer: distribution}, where that was asked for.
+    """
 
     step: int
     splits: int
@@ -65,6 +81,11 @@ class _Pending:
     trained: int
     seconds: float
     row: Tensor
+    panels: tuple[int, int, int]
+    trusts: bool = True
+    fine: Mapping[str, Tensor] = field(default_factory=dict)
+    look: Tensor | None = None
+    spread: Mapping[str, Distribution] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,7 @@ class Meter:
         windows: What a reader of the record must know of the finer sums, as JSON.
         halved: First steps so far that were measured in two halves, since the rule left more
             unexplained than all groups explained.
+        sink: Where measurements go: `take`, or to another process, whose meter takes them.
     """
 
     def __init__(
@@ -134,6 +156,7 @@ class Meter:
         self.totals: dict[str, Tensor] | None = {} if settings.track_parameters else None
         self.last: Allocation | None = None
         self._sampling: Sampling | None = None
+        self._known_shares: list[float] = []  # Of the probe's batches.
         self._opened: Sample | None = None  # At the start of a chord whose steps are split.
         self._terms = 0  # Of the loss, but the last, whose gradients are taken, too.
         self._grouping = grouping
@@ -149,13 +172,16 @@ class Meter:
         self._reuse = Reuse(probe, ranks)
         self._buffer = Buffer({})
         self._loss: float | None = None  # At the end of the last segment, up to `collect`.
-        self._pending: list[_Pending] = []
+        self._pending: list[Measurement] = []
         self._counts = counts_dtype(self.history.sizes)  # A long run holds many of them.
-        self._looks: list[Tensor] = []  # Residuals with the middle, and without [2], on audits.
+        self._looks: list[Tensor] = []
+        self.sink = self.take
         self._missed = np.zeros(2)
         self._watched = self._to_watch
         self._futile = 0
         self._measured = 0
+        self._first = (self._watched, self._futile, self._measured)  # Before the first segment.
+        self._resumed: Mapping[str, Any] = {}
         self.halved = 0
 
     @torch.no_grad()
@@ -171,10 +197,7 @@ class Meter:
         self.probe.whole = self._sees_whole
         opened, self._opened = self._opened, None
         first = self._reuse.start(segment) if opened is None else self._reuse.still(opened, segment)
-        if not alike(self._buffer.sums, segment.start):
-            self._buffer = Buffer.of(segment, self._terms)
-            self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
-            self._buffer.is_cut = not self._grouping.is_whole
+        self._make_room(segment)
         at_start = self._foretold(first, segment) if self._reuse.is_audited else None
         is_begun = first is not None and first is opened
         if self._shares is not None and self._shares.needs_start and not is_begun:
@@ -207,14 +230,14 @@ class Meter:
         self._note_typical(sums.credit)
         row = torch.cat([*self._head(losses, ends), sums.table.reshape(-1)])
         finite = row.isfinite().all()
-        self._fine.update(values, sums.parameters, sums.neurons, finite)
-        if spread and self._grouping.is_whole:
-            self._spread = self._distributions.of(values)
+        fine = self._fine.of(values, sums.parameters, sums.neurons, finite)
+        spreads = self._distributions.of(values) if spread and self._grouping.is_whole else {}
+        look = None
         if at_start is not None and at_stop is not None and not self._grouping.leaves_out:
             by_ends = (at_start + at_stop) / 2
             self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
-            self._looks.append(torch.stack([change - sums.credit.sum(), change - by_ends]))
+            look = torch.stack([change - sums.credit.sum(), change - by_ends])
         self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
@@ -223,16 +246,87 @@ class Meter:
             self._ranks.sum([by_batch])
             row = torch.cat([row, by_batch.reshape(-1)])
         self.forget_chord()
-        self._pending.append(
-            _Pending(
+        self.sink(
+            Measurement(
                 step,
                 ends.splits,
                 ends.converged,
                 self._grouping.count(segment.start),
                 time.perf_counter() - began,
                 row,
+                (self._watched, self._futile, self._measured),
+                self._reuse.on,
+                fine,
+                look,
+                spreads,
             )
         )
+
+    @torch.no_grad()
+    def take(self, found: Measurement) -> None:
+        """Notes what this meter measured, or one like it in another process."""
+        self._fine.add(found.fine)
+        if found.look is not None:
+            self._looks.append(found.look)
+        if found.spread:
+            self._spread = dict(found.spread)
+        self._watched, self._futile, self._measured = found.panels
+        self._reuse.on = found.trusts
+        self._pending.append(dataclasses.replace(found, fine={}, look=None, spread={}))
+
+    @torch.no_grad()
+    def begin_at(self, index: int, before: Segment | None) -> None:
+        """Takes its stand in a path as if it had measured all segments up to there.
+
+        What a segment hands on to the next is made anew: the sample at its end, at one gradient,
+        and which way the weights moved.
+
+        Args:
+            index: How many segments lie before, since the first one or since a resume.
+            before: The last of them; its stop is live now. None where it is not known.
+        """
+        self.forget_chord()
+        watched, futile, measured = self._first
+        self._reuse.begin_at(index, before)
+        if index:
+            assert before is not None
+            watched, futile, measured = max(0, watched - index), 0, measured + index
+            self._make_room(before)
+            end = before.at(1.0, needs_gradient=self._rule.first_is_start)
+            self._reuse.keep(self.probe(end), self._buffer)
+        self._watched, self._futile, self._measured = watched, futile, measured
+        if self._shares is not None:
+            self._shares.resume(self._resumed, self.probe.device)
+            if before is not None:
+                self._shares.recall(before)
+
+    def watch(self) -> None:
+        """Notes what the loss reads beside the weights, where the probe was only prepared."""
+        self._reuse.watch()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the loss was one and the same function at all audits so far."""
+        return self._reuse.holds
+
+    @property
+    def carries(self) -> str:
+        """Why `begin_at` would not make another meter go on as this one does; "" if it would."""
+        if not self._reuse.holds:
+            return "the loss depends on more than the weights"
+        if self.probe.is_scaled:
+            return "gradients in float16 are scaled by what overflowed before"
+        if self._tolerance is not None:
+            return "finer panels gained nothing, and the next steps go by that" * bool(self._futile)
+        watched, _, measured = self._first
+        plain = max(0, watched - (self._measured - measured))
+        is_plain = self._watched == plain or self._grouping.leaves_out
+        return "" if is_plain else "an early step was measured in halves"
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """Loss, and length of its gradient, at the end of the latest segment; NaN if not known."""
+        return self._reuse.end
 
     @torch.no_grad()
     def add_step(self, step: Segment, chord: Callable[[], Segment]) -> None:
@@ -299,6 +393,7 @@ class Meter:
         if self._shares is not None:
             self._shares.learn(terms)
             self._terms = max(0, len(self._shares.names.get("term", ())) - 1)
+        self._known_shares = list(shares) or self._known_shares
         if len(shares) > 1:
             # Where panels are doubled, the first of all nodes is the middle.
             nodes = inner_nodes(SIMPSON if self._tolerance is not None else self._rule)
@@ -360,7 +455,8 @@ class Meter:
         if self._looks:
             looks = torch.stack(self._looks).abs().cpu().double().numpy()
             self._looks = []
-            self._missed += np.where(np.isfinite(looks), looks, 0).sum(0)
+            for look in np.where(np.isfinite(looks), looks, 0):  # However many come at once.
+                self._missed += look
             if self._missed[1] > 0:
                 self.history.settings["halving"] = float(self._missed[0] / self._missed[1])
         return rows
@@ -387,7 +483,7 @@ class Meter:
             "reuse": self._reuse.on,
             "last_step": self.history.last_step,
             "terms": list(self.breakdowns.get("term", ())),
-            "shares": list(self.probe.shares),
+            "shares": self._known_shares,
             **({} if self._shares is None else self._shares.state()),
             "panels": [self._watched, self._futile, self._measured],
             "typical": None if self._typical is None else self._typical.cpu(),
@@ -403,9 +499,10 @@ class Meter:
         """
         self._reuse.on = state["reuse"]
         if "panels" in state:  # A checkpoint of an older version lacks it.
-            self._watched, self._futile, self._measured = state["panels"]
+            self._watched, self._futile, self._measured = self._first = tuple(state["panels"])
         if (typical := state.get("typical")) is not None:
             self._typical = typical.to(self.probe.device)
+        self._resumed = state
         if self._shares is not None:
             self._shares.resume(state, self.probe.device)
         if state["loss"] is not None:
@@ -424,6 +521,13 @@ class Meter:
             stacklevel=2,
         )
         return None
+
+    def _make_room(self, segment: Segment) -> None:
+        """Makes tensors for a segment's gradients, unless those of the one before fit."""
+        if not alike(self._buffer.sums, segment.start):
+            self._buffer = Buffer.of(segment, self._terms)
+            self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
+            self._buffer.is_cut = not self._grouping.is_whole
 
     def _field(self, at: Position) -> Sample:
         """Evaluates the probe; at some nodes what each batch is credited is summed, too."""

@@ -9,12 +9,14 @@ is recorded anew, and the difference is booked as drift.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Buffer, Sample, Segment
-from lightning_lca.measure.tensors import DeferredBool
+from lightning_lca.measure.tensors import DeferredBool, wide
 from lightning_lca.probe.probe import Probe, agree
 from lightning_lca.runtime.lightnings import warn
 from lightning_lca.runtime.processes import Ranks
@@ -58,6 +60,49 @@ class Reuse:
         self._misses = 0
         self._missed: tuple[Sample, Sample] | None = None
         self._has_told = False
+        self._has_differed = False
+
+    def begin_at(self, starts: int, before: Segment | None) -> None:
+        """Takes its stand in a path as if so many starts had been asked for; nothing is kept yet.
+
+        Args:
+            starts: Their number.
+            before: The segment before; its stop is live now.
+        """
+        was, self._surroundings = self._surroundings, None
+        if starts and before is not None:
+            now = self._probe.surroundings()
+            # Between segments that lie apart others may have taken the place of what it reads.
+            if self._probe.is_recorded and was is not None and was[0] != now[0]:
+                self._probe.record(before)
+                now = self._probe.surroundings()
+            self._surroundings = now
+        self._kept = None
+        self._starts, self._reused = starts, max(0, starts - 1)
+        self._epoch = self._probe.epoch
+        self._audit, self.is_audited = None, False
+
+    def watch(self) -> None:
+        """Notes what the loss reads beside the weights, where a probe was only prepared."""
+        self._surroundings = self._probe.surroundings()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the loss was one and the same function at all audits so far."""
+        audit = True if self._audit is None else bool(self._audit[0])
+        return self.on and audit and not self._has_differed
+
+    @property
+    def end(self) -> tuple[float, float]:
+        """Loss, and length of its gradient, in the sample that is kept; NaN if not known."""
+        kept = self._kept
+        if kept is None:
+            return math.nan, math.nan
+        if kept.gradient is None:
+            return float(kept.loss), math.nan
+        parts = kept.gradient.values()
+        squares = [torch.linalg.vector_norm(g, dtype=wide(g)).square() for g in parts]
+        return float(kept.loss), math.sqrt(sum(map(float, squares)))
 
     def keep(self, last: Sample, into: Buffer) -> None:
         """Keeps the sample at the end of a segment, its gradients in existing tensors."""
@@ -142,7 +187,9 @@ class Reuse:
             self._misses, self._missed = 0, None
             if is_seen:  # It holds tensors that others have taken the place of.
                 self._probe.record(segment)
+                self._has_differed |= not self._probe.is_recorded
             return recorded
+        self._has_differed = True
         self._starts, self._misses = 1, self._misses + 1
         if self._misses < _MISSES:
             self._missed = self._missed or (
@@ -171,7 +218,7 @@ class Reuse:
         self.keep(fresh, Buffer(kept.gradient or {}, terms=kept.terms))
 
     def _give_up(self) -> None:
-        self.on = False
+        self.on, self._has_differed = False, True
         if self._audit is None:  # Another rank's finding.
             return
         _, kept, fresh = self._audit

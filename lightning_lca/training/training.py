@@ -5,9 +5,9 @@ The callback's hooks say what happens; what it means for the measure is decided 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,29 @@ from lightning_lca.runtime.lightnings import (
 from lightning_lca.runtime.processes import Ranks
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.budget import Budget, Choice, StepTimer, Trials
-from lightning_lca.training.meter import Meter
+from lightning_lca.training.meter import Measurement, Meter
 from lightning_lca.training.settings import Chords, Settings
 from lightning_lca.training.snapshots import Snapshots
 
 _FIRST = 20  # Measured steps that tell how large the probe should be.
 _WAYS = {"recorded": "from a recording of its operations; the user's code runs to audit it"}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first look at a probe's loss tells.
+
+    Attributes:
+        terms: Names of the terms of the loss.
+        shares: Of the loss that each batch is [batches].
+        way: How it is evaluated, in words.
+        data: What a checkpoint keeps of the probe's batches, where it was asked for.
+    """
+
+    terms: tuple[str, ...]
+    shares: tuple[float, ...]
+    way: str
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Training:
@@ -70,6 +87,7 @@ class Training:
         key: str = "",
         place: int = 0,
         kept: dict[str, Any] | None = None,
+        writes: bool = True,
     ) -> None:
         """Prepares what needs no look at the loss; every rank must call this.
 
@@ -81,6 +99,7 @@ class Training:
             key: Tells this callback's record from another's.
             place: Which one of the Trainer's callbacks this is, from 0.
             kept: What `state` returned when a checkpoint was saved; None for a new training.
+            writes: False: another process keeps the record of what is measured here.
         """
         if kept and kept.get("every_n_steps") and kept.get("quadrature") and chords.every is None:
             settings = replace(settings, rule=as_quadrature(kept["quadrature"]))
@@ -116,6 +135,7 @@ class Training:
             interval=settings.log_every_n_steps,
             figures=settings.figures,
             custom_scalars=settings.custom_scalars,
+            writes=writes,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
         self._live = LiveWeights(module, settings.selection)
@@ -131,6 +151,8 @@ class Training:
         self._timer: StepTimer | None = StepTimer(module.device)
         self._budget: Budget | None = None
         self._trials: dict[Quadrature, dict[str | None, Meter]] = {}
+        self._told_of: dict[str | None, Look] = {}  # By the process that measures.
+        self._took_rest = False
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Opens the record, and goes on where a checkpoint left off."""
@@ -275,6 +297,76 @@ class Training:
                 self._timer.leave(round((self._gradients - before) / len(pieces)))
                 self._tell(trainer, self._timer)
 
+    # -- where others measure, or what they measured is written ----------------------------------
+
+    def prepare(self, trainer: Trainer) -> bool:
+        """Looks at the loss for the first time, and measures nothing; False: not yet."""
+        if not (self._is_prepared or self._prepare(trainer, self._live())):
+            return False
+        for meter in self.meters.values():
+            meter.watch()
+        return True
+
+    def begin_at(self, index: int) -> None:
+        """Takes its stand where the open segment ends, as if it had been measured, with all before.
+
+        Args:
+            index: How many segments lie before; the last was opened, where it is known, and is not
+                measured.
+        """
+        before = self.snapshots.close(self._live()) if self.snapshots.is_open else None
+        for meter in self.meters.values():
+            meter.begin_at(index, before)
+        if index == 0:
+            self.snapshots.drop()
+
+    @property
+    def carries(self) -> str:
+        """Why another process that begins here would not go on as this one; "" if it would."""
+        return next(filter(None, (meter.carries for meter in self.meters.values())), "")
+
+    @property
+    def ends(self) -> list[tuple[float, float]]:
+        """Loss, and length of its gradient, at the end of the latest segment, for every probe."""
+        return [meter.end for meter in self.meters.values()]
+
+    def looks(self, *, data: bool = False) -> dict[str | None, Look]:
+        """Returns what the first look at each probe's loss told; ``data``: with its batches."""
+        return self._told_of or {
+            name: Look(
+                meter.probe.terms,
+                meter.probe.shares,
+                meter.probe.way,
+                self._batches[name].state() if data else {},
+            )
+            for name, meter in self.meters.items()
+        }
+
+    def take_looks(self, looks: Mapping[str | None, Look]) -> None:
+        """Takes what another process found, which measures in place of this one."""
+        is_first, self._told_of = not self._told_of, dict(looks)
+        if is_first:
+            self._note_terms()
+            self._note_ways()
+
+    def take(
+        self, trainer: Trainer, found: Mapping[str | None, Measurement], *, rest: bool = False
+    ) -> None:
+        """Takes a segment that another process has measured, and logs it as `close` does.
+
+        Args:
+            trainer: The Trainer, whose step is that of the segment's end.
+            found: Of every probe.
+            rest: Whether it is what is left of a chord at the end of training.
+        """
+        for name, meter in self.meters.items():
+            meter.take(found[name])
+        self._opened_at = self._measured_to = self._counter.done
+        self._took_rest = rest
+        if not rest:
+            self.reporter.log(x_axis(trainer), self._counter.done)
+            self.reporter.record()
+
     def _split_step(self, live: dict[str, Tensor], done: int) -> None:
         """Notes what the latest step of a chord was made of, if there was one."""
         if not self._splits_chords or done <= self._split_to:
@@ -284,6 +376,11 @@ class Training:
             meter.add_step(step, lambda: self.snapshots.look(live))
         self._steps.clear()
         self._split_to = done
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps since the start of training."""
+        return self._counter.done
 
     @property
     def waits_for_batches(self) -> bool:
@@ -359,11 +456,13 @@ class Training:
             if self._choose(trainer, self._budget, chosen):
                 x = x_axis(trainer) - 1
             self._chords.is_final = False  # A training that goes on from here chooses for itself.
-        if self.snapshots.is_open and done > self._opened_at:
+        has_rest = self.snapshots.is_open and done > self._opened_at
+        if has_rest:
             self.close(trainer, module, last=True)
+        if has_rest or self._took_rest:
             x = x_axis(trainer) - 1  # The last batch is counted by now.
         self._note_halving()
-        if self._is_prepared:
+        if self._is_prepared or self._told_of:
             self._note_ways()
         self.reporter.end(x, done)
 
@@ -389,8 +488,9 @@ class Training:
             weights = {n: w.cpu().clone() for n, w in self.snapshots.start.items()}
             opened = {"at": self._opened_at, "weights": weights}
         reported = self.reporter.state()
+        looks = self.looks(data=True)
         for name, meter in self.meters.items():
-            data = {"data": self._batches[name].state()}
+            data = {"data": looks[name].data}
             reported["probes"][name or ""] |= meter.state() | data
         chosen = self._chords.every if self._chords.is_final else None
         own = {"open": opened, "steps": self._counter.done, "every_n_steps": chosen}
@@ -495,7 +595,7 @@ class Training:
 
     def _note_ways(self) -> dict[str | None, str]:
         """Records how the probes are evaluated, which a loss that changes may change."""
-        ways = {name: meter.probe.way for name, meter in self.meters.items()}
+        ways = {name: look.way for name, look in self.looks().items()}
         for name, meter in self.meters.items():
             meter.history.settings["evaluated"] = ways[name]
         self.reporter.note(evaluated=next(iter(ways.values())))
@@ -507,16 +607,16 @@ class Training:
         Raises:
             MisconfigurationException: There are none, and they were asked for.
         """
-        before = self._columns
-        for meter in self.meters.values():
-            if self._settings.needs_terms and not meter.probe.terms:
+        before, looks = self._columns, self.looks()
+        for name, meter in self.meters.items():
+            if self._settings.needs_terms and not looks[name].terms:
                 raise MisconfigurationException(
                     'breakdown="term" splits credit over the terms of a loss, and loss_fn returned '
                     "a single number. Return {term: scalar}, such as "
                     '{"cross_entropy": ..., "penalty": ...}.'
                 )
-            meter.learn(meter.probe.terms, meter.probe.shares)
-        terms = {name: meter.probe.terms for name, meter in self.meters.items()}
+            meter.learn(looks[name].terms, looks[name].shares)
+        terms = {name: look.terms for name, look in looks.items()}
         if len({*terms.values()}) > 1:
             raise MisconfigurationException(
                 f"loss_fn returned other terms on one probe than on another: {terms}. Return the "

@@ -5,7 +5,7 @@ Every step of every neuron would be gigabytes; a window per log interval is what
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class FineSums:
 
         Args:
             module: Whose parameters.
-            grouping: The groups whose sums `update` gets.
+            grouping: The groups whose sums `of` gets.
             neurons: Sums per neuron, at one more pass over the credits, unless the groups are.
             weights: Follows single weights.
             seed: Draws the sample of weights.
@@ -68,8 +68,10 @@ class FineSums:
             return some.new_zeros(0, dtype=wide(some))
         return self._neurons.sums(values).credit
 
-    def update(self, values: Weights, parameters: Tensor, neurons: Tensor, finite: Tensor) -> None:
-        """Adds one measured step, unless it is not finite.
+    def of(
+        self, values: Weights, parameters: Tensor, neurons: Tensor, finite: Tensor
+    ) -> dict[str, Tensor]:
+        """Returns what one measured step adds to each sum; zeros where it is not finite.
 
         Args:
             values: Credits {name: [*shape]}.
@@ -77,14 +79,22 @@ class FineSums:
             neurons: What `neurons` makes of them, summed over processes.
             finite: Whether loss and all credits are finite [] bool; no sum counts a step otherwise.
         """
-        self._add("measured", finite.long())
-        self._add("parameters", parameters, finite)
+        found = {"parameters": parameters}
         if self._neurons is not None:
-            self._add("neurons", neurons, finite)
+            found["neurons"] = neurons
         if self._sample:
-            credit = self._gather(values)
-            self._add("weights", credit, finite)
-            self._add("helping", (credit < 0).long(), finite)
+            found["weights"] = credit = self._gather(values)
+            found["helping"] = (credit < 0).long()
+        counted = {n: torch.where(finite.to(v.device), v, 0) for n, v in found.items()}
+        return {"measured": finite.long()} | counted
+
+    def add(self, step: Mapping[str, Tensor]) -> None:
+        """Adds what `of` gave of a step; tensors that are new here become the sums."""
+        for name, values in step.items():
+            if name in self._sums:
+                self._sums[name] += values
+            else:
+                self._sums[name] = values
 
     def take(self, step: int) -> dict[str, WindowTable]:
         """Copies the window that ends at this step to the host, and starts the next.
@@ -130,15 +140,6 @@ class FineSums:
                 "of": grouping.count(live_weights(module)),
             }
         return metadata
-
-    def _add(self, name: str, values: Tensor, finite: Tensor | None = None) -> None:
-        """Adds to a sum, unless a step is not finite; what is new takes a tensor of its own."""
-        if finite is not None:
-            values = torch.where(finite.to(values.device), values, 0)
-        if name in self._sums:
-            self._sums[name] += values
-        else:
-            self._sums[name] = values
 
     def _gather(self, values: Weights) -> Tensor:
         """Picks the sampled weights' credits: {name: [*shape]} -> [sample] float64 if possible."""

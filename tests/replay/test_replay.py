@@ -19,8 +19,7 @@ from scripts.replayed import ByHand, Data, Net, Once, Stream, Watched
 from support.assertions import assert_ledger_closes
 from support.models import pl, unrecorded
 from support.processes import environment, wait_for
-from support.training import fit
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.replays import STEPS, events, train
 
 from lightning_lca import History
 from lightning_lca.cli.main import main
@@ -29,40 +28,9 @@ from lightning_lca.replay.runs import RECORD, replay
 
 pytestmark = pytest.mark.slow  # Every test trains, saves and replays.
 
-STEPS = 12
 EXACT = ("steps", "helping", "hurting", "splits", "converged")
 LOSSES = ("loss_before", "loss_after")
 SMALL = ("residual", "drift")  # Differences of losses.
-
-
-class SavesStart(pl.Callback):
-    """Saves the weights before the first step, by the Trainer."""
-
-    def __init__(self, directory):
-        self.directory = directory
-
-    def on_train_start(self, trainer, module):
-        trainer.save_checkpoint(self.directory / "start.ckpt")
-
-
-def train(path, model, data=None, every=1, save=1, slim=False, **lca):
-    """Trains with the callback, and saves every so many steps as people do; gives the callback."""
-    saved = path / "checkpoints"
-    where = {name: lca.pop(name) for name in ("precision", "accelerator") if name in lca}
-    often = {"every_n_train_steps": save, "save_top_k": -1, "save_weights_only": slim}
-    callback, _, trainer = fit(
-        path,
-        SavesStart(saved),
-        pl.callbacks.ModelCheckpoint(saved, **often),
-        model=model,
-        data=data,
-        steps=STEPS,
-        trainer={"enable_checkpointing": True} | where,
-        every_n_steps=every,
-        **lca,
-    )
-    trainer.save_checkpoint(saved / "last.ckpt")  # Of the same step as another one.
-    return callback
 
 
 def assert_same(replayed, live):
@@ -234,19 +202,6 @@ NAMES = ("--model", "scripts.replayed.Net", "--probe", "scripts.replayed.probe")
 def run(*arguments, capsys):
     status = main(["replay", *map(str, arguments)])
     return status, capsys.readouterr().err
-
-
-def events(record):
-    """Every scalar in a record: {tag: [(step, value)]}, by step.
-
-    TensorBoard reads files that loggers opened within one second in any order.
-    """
-    written = EventAccumulator(str(record), size_guidance={"scalars": 0})
-    written.Reload()
-    return {
-        tag: sorted((e.step, e.value) for e in written.Scalars(tag))
-        for tag in written.Tags()["scalars"]
-    }
 
 
 def assert_identical(a, b):

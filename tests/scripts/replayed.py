@@ -1,6 +1,8 @@
 """What `test_replay` names by import path: models, data and probes of a project of its own."""
 
+import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -142,6 +144,63 @@ def terms(module, batch):
 
 def loss_fn(module, batch):
     return module.loss(batch)
+
+
+def by_code(module, batch):
+    return unrecorded(module.loss(batch))
+
+
+def cut_off(module, batch):
+    """A loss whose gradient lacks a part: finer panels gain nothing."""
+    loss = module.loss(batch)
+    return loss + loss.detach().square()
+
+
+def turning(module, batch):
+    """Another loss from step 7 on, which only the user's code can tell."""
+    return unrecorded(module.loss(batch)) * (2 if module.global_step > 6 else 1)
+
+
+def of_process(module, batch):
+    """Another loss in every process."""
+    return unrecorded(module.loss(batch)) * (1 + os.getpid() / 1e3)
+
+
+def bent(module, batch):
+    """A loss with waves as long as some early steps, which are measured in halves."""
+    return module.loss(batch) + 0.5 * torch.sin(100 * module.head.weight.square().sum())
+
+
+def noted(module, batch):
+    """Notes for which step the user's code runs, and in which process."""
+    with open(os.environ["REPLAY_NOTES"], "a") as notes:
+        notes.write(f"{os.getpid()} {module.global_step}\n")
+    return unrecorded(module.loss(batch))
+
+
+def deadly(module, batch):
+    """Ends its process at step 9: the first one that comes there, or each."""
+    if multiprocessing.parent_process() is not None and module.global_step == 9:
+        mark = Path(os.environ["REPLAY_MARK"])
+        if not mark.exists() or mark.read_text() == "each":
+            mark.exists() or mark.write_text("once")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return noted(module, batch)
+
+
+def held_up(module, batch):
+    """Waits at step 9, if it is told to, for as long as the process lives that started it."""
+    starter = os.environ.get("REPLAY_HOLDS") and multiprocessing.parent_process()
+    while starter and module.global_step == 9 and os.getppid() == starter.pid:
+        time.sleep(0.05)
+    return noted(module, batch)
+
+
+def mistaken(module, batch):
+    """Fails at step 9."""
+    if module.global_step == 9:
+        raise ZeroDivisionError("of the user's own")
+    return unrecorded(module.loss(batch))
 
 
 def loss_until_saved(module, batch):
