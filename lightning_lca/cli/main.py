@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
     summary = commands.add_parser("summary", help="print the table and ledger of every run")
     _takes_runs(summary)
+    summary.add_argument(
+        "--all", action="store_true", help="a row for every layer, also where there are many"
+    )
     summary.set_defaults(run=_summary)
 
     figures = commands.add_parser("figures", help="draw every figure as a PNG file")
@@ -93,7 +96,7 @@ def _summary(options: argparse.Namespace) -> None:
     for i, (name, reader) in enumerate(runs.items()):
         for probe, history in _histories(reader, options.probe, name).items():
             title = " ".join([name] * several + [f"probe {probe!r}"] * (len(reader.histories) > 1))
-            print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary())
+            print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary(options.all))
         if options.probe is None and (told := together(reader.histories)):
             print(f"\n{told}")
 

@@ -411,9 +411,14 @@ class History:
             raise ValueError(f"No probe {probe!r} in {directory}; it has {there}.")
         return reader.histories[probe]
 
-    def summary(self) -> str:
-        """Tells per group its share of the loss change, and how the ledger closes, as text."""
-        return summary.text(self, self.findings())
+    def summary(self, all: bool = False) -> str:
+        """Tells per group its share of the loss change, and how the ledger closes, as text.
+
+        Args:
+            all: A row for every group. Else, of more than forty, the ten that moved the loss most
+                have one, and the others are folded by block: module by module, with exact sums.
+        """
+        return summary.text(self, self.findings(), everything=all)
 
     def findings(self) -> list[findings.Finding]:
         """Lists what the run shows beyond chance, most important first, and what to do about it.

@@ -199,16 +199,21 @@ class LCACallback(LightningCallback):
             raise RuntimeError("last needs LCACallback(track_parameters=True).")
         return first.last
 
-    def summary(self) -> str:
+    def summary(self, all: bool = False) -> str:
         """Tells per layer the share of the loss change, and how the ledger closes, as text.
 
         Where probes are named "train" and "val", a table tells which layers overfit.
+
+        Args:
+            all: A row for every layer. Else, of more than forty, the ten that moved the loss most
+                have one, and the others are folded by block: module by module, with exact sums.
         """
         texts = [
-            history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
+            f"probe {name!r}\n" * (name is not None) + history.summary(all)
             for name, history in self.histories.items()
         ]
-        texts += [overfitting.text(self.histories), summary.together(self.histories)]
+        texts.append(overfitting.text(self.histories, everything=all))
+        texts.append(summary.together(self.histories))
         return "\n\n".join(filter(None, texts)) or "LCA: training has not started."
 
     def findings(self) -> list[Finding]:
