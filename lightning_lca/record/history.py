@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record import findings, summary
+from lightning_lca.record import findings, notebook, summary
+from lightning_lca.record.frames import Frame, frame
 from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.statistics import error_of_mean
@@ -22,6 +23,9 @@ from lightning_lca.record.tables import (
     WindowTable,
     layer_of,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OSCILLATION = "oscillation"
 BATCH = "batch"
@@ -426,3 +430,53 @@ class History:
         Fewer than 50 finite steps are too few to tell: an empty list, and `summary` says so.
         """
         return findings.find({"": self})
+
+    def to_pandas(self, table: Frame = "steps") -> pd.DataFrame:
+        """Returns a table of the run as a pandas data frame; needs pandas.
+
+        Credits and losses are in loss units (negative credit helped), fractions in [0, 1].
+
+        ============== ================== ==========================================================
+        table          index              columns
+        ============== ================== ==========================================================
+        "steps"        step               loss_before, loss_after, residual, drift, splits,
+                                          converged, trained (weights), seconds, lca (that of all
+                                          groups), finite
+        "groups"       step, group        layer, weights, lca, helping, hurting (fractions of the
+                                          weights), and where recorded sampling_error, reversed,
+                                          flipped, cosine_start, cosine_end
+        "breakdowns"   step, group        (breakdown, share): credit; over the shares of a
+                                          breakdown it adds up to lca
+        "batches"      step, group        credit on each batch of the probe, by number
+        "parameters"   step, parameter    layer, kind, measured, lca
+        "neurons"      step, neuron       layer, measured, lca
+        "weights"      step, weight       measured, lca, helped: a sample of single weights
+        ============== ================== ==========================================================
+
+        A step is the number of optimizer steps done at its end. The last three have a row for each
+        window of steps: its last step, the number of ``measured`` steps in it, the credit in all of
+        them, and in how many of them a weight ``helped``.
+
+        Args:
+            table: Which one.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+            ValueError: There is no such table, or the run did not record it.
+
+        Example:
+            >>> history = History(["conv", "fc"], [100, 7])
+            >>> history.to_pandas("groups").columns.tolist()
+            ['layer', 'weights', 'lca', 'helping', 'hurting']
+        """
+        return frame(self, table)
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} steps x {len(self.groups)} groups"
+        if not len(self):
+            return f"<History of {what}>"
+        return f"<History of {what}, loss {self.loss_before[0]:.4g} to {self.loss_after[-1]:.4g}>"
+
+    def _repr_html_(self) -> str:
+        """Shows the summary as a table with bars, where a notebook shows it."""
+        return notebook.html(self, self.findings())

@@ -193,7 +193,7 @@ class Line:
     @property
     def label(self) -> str:
         """The name, fit for a terminal; of a block with the number of groups in it."""
-        return _printable(self.name) + (f" ({self.groups})" if self.groups > 1 else "")
+        return printable(self.name) + (f" ({self.groups})" if self.groups > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -319,13 +319,13 @@ def text(history: History, findings: Sequence[Finding] = (), *, everything: bool
     lines = [
         f"{line.label:<{width}}  {line.weights:>10,}  {ledger.show(line.credit, 4):>10}  "
         + (f"{reach[i]:>6}  " if reach else "")
-        + f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  "
+        + f"{percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  "
         + f"{line.rank or '-':>4}"
         for i, line in enumerate(ledger.lines)
     ]
     if ledger.folds:
-        lines += ["", _folding(history, "summary(all=True)")]
-    over_data = [] if data is None else [_over_data(data)]
+        lines += ["", folding(history, "summary(all=True)")]
+    over_data = [] if data is None else [about_data(data)]
     sums = [
         f"true loss change   {ledger.show(ledger.change)}   ({' -> '.join(ledger.ends)}, "
         f"{trust.measured} measured steps)",
@@ -341,7 +341,7 @@ def text(history: History, findings: Sequence[Finding] = (), *, everything: bool
     return "\n".join([head, *lines, "", *sums, *split, SIGN, *over_data, *trust.remarks, *sure])
 
 
-def _over_data(data: OfRun) -> str:
+def about_data(data: OfRun) -> str:
     """Says what the column of the data's error is."""
     return (
         f"± data: 95% interval over other data like the probe's, from {data.batches} batches."
@@ -374,7 +374,7 @@ def _folded(history: History, credit: Floats) -> Folded:
     return Folded(tuple(rows), Layers.of(history.groups))
 
 
-def _folding(history: History, where: str) -> str:
+def folding(history: History, where: str) -> str:
     """Says what the rows are where there are many layers."""
     what = history.group_by if history.group_by in ("layer", "parameter", "neuron") else "group"
     return (
@@ -390,7 +390,12 @@ _SPLIT = {
 }
 
 
-def _shares(history: History, name: str) -> Floats | None:
+def title_of(name: str) -> str:
+    """Says what a breakdown splits credit into."""
+    return _SPLIT.get(name, f"LCA by {name}")
+
+
+def shares_of(history: History, name: str) -> Floats | None:
     """Adds up the shares of a breakdown over finite steps that have it: [groups, shares]."""
     values = history.breakdowns[name].allocated
     known = history.finite & np.isfinite(values).all((1, 2))
@@ -399,16 +404,16 @@ def _shares(history: History, name: str) -> Floats | None:
 
 def _split(history: History, name: str, width: int, ledger: Ledger) -> list[str]:
     """Draws the shares of a breakdown as lines of text."""
-    sums = _shares(history, name)
+    sums = shares_of(history, name)
     if sums is None:
         return []
-    shares = [_printable(share) for share in history.breakdowns[name].names]
+    shares = [printable(share) for share in history.breakdowns[name].names]
     wide = max(10, *map(len, shares))
     shown = ledger.shown.sums(sums.T).T
     rows = [*zip(ledger.lines, shown, strict=True), (None, sums.sum(0))]
     return [
         "",
-        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        f"{title_of(name)}:",
         f"{'layer':<{width}}" + "".join(f"  {share:>{wide}}" for share in shares),
         *(
             f"{'all' if line is None else line.label:<{width}}"
@@ -420,7 +425,7 @@ def _split(history: History, name: str, width: int, ledger: Ledger) -> list[str]
 
 def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
     """Draws the same for TensorBoard's Text tab."""
-    sums = _shares(history, name)
+    sums = shares_of(history, name)
     if sums is None:
         return []
     shares = history.breakdowns[name].names
@@ -428,7 +433,7 @@ def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
     rows = zip(labels, [*ledger.shown.sums(sums.T).T, sums.sum(0)], strict=True)
     return [
         "",
-        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        f"{title_of(name)}:",
         "",
         f"| layer | {' | '.join(_escape(share.replace('_', ' ')) for share in shares)} |",
         "|---" + "|---:" * len(shares) + "|",
@@ -456,11 +461,11 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
     ]
     lines += [
         f"| {_escape(line.label)} | {line.weights:,} | {ledger.show(line.credit, 4)}{reach[i]} "
-        f"| {_percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank or '-'} |"
+        f"| {percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank or '-'} |"
         for i, line in enumerate(ledger.lines)
     ]
     if ledger.folds:
-        lines += ["", _escape(_folding(history, "The LCA tab"))]
+        lines += ["", _escape(folding(history, "The LCA tab"))]
     lines += [
         "",
         "| ledger | loss | |",
@@ -475,7 +480,7 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],
         "",
         SIGN,
-        *([] if data is None else [_over_data(data)]),
+        *([] if data is None else [about_data(data)]),
         *trust.remarks,
         "",
         *map(_escape_line, how_sure(findings, trust.measured - trust.not_finite)),
@@ -514,12 +519,13 @@ def _share(part: float, whole: float) -> float | None:
     return float(part / whole) if whole and math.isfinite(whole) else None
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Shows characters that would move a terminal's cursor as what they are."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Writes a share, if there is one."""
     return "-" if share is None else f"{share:.1%}"
 
 

@@ -56,9 +56,9 @@ class Gallery:
         self._hooks = [hook for x in self._loggers if (hook := _hook(x)) is not None]
         self._draws = draws and log_dir is not None
         self.directory = None if self._hooks or log_dir is None else log_dir / "lca_figures"
-        length = _length(trainer)
-        self._marks = [round(length * (i + 1) / OCCASIONS) for i in range(OCCASIONS)]
-        self._next = self._marks[0] if length else 16
+        steps = length(trainer)
+        self._marks = [round(steps * (i + 1) / OCCASIONS) for i in range(OCCASIONS)]
+        self._next = self._marks[0] if steps else 16
         self._began = time.monotonic()
         self._spent = 0.0
         self._last = _FIRST_GUESS
@@ -214,7 +214,7 @@ def lay_out(scalars: Scalars, log_dir: Path) -> None:
         warn(f"LCA: Custom Scalars could not be laid out: {error}")
 
 
-def _length(trainer: Trainer) -> int:
+def length(trainer: Trainer) -> int:
     """Tells how many steps training will take; 0 if nobody knows."""
     lengths = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches = trainer.num_training_batches

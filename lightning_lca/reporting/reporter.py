@@ -16,6 +16,7 @@ from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.record.writer import RecordWriter, claim
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.figures import Gallery, lay_out
+from lightning_lca.reporting.live import LiveView
 from lightning_lca.reporting.loggers import Loggers
 from lightning_lca.reporting.scalars import Scalars
 from lightning_lca.runtime.lightnings import Trainer, warn
@@ -64,6 +65,7 @@ class Reporter:
         interval: int | None = None,
         figures: bool = True,
         custom_scalars: bool = False,
+        live: bool = False,
     ) -> None:
         """Finds loggers and directory, and writes nothing yet; every rank must call this.
 
@@ -77,6 +79,7 @@ class Reporter:
             interval: Of the scalars; None: that of the Trainer.
             figures: Whether figures are drawn.
             custom_scalars: Lays out TensorBoard's Custom Scalars tab.
+            live: Shows a view in the notebook that trains.
         """
         self._meters = meters
         self._metadata = dict(metadata)
@@ -107,6 +110,7 @@ class Reporter:
         self._x = self.logged_at = x_axis(trainer)
         self._interval = interval or trainer.log_every_n_steps
         self._lays_out = custom_scalars
+        self._view = LiveView(trainer) if live else None
 
     # -- begin and end ----------------------------------------------------------------------------
 
@@ -199,8 +203,11 @@ class Reporter:
         self.close()
 
     def close(self) -> None:
-        """Writes what was measured, and closes the record."""
+        """Writes what was measured, and closes the record and the view."""
         self.collect()
+        if self._view is not None:
+            self._view.show(self._histories, last=True)
+            self._view = None
         self._close_windows()
         if self._writer is not None:
             self._writer.close()
@@ -249,6 +256,12 @@ class Reporter:
         if self._gallery.due(step):
             self._show(step)
 
+    def show(self) -> None:
+        """Updates the view of a notebook, if there is one and it is time."""
+        if self._view is not None and self._view.is_due:
+            self.collect()
+            self._view.show(self._histories)
+
     def record(self) -> None:
         """Writes to the record when a chunk is full, or waits for long."""
         writer = self._writer
@@ -270,6 +283,10 @@ class Reporter:
 
     # -- inside -----------------------------------------------------------------------------------
 
+    @property
+    def _histories(self) -> dict[str | None, History]:
+        return {name: meter.history for name, meter in self._meters.items()}
+
     def _take(self, name: str | None, rows: StepTable) -> None:
         self._scalars[name].update(rows)
         if self._writer is not None:
@@ -289,12 +306,11 @@ class Reporter:
         self.collect()
         histories = {self._scalars[n].prefix: m.history for n, m in self._meters.items()}
         names = {self._scalars[n].prefix: n for n in self._meters}
-        named = {n: m.history for n, m in self._meters.items()}
         spreads = [meter.take_distributions() for meter in self._meters.values()]
         for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
-            look = partial(find, named, about=(names[prefix],))
+            look = partial(find, self._histories, about=(names[prefix],))
             self._gallery.show(prefix, history, spread, self._x, look)
-        self._gallery.draw(histories, self._x, last=last, probes=named)
+        self._gallery.draw(histories, self._x, last=last, probes=self._histories)
         self._gallery.turn(step)
 
     def _close_windows(self) -> None:

@@ -64,6 +64,7 @@ class Settings:
     neurons: bool
     figures: bool
     custom_scalars: bool
+    live: bool
     breakdown: tuple[str, ...]
     oscillation: bool
     needs_terms: bool = False
@@ -101,7 +102,14 @@ class Settings:
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
         check_group_by(settings.group_by)
         _one_of("segments", settings.segments, get_args(Segments))
-        for name in ("track_parameters", "neurons", "figures", "custom_scalars", "oscillation"):
+        for name in (
+            "track_parameters",
+            "neurons",
+            "figures",
+            "custom_scalars",
+            "live",
+            "oscillation",
+        ):
             _switch(name, getattr(settings, name))
         for name in ("probe_batches", "every_n_steps", "max_splits", "log_every_n_steps"):
             value = getattr(settings, name)

@@ -111,6 +111,7 @@ class Training:
             interval=settings.log_every_n_steps,
             figures=settings.figures,
             custom_scalars=settings.custom_scalars,
+            live=settings.live,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
         self._live = LiveWeights(module, settings.selection)
@@ -231,6 +232,7 @@ class Training:
         if not self.snapshots.is_open or least is None or done - self._opened_at < least:
             if not last:
                 self.reporter.record()
+                self.reporter.show()
             return
         if self._timer is not None and not last:
             self._timer.enter(done - self._opened_at)
@@ -267,6 +269,7 @@ class Training:
         elif not last:
             self.reporter.log(x_axis(trainer), done)
             self.reporter.record()
+            self.reporter.show()
             self._tell_of_data(trainer)
             if self._timer is not None:
                 self._timer.leave(round((self._gradients - before) / len(pieces)))
