@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
     from lightning_lca.record.history import History
 
-Frame = Literal["steps", "groups", "breakdowns", "batches", "parameters", "neurons", "weights"]
+FrameName = Literal["steps", "groups", "breakdowns", "batches", "parameters", "neurons", "weights"]
 
 
-def frame(history: History, table: Frame) -> pd.DataFrame:
+def frame(history: History, table: FrameName) -> pd.DataFrame:
     """Makes the data frame of a table; `History.to_pandas` lists their columns.
 
     Raises:
         ModuleNotFoundError: pandas is not installed.
         ValueError: There is no such table, or the run did not record it.
     """
-    if table not in get_args(Frame):
-        names = ", ".join(map(repr, get_args(Frame)))
+    if table not in get_args(FrameName):
+        names = ", ".join(map(repr, get_args(FrameName)))
         raise ValueError(f"table must be one of {names}; got {table!r}.")
     try:
         import pandas

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record import findings, notebook, summary
-from lightning_lca.record.frames import Frame, frame
+from lightning_lca.record.frames import FrameName, frame
 from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.statistics import error_of_mean
@@ -431,7 +431,7 @@ class History:
         """
         return findings.find({"": self})
 
-    def to_pandas(self, table: Frame = "steps") -> pd.DataFrame:
+    def to_pandas(self, table: FrameName = "steps") -> pd.DataFrame:
         """Returns a table of the run as a pandas data frame; needs pandas.
 
         Credits and losses are in loss units (negative credit helped), fractions in [0, 1].

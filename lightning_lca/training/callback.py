@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,9 +20,15 @@ from lightning_lca.reporting.live import page
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.meter import Meter, Results
-from lightning_lca.training.settings import Segments, Settings
+from lightning_lca.training.settings import BreakdownName, Segments, Settings
 from lightning_lca.training.support import check_trainer, distinct_key
 from lightning_lca.training.training import Training
+
+if TYPE_CHECKING:
+    from lightning_lca.measure.quadrature import QuadratureName
+    from lightning_lca.training.settings import ProbeSource
+else:  # LightningCLI takes anything for these, so that a typo has the message of `Settings.check`.
+    ProbeSource, QuadratureName = Any, str
 
 
 class LCACallback(LightningCallback):
@@ -31,7 +37,14 @@ class LCACallback(LightningCallback):
     Every measured optimizer step is credited to single weights: negative where a weight's motion
     lowered the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums
     per layer go to the Trainer's loggers every ``log_every_n_steps`` and, for every measured step,
-    to the record in the log directory. The keys are listed in `Scalars`.
+    to the record in the log directory, which `History.load` reads.
+
+    Logged are, with "lca" in front (a second probe "val" has "lca_val"), in loss units:
+    ``lca/total`` and ``lca/residual``, credit and residual since the last log; ``lca/total_cum``,
+    credit since the start; ``lca/loss``, that of the probe; ``lca_layer_cum/00 name``, a layer's
+    credit since the start. As fractions of weights, mean per step since the last log: ``lca/help``,
+    ``lca/hurt``, ``lca_layer_help/00 name`` and ``lca_layer_hurt/00 name``. And
+    ``lca/not_finite``, the steps so far whose loss or credit was not finite: no sum counts them.
 
     One instance may serve several trainings, one after the other; its results are those of the
     latest. A copy or a pickle of it is small: it keeps the settings and, as plain data on the host,
@@ -106,20 +119,34 @@ class LCACallback(LightningCallback):
         ValueError: An argument out of range. TypeError: one of the wrong type.
 
     Example:
-        >>> lca = LCACallback(every_n_steps=10)
-        >>> # pl.Trainer(callbacks=[lca]).fit(model, loader); print(lca.summary())
+        >>> import tempfile
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> lca = LCACallback(every_n_steps=2, figures=False)
+        >>> trainer = pl.Trainer(
+        ...     max_steps=8,
+        ...     callbacks=[lca],
+        ...     default_root_dir=tempfile.mkdtemp(),
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> len(lca.history), lca.history.groups
+        (4, ('layer',))
+        >>> print(lca.summary())
+        layer ...
     """
 
     def __init__(
         self,
-        probe: Any = "train",
+        probe: ProbeSource | Mapping[str, ProbeSource] = "train",
         probe_batches: int = 1,
         probe_mode: ProbeMode = "no_dropout",
         loss_fn: Callable[[Any, Any], Any] | None = None,
         every_n_steps: int = 1,
         max_overhead: float | None = None,
         segments: Segments = "batch",
-        quadrature: str | Quadrature = "simpson",
+        quadrature: QuadratureName | Quadrature = "simpson",
         tolerance: float | None = None,
         max_splits: int = 32,
         group_by: GroupBy = "layer",
@@ -132,7 +159,7 @@ class LCACallback(LightningCallback):
         figures: bool = True,
         custom_scalars: bool = False,
         live: bool = False,
-        breakdown: bool | str | Sequence[str] = False,
+        breakdown: bool | BreakdownName | Sequence[BreakdownName] = False,
         oscillation: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""

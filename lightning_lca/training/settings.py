@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -15,7 +15,20 @@ from lightning_lca.measure.selection import Selection
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
-BREAKDOWNS = ("part", "order", "term")
+BreakdownName = Literal["part", "order", "term"]
+BREAKDOWNS: tuple[BreakdownName, ...] = get_args(BreakdownName)
+
+
+class HasDataset(Protocol):
+    """What loads batches of a data set, as a DataLoader does; no text, which is iterable, too."""
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+# What the batches of one probe come from.
+ProbeSource = Literal["train", "val"] | HasDataset | list[Any] | tuple[Any, ...] | Iterator[Any]
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Notebook:
         self.outputs = []  # One list of bundles per display.
         display = SimpleNamespace(display=self.display)
         shell = SimpleNamespace(kernel=object())
-        ipython = SimpleNamespace(get_ipython=lambda: shell, display=display)
+        ipython = SimpleNamespace(get_ipython=lambda: shell, display=display, version_info=(9, 0))
         monkeypatch.setitem(sys.modules, "IPython", ipython)
         monkeypatch.setitem(sys.modules, "IPython.display", display)
 
@@ -174,7 +174,7 @@ def test_what_goes_wrong_in_it_ends_the_view_and_not_the_training(tmp_path, note
 def test_where_there_is_no_notebook_a_line_says_so(tmp_path, monkeypatch, caplog, terminal):
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     if terminal:
-        shell = SimpleNamespace(get_ipython=lambda: SimpleNamespace())
+        shell = SimpleNamespace(get_ipython=SimpleNamespace, version_info=(9, 0))
         monkeypatch.setitem(sys.modules, "IPython", shell)
     with caplog.at_level("INFO"):
         lca = fit(tmp_path, live=True, steps=5).lca
