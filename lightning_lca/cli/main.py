@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -16,10 +15,11 @@ import numpy as np
 
 import lightning_lca
 from lightning_lca.cli import replay as replay_command
-from lightning_lca.cli.terminal import InputError, progress, say
+from lightning_lca.cli.terminal import InputError, say
 from lightning_lca.record import export
 from lightning_lca.record.history import History
-from lightning_lca.record.reader import Reader
+from lightning_lca.record.progress import counted
+from lightning_lca.record.reader import Reader, places
 from lightning_lca.record.summary import together
 
 
@@ -121,7 +121,7 @@ def _figures(options: argparse.Namespace) -> None:
                 drawn[file] = partial(draw, history)
             if probe == "val":
                 drawn |= figures.between(histories)
-            for file, make in progress(drawn.items(), "figure"):
+            for file, make in counted([*drawn.items()], "figure", "drawing"):
                 path = directory / f"{file.replace('/', '_')}.png"
                 try:
                     with np.errstate(all="ignore"):  # Numbers that are not finite leave gaps.
@@ -153,7 +153,7 @@ def _export(options: argparse.Namespace) -> None:
             np.savez_compressed(options.to, **export.arrays(history))  # type: ignore[arg-type]
         else:
             columns = export.long(history) if options.long else export.wide(history)
-            parts = progress(list(export.blocks(columns)), "block")
+            parts = counted([*export.blocks(columns)], "block", "writing")
             if suffix == ".csv":
                 export.write_csv(options.to, columns, parts)
             else:
@@ -186,11 +186,7 @@ def _runs(logdir: Path) -> dict[str, Reader]:
         )
     runs: dict[str, Reader] = {}
     damaged = []
-    # Neither links to directories are followed, nor does one that cannot be read stop the others.
-    walked = ((Path(place), files) for place, _, files in os.walk(logdir))
-    for directory in sorted(
-        place for place, files in walked if any("tfevents" in f for f in files)
-    ):
+    for directory in places(logdir):
         try:
             reader = Reader.of(directory)
         except FileNotFoundError as error:

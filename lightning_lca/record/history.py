@@ -401,7 +401,8 @@ class History:
             probe: Which probe, where several were given by name; by default the first.
 
         Raises:
-            FileNotFoundError: The directory does not exist or holds no LCA record.
+            FileNotFoundError: The directory does not exist or holds no LCA record of its own; of a
+                directory of several runs the message lists them, the latest first.
             ValueError: No such probe.
         """
         from lightning_lca.record.reader import Reader  # It makes histories.

@@ -123,7 +123,11 @@ class Reporter:
             lay_out(next(iter(self._scalars.values())), self.log_dir)
 
     def resume(
-        self, kept: Mapping[str, Any], started_at: int, first_step: int
+        self,
+        kept: Mapping[str, Any],
+        started_at: int,
+        first_step: int,
+        before: dict[str | None, History] | None = None,
     ) -> dict[str | None, History]:
         """Goes on where a checkpoint left off: reads back what was recorded up to there.
 
@@ -131,6 +135,7 @@ class Reporter:
             kept: What `state` returned when the checkpoint was saved.
             started_at: Optimizer steps done at the start.
             first_step: Last step of what was recorded that still counts.
+            before: The histories up to there, where they are in memory.
 
         Returns:
             The history of every probe, as far as it is known.
@@ -138,6 +143,10 @@ class Reporter:
         self._gallery.turn(started_at)
         self._x = self.logged_at = kept["logged_at"]
         where = kept["record"]
+        if before is not None:
+            for history in before.values():
+                history.cut(first_step)
+            return before
         try:
             reader = Reader.of(Path(where)) if where else None
         except FileNotFoundError as error:

@@ -47,10 +47,11 @@ class LCACallback(LightningCallback):
     ``lca/not_finite``, the steps so far whose loss or credit was not finite: no sum counts them.
 
     One instance may serve several trainings, one after the other; its results are those of the
-    latest. A copy or a pickle of it is small: it keeps the settings and, as plain data on the host,
-    the results so far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a
-    training that runs, and starts afresh in its own. A deep copy shares the probe's data and
-    ``loss_fn`` with the original; a pickle holds them, so that a lambda cannot be pickled.
+    latest. A Trainer that fits again goes on where it was: so do history, sums and record. A copy
+    or a pickle of it is small: it keeps the settings and, as plain data on the host, the results so
+    far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a training that runs,
+    and starts afresh in its own. A deep copy shares the probe's data and ``loss_fn`` with the
+    original; a pickle holds them, so that a lambda cannot be pickled.
 
     Args:
         probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an
@@ -288,8 +289,11 @@ class LCACallback(LightningCallback):
         with defer_signals():
             check_trainer(trainer, pl_module, self._settings)
             kept, self._kept = self._kept, None
-            if self._training is not None:  # A training that nobody ended.
-                self._training.abort()
+            before = None
+            if self._training is not None:
+                self._training.abort()  # Nobody may have ended it.
+                if kept is None and self._training.goes_on_in(trainer):
+                    kept, before = self._training.state(), self._training.histories
             self._results, self._training = {}, None
             self._chords = self._settings.chords()
             self._training = Training(
@@ -300,6 +304,7 @@ class LCACallback(LightningCallback):
                 key=self.state_key,
                 place=_place(self, trainer),
                 kept=kept,
+                before=before,
             )
             self.log_dir = self._training.reporter.log_dir
             self._training.begin(trainer, pl_module)

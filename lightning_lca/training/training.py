@@ -67,6 +67,7 @@ class Training:
         key: str = "",
         place: int = 0,
         kept: dict[str, Any] | None = None,
+        before: dict[str | None, History] | None = None,
     ) -> None:
         """Prepares what needs no look at the loss; every rank must call this.
 
@@ -78,8 +79,10 @@ class Training:
             key: Tells this callback's record from another's.
             place: Which one of the Trainer's callbacks this is, from 0.
             kept: What `state` returned when a checkpoint was saved; None for a new training.
+            before: The histories up to there, where they are in memory.
         """
         self._settings = settings
+        self._before = before
         self._chords = chords
         self._kept = kept
         self._is_cut = any_cut(module)
@@ -144,7 +147,8 @@ class Training:
             # there takes up the chord, and that rest no longer counts.
             measured = [state["last_step"] for state in kept["probes"].values()]
             first_step = min([started_at, *measured])
-        histories = self.reporter.resume(kept, started_at, first_step) if kept else {}
+        before, self._before = self._before, None
+        histories = self.reporter.resume(kept, started_at, first_step, before) if kept else {}
         for name, state in kept["probes"].items() if kept else ():
             if name or None in self.meters:
                 meter = self.meters[name or None]
@@ -375,6 +379,15 @@ class Training:
             self.reporter.close()
         except Exception as error:
             warn(f"LCA: the record could not be finished: {error!r}")
+
+    @property
+    def histories(self) -> dict[str | None, History]:
+        """Views of what was measured, by probe: what is measured later does not join them."""
+        return {name: meter.history.as_it_is() for name, meter in self.meters.items()}
+
+    def goes_on_in(self, trainer: Trainer) -> bool:
+        """Whether a training that starts now goes on where this one is, in the same Trainer."""
+        return self._counter.watches(trainer) and 0 < self._counter.done == trainer.global_step
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint needs, as plain values and tensors."""
@@ -648,6 +661,10 @@ class StepCounter:
     def done(self) -> int:
         """Optimizer steps since the start of training."""
         return int(max(self._trainer.global_step, self._start + self._seen))
+
+    def watches(self, trainer: Trainer) -> bool:
+        """Whether it is this Trainer whose steps are counted."""
+        return trainer is self._trainer
 
     def resume(self, done: int) -> None:
         """Takes up the count of a checkpoint."""
