@@ -53,7 +53,7 @@ def frame(history: History, table: FrameName) -> pd.DataFrame:
 
 
 _WHERE = {
-    "parameters": "LCACallback records them since its first version.",
+    "parameters": "It was written without them.",
     "neurons": "Train with LCACallback(neurons=True).",
     "weights": "Train with LCACallback(track_parameters=True).",
 }
