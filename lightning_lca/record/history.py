@@ -35,9 +35,11 @@ _NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
 class History:
     """All measured steps of a run: T rows, G groups, in network order.
 
-    Every column of `StepTable` is an attribute; ``helping`` and ``hurting`` are fractions of
-    ``sizes`` here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] -
-    loss_before[0]`` equals ``allocated.sum() + residual.sum() + drift.sum()``.
+    Columns are attributes: ``steps``, ``loss_before``, ``loss_after``, ``residual``, ``drift``,
+    ``splits``, ``converged``, ``finite``, ``unmoved``, ``trained`` and ``seconds`` [T], and
+    ``allocated``, ``helping`` and ``hurting`` [T, G]. The latter two are fractions of ``sizes``, in
+    [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
+    ``allocated.sum() + residual.sum() + drift.sum()``.
 
     Attributes:
         groups: Name of every group (G,).
@@ -106,7 +108,7 @@ class History:
         self._windows.setdefault(table, []).append(windows)
 
     def grow_in(self, allocate: Allocate) -> None:
-        """Says how arrays are made that rows are joined in; see `growth.GrowingTable`."""
+        """Says how arrays are made that rows are joined in."""
         if self._growing is None:
             self._growing = GrowingTable(allocate)
 

@@ -6,6 +6,7 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -87,7 +88,7 @@ class LiveView:
         if self._display is None:
             return
         try:
-            self._update(histories, last=last)
+            self._update(self._display, histories, last=last)
         except Exception as error:  # A view is never worth a training.
             self._display = None
             warn(
@@ -95,7 +96,7 @@ class LiveView:
                 "it; print(lca.summary()) shows what was measured."
             )
 
-    def _update(self, histories: Histories, *, last: bool) -> None:
+    def _update(self, display: Callable[..., Any], histories: Histories, *, last: bool) -> None:
         began = clock()
         if last or began >= self._figure_due:
             self._png = heatmap(histories)
@@ -106,7 +107,7 @@ class LiveView:
         html = notebook.document([*notebook.heading(title), *_image(self._png), *parts])
         bundle = {"text/plain": title, "text/html": html}
         if self._handle is None:
-            self._handle = self._display(bundle, raw=True, display_id=True)
+            self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
         self._due = clock() + max(EVERY, (clock() - began) / MOST_TIME)
@@ -131,4 +132,4 @@ def _display() -> Callable[..., Any] | None:
         return None
     from IPython.display import display
 
-    return display
+    return partial(display)
