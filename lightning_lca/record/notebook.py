@@ -34,6 +34,8 @@ _STYLE = f"""<style>
 .lca table.lca-table tr {{background: none}}
 .lca table.lca-table .lca-name {{text-align: left; white-space: normal; overflow-wrap: anywhere;
  font-weight: normal; min-width: 5em; max-width: 28em}}
+.lca table.lca-table .lca-note {{text-align: left; white-space: normal}}
+.lca table.lca-table .lca-both {{text-align: center}}
 .lca table.lca-table thead .lca-name, .lca table.lca-table thead th {{font-weight: 600}}
 .lca .lca-bar {{position: relative; display: inline-block; width: 150px; height: 12px;
  vertical-align: middle}}
@@ -108,8 +110,9 @@ def table(history: History) -> list[str]:
     between = "" if data is None else "<th>± data</th>"
     head = (
         f'<th class="lca-name">layer</th><th>weights</th><th>LCA</th>{between}'
-        f"<th>{_key('helps')} helps &nbsp; {_key('hurts')} hurts</th><th>share</th>"
-        f"<th>helping</th><th>of its weights</th><th>hurting</th><th>rank</th>"
+        f"<th class='lca-both'>{_key('helps')} helps &nbsp; {_key('hurts')} hurts</th>"
+        "<th>share</th>"
+        "<th>helping</th><th>of its weights</th><th>hurting</th><th>rank</th>"
     )
     rows = []
     for line, half in zip(ledger.lines, reach, strict=True):
@@ -176,7 +179,7 @@ def _ledger(ledger: Ledger) -> list[str]:
     ]
     rows = [
         f'<th class="lca-name" scope="row">{name}</th><td>{value}</td>'
-        f'<td class="lca-name">{_text(note)}</td>'
+        f'<td class="lca-note">{_text(note)}</td>'
         for name, value, note in lines
     ]
     return [_table("", rows)]

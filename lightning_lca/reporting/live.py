@@ -6,7 +6,6 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
-from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -130,6 +129,7 @@ def _display() -> Callable[..., Any] | None:
     shell = None if ipython is None else ipython.get_ipython()
     if getattr(shell, "kernel", None) is None:  # IPython in a terminal has no kernel.
         return None
-    from IPython.display import display
+    from IPython import display
 
-    return partial(display)
+    found: Callable[..., Any] = display.display
+    return found

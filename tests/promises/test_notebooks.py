@@ -6,6 +6,7 @@ import re
 import sysconfig
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from support import ROOT
@@ -13,18 +14,23 @@ from support.models import pl
 from support.processes import PATIENCE, environment
 from support.training import fit
 
+from lightning_lca import History
+
 TUTORIAL = ROOT / "examples" / "tutorial.ipynb"
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_in_the_home(tmp_path, monkeypatch):
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    # TensorBoard notes here which servers run.
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+@pytest.fixture(autouse=True, scope="module")
+def own_place(tmp_path_factory):
+    """Where kernels and servers leave what they would leave in the home."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RUNTIME_DIR", "CONFIG_DIR", "DATA_DIR"):
+            patch.setenv(f"JUPYTER_{name}", str(place / name.lower()))
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+        patch.setenv("IPYTHONDIR", str(place / "ipython"))
+        patch.setenv("TMPDIR", str(place))  # TensorBoard notes here which servers run.
+        yield place
 
 
 class Watching(NotebookClient):
@@ -76,12 +82,13 @@ def tutorial(tmp_path_factory):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    client = execute(notebook, tmp_path_factory.mktemp("tutorial"))
-    return notebook, client
+    directory = tmp_path_factory.mktemp("tutorial")
+    client = execute(notebook, directory)
+    return notebook, client, directory
 
 
 def test_the_tutorial_runs_and_shows_what_its_stored_outputs_show(tutorial):
-    notebook, _ = tutorial
+    notebook, *_ = tutorial
     stored = nbformat.read(TUTORIAL, as_version=4)
     nbformat.validate(stored)
     assert kinds(notebook) == kinds(stored)
@@ -99,7 +106,7 @@ def test_the_tutorial_runs_and_shows_what_its_stored_outputs_show(tutorial):
 
 
 def test_the_tutorials_view_followed_the_training(tutorial):
-    notebook, client = tutorial
+    notebook, client, _ = tutorial
     (view,) = (
         output.data["text/html"]
         for cell in notebook.cells
@@ -114,11 +121,19 @@ def test_the_tutorials_view_followed_the_training(tutorial):
 
 
 def test_what_the_tutorial_says_of_its_run_is_true(tutorial):
-    notebook, _ = tutorial
-    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    frame = notebook.cells[-2].outputs if notebook.cells[-2].cell_type == "code" else None
-    assert "signal" in text
-    assert frame is None or frame
+    history = History.load(tutorial[2] / "lightning_logs" / "version_0")
+    credit = history.allocated
+    assert credit.sum() < -2
+    assert credit[:40].sum() < 0.8 * credit.sum(), "most of the learning is in the first steps"
+    turns = (np.diff(np.sign(credit[40:].sum(1))) != 0).sum()
+    assert turns > 10, "later, blue and red take turns"
+    assert np.abs(history.residual).sum() < 0.01 * np.abs(credit).sum()
+    assert history.helping.mean() > history.hurting.mean()
+    part = history.breakdowns["part"]
+    sums = dict(zip(part.names, part.allocated.sum(0).T, strict=True))
+    assert (sums["signal"] < 0).all()
+    assert (sums["momentum"] < 0).all()
+    assert (sums["noise"] > 0).all()
 
 
 def test_a_live_view_leaves_training_bitwise_the_same_on_a_kernel(tmp_path):
@@ -142,7 +157,7 @@ def test_a_live_view_leaves_training_bitwise_the_same_on_a_kernel(tmp_path):
     assert made.cells[-1].outputs[-1].text == "the same\n"
 
 
-def test_tensorboard_opens_below_a_cell_as_the_readme_says(tmp_path):
+def test_tensorboard_opens_below_a_cell_as_the_readme_says(tmp_path, own_place):
     logger = pl.loggers.TensorBoardLogger(tmp_path, "lightning_logs")
     fit(tmp_path, trainer={"logger": logger}, steps=6)
     for text in ((ROOT / "README.md").read_text(), tutorial_text()):
@@ -173,7 +188,7 @@ def test_tensorboard_opens_below_a_cell_as_the_readme_says(tmp_path):
     try:
         execute(made, tmp_path)
     finally:
-        stop_all(tmp_path / "tmp")
+        stop_all(own_place)
     html = "".join(o.data.get("text/html", "") for o in made.cells[1].outputs if "data" in o)
     assert "<iframe" in html
     assert made.cells[2].outputs[-1].text == "['version_0']\n"
