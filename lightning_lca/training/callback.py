@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
-from lightning_lca.measure.quadrature import Quadrature
+from lightning_lca.measure.quadrature import Quadrature, QuadratureName
 from lightning_lca.probe.loss import ProbeMode
 from lightning_lca.record import notebook, overfitting, summary
 from lightning_lca.record.findings import Finding, find
@@ -20,15 +20,9 @@ from lightning_lca.reporting.live import page
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.meter import Meter, Results
-from lightning_lca.training.settings import BreakdownName, Segments, Settings
+from lightning_lca.training.settings import BreakdownName, ProbeSource, Segments, Settings
 from lightning_lca.training.support import check_trainer, distinct_key
 from lightning_lca.training.training import Training
-
-if TYPE_CHECKING:
-    from lightning_lca.measure.quadrature import QuadratureName
-    from lightning_lca.training.settings import ProbeSource
-else:  # LightningCLI takes anything for these, so that a typo has the message of `Settings.check`.
-    ProbeSource, QuadratureName = Any, str
 
 
 class LCACallback(LightningCallback):
