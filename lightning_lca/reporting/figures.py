@@ -33,7 +33,8 @@ _LINES = 8  # More in one chart of Custom Scalars are not read by anyone.
 class Gallery:
     """Shows figures, the summary and distributions of credit about ten times per run.
 
-    Figures go to every logger that can show them (TensorBoard, Weights & Biases, Comet, MLflow), as
+    Figures go to every logger that can show them (TensorBoard, Weights & Biases, Comet, MLflow,
+    LitLogger, and those with a method ``log_image(key, images, step)``), as
     ``lca_figures/heatmap`` and so on; where none can, they are PNG files in ``lca_figures`` in the
     log directory, renewed each time. The Markdown summary (``lca/summary``) and the distributions
     (``lca_layer_credit/00 name``: credit of single weights times the layer's number of weights, in
@@ -230,14 +231,14 @@ def _hook(logger: Any) -> Hook | None:
     """Finds the way in which a logger shows a figure."""
     hooks = {
         "TensorBoardLogger": _to_tensorboard,
-        "WandbLogger": _to_wandb,
         "CometLogger": _to_comet,
         "MLFlowLogger": _to_mlflow,
+        "LitLogger": _to_lit,
     }
-    for name, hook in hooks.items():
-        if is_a(name, logger):
-            return lambda tag, figure, png, step: hook(logger, tag, figure, png, step)
-    return None
+    # That of W&B, which loggers of others have, too.
+    own = _by_log_image if callable(getattr(logger, "log_image", None)) else None
+    hook = next((hook for name, hook in hooks.items() if is_a(name, logger)), own)
+    return None if hook is None else partial(hook, logger)
 
 
 def _to_tensorboard(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
@@ -248,7 +249,7 @@ def _to_tensorboard(logger: Any, tag: str, figure: Figure, png: bytes, step: int
     file_writer(logger).add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def _to_wandb(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
+def _by_log_image(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
     from PIL import Image
 
     logger.log_image(key=tag, images=[Image.open(BytesIO(png))], step=step)
@@ -262,6 +263,13 @@ def _to_mlflow(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> 
     logger.experiment.log_figure(
         logger.run_id, figure, f"{tag.partition('_')[0]}_figures/{_file_name(tag)}/{step:07d}.png"
     )
+
+
+def _to_lit(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
+    from litlogger import Image as LitImage
+    from PIL import Image
+
+    logger.experiment[tag].append(LitImage(Image.open(BytesIO(png))), step=step)
 
 
 def _file_name(tag: str) -> str:

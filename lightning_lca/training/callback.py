@@ -90,8 +90,9 @@ class LCACallback(LightningCallback):
             follows a sample of 10,000 single weights in the record.
         neurons: Keeps the credit of every neuron (output channel) per logging interval in the
             record, so that dashboards can open a layer; one more pass over the weights per step.
-        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow),
-            or as PNG files in ``log_dir``, up to ten times per run and at its end.
+        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow,
+            LitLogger, any with a method ``log_image(key, images, step)``), or as PNG files in
+            ``log_dir``, up to ten times per run and at its end.
         custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
         live: In a notebook (Jupyter, Colab, VS Code), shows the summary as a table with bars and
             the heatmap below the cell that trains, and keeps them up to date: at most once a second
