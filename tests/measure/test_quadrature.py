@@ -52,6 +52,11 @@ def test_a_wrong_rule_cannot_be_built(nodes, weights, degree, message):
         Quadrature("mine", nodes, weights, degree)
 
 
+def test_a_composite_rule_has_panels():
+    with pytest.raises(ValueError, match="A composite rule needs at least 1 panel, got 0"):
+        RULES["simpson"].composite(0)
+
+
 def test_gradients_per_step_count_what_a_chain_of_segments_pays():
     per_step = {name: rule.gradients_per_step for name, rule in RULES.items()}
     assert per_step == {

@@ -474,6 +474,14 @@ def test_mistakes_are_told_in_one_line(runs, capsys, what, option):
     assert err.startswith("lightning-lca: ")
 
 
+def test_a_module_that_cannot_be_imported_says_why(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "unimportable.py").write_text('raise RuntimeError("on purpose")')
+    monkeypatch.chdir(tmp_path)
+    status, err = run(runs / "a", "--model", "unimportable.Net", capsys=capsys)
+    assert status == 2
+    assert "--model unimportable.Net: importing unimportable fails with RuntimeError: on pur" in err
+
+
 def test_a_run_that_fails_does_not_stop_the_others(runs, capsys):
     spoil(runs / "a" / "checkpoints", "one")
     status, err = run(runs, *NAMES, capsys=capsys)
