@@ -80,7 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.add_to(commands)
 
     demo = commands.add_parser("demo", help="train a small network for a few seconds to look at")
-    demo.add_argument("--out", type=Path, default=Path("lca_demo"), metavar="DIR")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lca_demo"),
+        metavar="DIR",
+        help="where its log directory is made (lca_demo)",
+    )
+    demo.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps; findings need 50 (300)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -170,8 +179,11 @@ def _export(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lightning_lca.cli import demo
 
-    say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
-    lca = demo.train(options.out)
+    steps = demo.STEPS if options.steps is None else options.steps
+    if steps < 1:
+        raise InputError(f"--steps must be at least 1, got {steps}.")
+    say(f"Trains a small network for {steps} steps, and measures each of them.")
+    lca = demo.train(options.out, steps=steps)
     print(lca.history.summary())
     print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(options.out))}")
     print("and open its LCA tab.")

@@ -179,7 +179,10 @@ def test_where_there_is_no_notebook_a_line_says_so(tmp_path, monkeypatch, caplog
         monkeypatch.setitem(sys.modules, "IPython", shell)
     with caplog.at_level("INFO"):
         lca = fit(tmp_path, live=True, steps=5).lca
-    assert "LCA: live=True shows a view in notebooks (Jupyter, Colab, VS Code)" in caplog.text
+    assert (
+        "live=True shows its view in a notebook (Jupyter, Colab, VS Code), and this is none"
+        in caplog.text
+    )
     assert len(lca.history) == 5
 
 
