@@ -64,8 +64,8 @@ class LiveView:
         if trainer.is_global_zero and self._display is None:
             tell(
                 trainer,
-                "LCA: live=True shows its view in a notebook (Jupyter, Colab, VS Code), and this is "
-                "none. Training goes on without a view.",
+                "LCA: live=True shows its view in a notebook (Jupyter, Colab, VS Code), and this "
+                "is none. Training goes on without a view.",
             )
         self._length = length(trainer)
         self._handle: Any = None

@@ -196,9 +196,18 @@ class Training:
 
     @defer_signals()
     def open(self) -> None:
-        """Starts a segment where the weights are, unless one is open: only copies."""
-        if not self._trained and not self._settings.selection.is_everything:
-            return  # What is measured rests, while other weights are trained.
+        """Starts a segment where the weights are, unless one is open: only copies.
+
+        Raises:
+            MisconfigurationException: The model trains nothing from the start.
+        """
+        if not self._trained:  # What is measured rests, while others train, or nothing does.
+            if self._settings.selection.is_everything and not self._is_prepared:
+                raise MisconfigurationException(
+                    "The model has no trainable weight: every parameter has requires_grad=False. "
+                    "LCA needs weights that move; unfreeze some before training starts."
+                )
+            return
         if self._catches_up:
             self.snapshots.mark(self._trained, self._counter.done)
         if self._splits_chords and self.snapshots.is_open:
@@ -220,7 +229,7 @@ class Training:
         """
         done = self._counter.done
         live = self._live()
-        if not live and not self._settings.selection.is_everything:
+        if not live:
             self.snapshots.drop()
             for meter in self.meters.values():
                 meter.forget_chord()
