@@ -19,21 +19,27 @@ if TYPE_CHECKING:
         allocate,
         refine,
     )
-    from lightning_lca.measure.groups import Grouping
+    from lightning_lca.measure.groups import GroupBy, Grouping
     from lightning_lca.measure.metrics import GroupCredit, HelpingFraction, HurtingFraction
-    from lightning_lca.measure.quadrature import Quadrature
+    from lightning_lca.measure.quadrature import Quadrature, QuadratureName
     from lightning_lca.probe.classes import per_class
+    from lightning_lca.probe.loss import ProbeMode
     from lightning_lca.record.findings import Finding
+    from lightning_lca.record.frames import FrameName
     from lightning_lca.record.history import History
     from lightning_lca.training.callback import LCACallback
     from lightning_lca.training.freezing import LCAFreeze
+    from lightning_lca.training.settings import BreakdownName, ProbeSource, Segments
 
 __version__ = "0.1.0"  # The one place: pyproject.toml reads it here.
 
 __all__ = [
     "Allocation",
+    "BreakdownName",
     "Field",
     "Finding",
+    "FrameName",
+    "GroupBy",
     "GroupCredit",
     "Grouping",
     "HelpingFraction",
@@ -42,9 +48,13 @@ __all__ = [
     "LCACallback",
     "LCAFreeze",
     "Position",
+    "ProbeMode",
+    "ProbeSource",
     "Quadrature",
+    "QuadratureName",
     "Sample",
     "Segment",
+    "Segments",
     "allocate",
     "per_class",
     "refine",
@@ -62,12 +72,15 @@ _HOME = {
     ),
     "training.callback": ("LCACallback",),
     "training.freezing": ("LCAFreeze",),
-    "measure.groups": ("Grouping",),
+    "training.settings": ("BreakdownName", "ProbeSource", "Segments"),
+    "measure.groups": ("GroupBy", "Grouping"),
     "record.findings": ("Finding",),
     "probe.classes": ("per_class",),
+    "probe.loss": ("ProbeMode",),
+    "record.frames": ("FrameName",),
     "record.history": ("History",),
     "measure.metrics": ("GroupCredit", "HelpingFraction", "HurtingFraction"),
-    "measure.quadrature": ("Quadrature",),
+    "measure.quadrature": ("Quadrature", "QuadratureName"),
 }
 
 

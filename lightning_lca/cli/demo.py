@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca.training.callback import LCACallback
 
-STEPS = 400
+STEPS = 300
 _BATCH = 64
 
 

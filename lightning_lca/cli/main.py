@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -16,10 +15,11 @@ import numpy as np
 
 import lightning_lca
 from lightning_lca.cli import replay as replay_command
-from lightning_lca.cli.terminal import InputError, progress, say
+from lightning_lca.cli.terminal import InputError, say
 from lightning_lca.record import export
 from lightning_lca.record.history import History
-from lightning_lca.record.reader import Reader
+from lightning_lca.record.progress import counted
+from lightning_lca.record.reader import Reader, places
 from lightning_lca.record.summary import together
 
 
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 
     summary = commands.add_parser("summary", help="print the table and ledger of every run")
     _takes_runs(summary)
+    summary.add_argument(
+        "--all", action="store_true", help="a row for every layer, also where there are many"
+    )
     summary.set_defaults(run=_summary)
 
     figures = commands.add_parser("figures", help="draw every figure as a PNG file")
@@ -77,7 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.add_to(commands)
 
     demo = commands.add_parser("demo", help="train a small network for a few seconds to look at")
-    demo.add_argument("--out", type=Path, default=Path("lca_demo"), metavar="DIR")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lca_demo"),
+        metavar="DIR",
+        help="where its log directory is made (lca_demo)",
+    )
+    demo.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps; findings need 50 (300)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -93,7 +105,7 @@ def _summary(options: argparse.Namespace) -> None:
     for i, (name, reader) in enumerate(runs.items()):
         for probe, history in _histories(reader, options.probe, name).items():
             title = " ".join([name] * several + [f"probe {probe!r}"] * (len(reader.histories) > 1))
-            print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary())
+            print("\n" * (i > 0) + (f"{title}\n" if title else "") + history.summary(options.all))
         if options.probe is None and (told := together(reader.histories)):
             print(f"\n{told}")
 
@@ -118,7 +130,7 @@ def _figures(options: argparse.Namespace) -> None:
                 drawn[file] = partial(draw, history)
             if probe == "val":
                 drawn |= figures.between(histories)
-            for file, make in progress(drawn.items(), "figure"):
+            for file, make in counted([*drawn.items()], "figure", "drawing"):
                 path = directory / f"{file.replace('/', '_')}.png"
                 try:
                     with np.errstate(all="ignore"):  # Numbers that are not finite leave gaps.
@@ -150,7 +162,7 @@ def _export(options: argparse.Namespace) -> None:
             np.savez_compressed(options.to, **export.arrays(history))  # type: ignore[arg-type]
         else:
             columns = export.long(history) if options.long else export.wide(history)
-            parts = progress(list(export.blocks(columns)), "block")
+            parts = counted([*export.blocks(columns)], "block", "writing")
             if suffix == ".csv":
                 export.write_csv(options.to, columns, parts)
             else:
@@ -167,8 +179,11 @@ def _export(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lightning_lca.cli import demo
 
-    say(f"Trains a small network for {demo.STEPS} steps, and measures each of them.")
-    lca = demo.train(options.out)
+    steps = demo.STEPS if options.steps is None else options.steps
+    if steps < 1:
+        raise InputError(f"--steps must be at least 1, got {steps}.")
+    say(f"Trains a small network for {steps} steps, and measures each of them.")
+    lca = demo.train(options.out, steps=steps)
     print(lca.history.summary())
     print(f"\nNow run:  tensorboard --logdir {shlex.quote(str(options.out))}")
     print("and open its LCA tab.")
@@ -183,11 +198,7 @@ def _runs(logdir: Path) -> dict[str, Reader]:
         )
     runs: dict[str, Reader] = {}
     damaged = []
-    # Neither links to directories are followed, nor does one that cannot be read stop the others.
-    walked = ((Path(place), files) for place, _, files in os.walk(logdir))
-    for directory in sorted(
-        place for place, files in walked if any("tfevents" in f for f in files)
-    ):
+    for directory in places(logdir):
         try:
             reader = Reader.of(directory)
         except FileNotFoundError as error:

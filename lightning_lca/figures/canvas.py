@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 
 import matplotlib.style
 from matplotlib.backend_bases import RendererBase
@@ -46,6 +47,13 @@ class LcaFigure(Figure):
         """Draws with the look that the figure was made with."""
         with look():
             super().draw(renderer)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """Shows itself in a notebook, without ``%matplotlib``: twice as fine as it is wide."""
+        file = BytesIO()
+        self.savefig(file, format="png", dpi=2 * self.dpi)
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        return file.getvalue(), {"width": width, "height": height}
 
 
 def blank(width: float, height: float) -> Figure:

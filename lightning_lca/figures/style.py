@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_lca.analysis.colours import LIGHT
 from lightning_lca.analysis.scale import colour_limit
 from lightning_lca.figures.timeline import Array
+from lightning_lca.record.colours import LIGHT
 from lightning_lca.record.tables import Floats
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _MOMENT_TOLERANCE = 1e-12
 
@@ -136,6 +136,17 @@ GAUSS3 = Quadrature(
     "gauss3", (0.5 - math.sqrt(3 / 20), 0.5, 0.5 + math.sqrt(3 / 20)), (5 / 18, 8 / 18, 5 / 18), 5
 )
 
+QuadratureName = Literal[
+    "euler",
+    "midpoint",
+    "trapezoid",
+    "closed_trapezoid",
+    "adaptive",
+    "simpson",
+    "boole",
+    "gauss2",
+    "gauss3",
+]
 RULES: dict[str, Quadrature] = {
     rule.name: rule
     for rule in (

@@ -453,13 +453,8 @@ class Probe:
 
         Raises:
             NoLossError: There is no loss, or it is not finite.
-            MisconfigurationException: It is not a scalar with a gradient, or nothing is trained.
+            MisconfigurationException: It is not a scalar with a gradient.
         """
-        if not segment.start:
-            raise MisconfigurationException(
-                "The model has no trainable weight: every parameter has requires_grad=False. "
-                "LCA needs weights that move; unfreeze some before training starts."
-            )
         frozen = self._constants()
         before = [local(p).detach().clone() for p in frozen]
         self._watching = False

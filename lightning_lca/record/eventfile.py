@@ -25,7 +25,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -206,8 +206,19 @@ def tagged(
     return {str(Tag(table, first_step, probe or "", p)): pack(a) for p, a in parts.items()}
 
 
-def read(log_dir: Path) -> Iterator[tuple[str | None, bytes]]:
+def size(log_dir: Path) -> int:
+    """Counts the bytes of a directory's event files."""
+    return sum(path.stat().st_size for path in _event_files(log_dir)[0])
+
+
+def read(
+    log_dir: Path, seen: Callable[[int], Any] = lambda count: None
+) -> Iterator[tuple[str | None, bytes]]:
     """Reads the record's tags and their data from a log directory, in the order of writing.
+
+    Args:
+        log_dir: The directory.
+        seen: Is told how many bytes were read since the last time.
 
     Yields:
         (tag, data), and (None, why) for every stretch of a file, or file, that cannot be read.
@@ -223,6 +234,7 @@ def read(log_dir: Path) -> Iterator[tuple[str | None, bytes]]:
             if isinstance(frame, str):
                 yield None, f"{path.name}: {frame}".encode(errors="replace")
                 continue
+            seen(len(frame))
             # What is not ours, pictures for example, need not be taken apart.
             if b"lca/" not in frame:
                 continue

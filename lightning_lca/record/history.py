@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lca.record import findings, summary
+from lightning_lca.record import findings, notebook, summary
+from lightning_lca.record.frames import FrameName, frame
 from lightning_lca.record.growth import Allocate, GrowingTable
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.statistics import error_of_mean
@@ -23,6 +24,9 @@ from lightning_lca.record.tables import (
     layer_of,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 OSCILLATION = "oscillation"
 BATCH = "batch"
 _NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
@@ -31,9 +35,11 @@ _NAMES = 2**25  # Bytes of names that are made for a table that has no row yet.
 class History:
     """All measured steps of a run: T rows, G groups, in network order.
 
-    Every column of `StepTable` is an attribute; ``helping`` and ``hurting`` are fractions of
-    ``sizes`` here, in [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] -
-    loss_before[0]`` equals ``allocated.sum() + residual.sum() + drift.sum()``.
+    Columns are attributes: ``steps``, ``loss_before``, ``loss_after``, ``residual``, ``drift``,
+    ``splits``, ``converged``, ``finite``, ``unmoved``, ``trained`` and ``seconds`` [T], and
+    ``allocated``, ``helping`` and ``hurting`` [T, G]. The latter two are fractions of ``sizes``, in
+    [0, 1]; the rest is idle. The ledger closes: ``loss_after[-1] - loss_before[0]`` equals
+    ``allocated.sum() + residual.sum() + drift.sum()``.
 
     Attributes:
         groups: Name of every group (G,).
@@ -105,7 +111,7 @@ class History:
         self._windows.setdefault(table, []).append(windows)
 
     def grow_in(self, allocate: Allocate) -> None:
-        """Says how arrays are made that rows are joined in; see `growth.GrowingTable`."""
+        """Says how arrays are made that rows are joined in."""
         if self._growing is None:
             self._growing = GrowingTable(allocate)
 
@@ -411,7 +417,8 @@ class History:
             probe: Which probe, where several were given by name; by default the first.
 
         Raises:
-            FileNotFoundError: The directory does not exist or holds no LCA record.
+            FileNotFoundError: The directory does not exist or holds no LCA record of its own; of a
+                directory of several runs the message lists them, the latest first.
             ValueError: No such probe.
         """
         from lightning_lca.record.reader import Reader  # It makes histories.
@@ -425,9 +432,14 @@ class History:
             raise ValueError(f"No probe {probe!r} in {directory}; it has {there}.")
         return reader.histories[probe]
 
-    def summary(self) -> str:
-        """Tells per group its share of the loss change, and how the ledger closes, as text."""
-        return summary.text(self, self.findings())
+    def summary(self, all: bool = False) -> str:
+        """Tells per group its share of the loss change, and how the ledger closes, as text.
+
+        Args:
+            all: A row for every group. Else, of more than forty, the ten that moved the loss most
+                have one, and the others are folded by block: module by module, with exact sums.
+        """
+        return summary.text(self, self.findings(), everything=all)
 
     def findings(self) -> list[findings.Finding]:
         """Lists what the run shows beyond chance, most important first, and what to do about it.
@@ -435,3 +447,53 @@ class History:
         Fewer than 50 finite steps are too few to tell: an empty list, and `summary` says so.
         """
         return findings.find({"": self})
+
+    def to_pandas(self, table: FrameName = "steps") -> pd.DataFrame:
+        """Returns a table of the run as a pandas data frame; needs pandas.
+
+        Credits and losses are in loss units (negative credit helped), fractions in [0, 1].
+
+        ============== ================== ==========================================================
+        table          index              columns
+        ============== ================== ==========================================================
+        "steps"        step               loss_before, loss_after, residual, drift, splits,
+                                          converged, trained (weights), seconds, lca (that of all
+                                          groups), finite
+        "groups"       step, group        layer, weights, lca, helping, hurting (fractions of the
+                                          weights), and where recorded sampling_error, reversed,
+                                          flipped, cosine_start, cosine_end
+        "breakdowns"   step, group        (breakdown, share): credit; over the shares of a
+                                          breakdown it adds up to lca
+        "batches"      step, group        credit on each batch of the probe, by number
+        "parameters"   step, parameter    layer, kind, measured, lca
+        "neurons"      step, neuron       layer, measured, lca
+        "weights"      step, weight       measured, lca, helped: a sample of single weights
+        ============== ================== ==========================================================
+
+        A step is the number of optimizer steps done at its end. The last three have a row for each
+        window of steps: its last step, the number of ``measured`` steps in it, the credit in all of
+        them, and in how many of them a weight ``helped``.
+
+        Args:
+            table: Which one.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+            ValueError: There is no such table, or the run did not record it.
+
+        Example:
+            >>> history = History(["conv", "fc"], [100, 7])
+            >>> history.to_pandas("groups").columns.tolist()
+            ['layer', 'weights', 'lca', 'helping', 'hurting']
+        """
+        return frame(self, table)
+
+    def __repr__(self) -> str:
+        what = f"{len(self)} steps x {len(self.groups)} groups"
+        if not len(self):
+            return f"<History of {what}>"
+        return f"<History of {what}, loss {self.loss_before[0]:.4g} to {self.loss_after[-1]:.4g}>"
+
+    def _repr_html_(self) -> str:
+        """Shows the summary as a table with bars, where a notebook shows it."""
+        return notebook.html(self, self.findings())

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from lightning_lca.record.tables import Ints
 
+MOST = 40  # Layers that have a row each where they are listed; of more, blocks stand for some.
+
 
 @dataclass(frozen=True)
 class Layers:

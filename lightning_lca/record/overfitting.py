@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lightning_lca.record.layers import MOST
 from lightning_lca.record.tables import Floats, Ints
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
 
+_TELLING = 10  # Layers that have a row where there are more than `MOST`.
 _FEWEST = 50  # Steps; with fewer no layer is called to overfit.
 _SURE = 2.0  # Standard deviations of a walk without direction.
 _MAD = 1.4826  # Of a normal variable: its standard deviation by its median absolute deviation.
@@ -144,20 +146,34 @@ class Overfitting:
         return np.lexsort([-reach, -np.where(self.overfits, self.given_back, 0.0)])
 
 
-def text(histories: Mapping[str | None, History]) -> str:
-    """Draws a short table of "train" against "val" for a terminal; nothing without these probes."""
+def text(histories: Mapping[str | None, History], *, everything: bool = False) -> str:
+    """Draws a short table of "train" against "val" for a terminal; nothing without these probes.
+
+    Args:
+        histories: By probe.
+        everything: A row for every layer; else of more than forty the ten most telling.
+    """
     train, val = histories.get("train"), histories.get("val")
     if train is None or val is None or not (len(train) and len(val) and train.groups):
         return ""
     found = Overfitting.of(train, val)
     names = [n if n.isprintable() else n.encode("unicode_escape").decode() for n in found.layers]
-    width = max(5, *(len(name) for name in names if len(name) <= 200), 0)
+    folds = len(names) > MOST and not everything
+    told = sorted(found.most_telling[:_TELLING].tolist()) if folds else range(len(names))
+    width = max(5, *(len(names[i]) for i in told if len(names[i]) <= 200), 0)
     lines = [f"{'LCA':<{width}}  {'train':>10}  {'val':>10}"]
-    for i, name in enumerate(names):
-        line = f"{name:<{width}}  {_short(found.train[-1, i]):>10}  {_short(found.val[-1, i]):>10}"
+    for i in told:
+        train_lca, val_lca = _short(found.train[-1, i]), _short(found.val[-1, i])
+        line = f"{names[i]:<{width}}  {train_lca:>10}  {val_lca:>10}"
         if found.overfits[i]:
             line += f"  overfits since step {found.since[i]:,}: val {_short(found.given_back[i])}"
         lines.append(line)
+    if folds:
+        more = int(found.overfits.sum() - found.overfits[list(told)].sum())
+        lines.append(
+            f"The {_TELLING} most telling of {len(names)} layers"
+            + (f"; {more} more overfit." if more else "; no other one overfits.")
+        )
     return "\n".join(lines)
 
 

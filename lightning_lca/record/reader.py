@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning_lca.record import eventfile
 from lightning_lca.record.description import Description, DescriptionError
 from lightning_lca.record.history import History
+from lightning_lca.record.progress import bar
 from lightning_lca.record.tables import StepTable
 
 _ROWS = 2**13  # Most rows of a chunk, sixteen times what is written,
@@ -18,6 +21,8 @@ _OPEN = 2**26  # Most bytes of tables that are not complete.
 _WINDOWS = 2**27
 _RATIO = 256
 _KEPT = 5  # Most problems that are remembered in words.
+_LISTED = 10  # Most runs that an error names,
+_LOOKED = 1000  # and directories that are looked into for them.
 
 _Key = tuple[str, int, str]
 
@@ -54,8 +59,9 @@ class Reader:
             FileNotFoundError: The directory does not exist or holds no LCA record that can be read.
         """
         reader = cls()
-        for tag, data in eventfile.read(directory):
-            reader.feed(tag, data)
+        with bar(eventfile.size(directory), "B", f"reading {directory}") as shown:
+            for tag, data in eventfile.read(directory, shown.update):
+                reader.feed(tag, data)
         if not reader.histories:
             there = "holds no LCA record" if directory.is_dir() else "does not exist"
             if reader.lost:
@@ -66,7 +72,7 @@ class Reader:
                 )
             raise FileNotFoundError(
                 f"{directory} {there}. Give the run's log directory, the one with its event files, "
-                "e.g. lightning_logs/version_0."
+                + _below(directory)
             )
         for history in reader.histories.values():
             history.lost = reader.lost
@@ -202,6 +208,36 @@ class Reader:
         if columns is not None and not history.is_named(tag.table):
             self._reserve(columns.memory)
         history.append_windows(tag.table, history.template(tag.table).from_parts(parts))
+
+
+def places(logdir: Path, most: int | None = None) -> list[Path]:
+    """Lists a directory and those below it that have event files, sorted.
+
+    Links to directories are not followed, and one that cannot be read does not stop the others.
+
+    Args:
+        logdir: Where to look.
+        most: Directories that are looked into; None: all.
+    """
+    walked = ((Path(place), files) for place, _, files in islice(os.walk(logdir), most))
+    return sorted(place for place, files in walked if any("tfevents" in f for f in files))
+
+
+def _below(directory: Path) -> str:
+    """Names the runs below a directory, the latest first; else an example of one."""
+    runs = [
+        place
+        for place in places(directory, _LOOKED)
+        if place != directory and any(tag == eventfile.META for tag, _ in eventfile.read(place))
+    ]
+    if not runs:
+        return "e.g. lightning_logs/version_0."
+    runs.sort(key=eventfile.newest, reverse=True)
+    listed = ", ".join(map(str, runs[:_LISTED]))
+    if len(runs) == 1:
+        return f"which is below it: {listed}."
+    more = f" and {len(runs) - _LISTED} more" if len(runs) > _LISTED else ""
+    return f"one of the {len(runs)} below it, the latest first: {listed}{more}."
 
 
 def _bytes(parts: dict[str, eventfile.Array]) -> int:

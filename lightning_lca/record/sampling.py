@@ -15,6 +15,7 @@ import numpy as np
 
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.statistics import Floats, error_of_mean, quantile
+from lightning_lca.record.tree import Folded
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
@@ -37,7 +38,7 @@ class OfRun:
     reach: Floats
 
 
-def of_run(history: History, layers: Layers | None = None) -> OfRun | None:
+def of_run(history: History, layers: Layers | Folded | None = None) -> OfRun | None:
     """Looks how far the batches lie apart over all finite steps; None where there is one batch.
 
     Args:

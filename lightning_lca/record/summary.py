@@ -18,16 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_lca.record.findings import LEVEL, Finding, find, short
-from lightning_lca.record.layers import Layers
+from lightning_lca.record.layers import MOST, Layers
 from lightning_lca.record.sampling import OfRun, of_run
 from lightning_lca.record.statistics import LEAST
 from lightning_lca.record.tables import Floats, StepTable
+from lightning_lca.record.tree import Folded, Row, Tree
 
 if TYPE_CHECKING:
     from lightning_lca.record.history import History
 
 LARGE = 0.01  # A residual beyond this share of all credit is pointed out;
 _LARGE_SHARED = 0.03  # of one that is shared out, a third or less stays as error of layers.
+_MATTER = 10  # Groups that have a row each where there are more than `MOST`.
+_BLOCKS = 10  # About as many as the others are put together in.
 _WIDEST = 200  # Longer names get a line that is longer.
 _BAR = "\\|"  # As a table of Markdown needs it.
 _HELPS = 0.5  # Simpson's residual against that of the ends alone, where halving does not help.
@@ -189,7 +192,8 @@ class Trust:
 class Line:
     """One group: LCA in loss units (negative = helped), fractions of its weights, mean per step.
 
-    ``share`` is that of the true loss change, None where that is zero; ``rank`` 1 helped most.
+    ``share`` is that of the true loss change, None where that is zero; ``rank`` 1 helped most. A
+    block of several ``groups`` has no rank.
     """
 
     name: str
@@ -198,7 +202,13 @@ class Line:
     share: float | None
     helping: float
     hurting: float
-    rank: int
+    rank: int | None
+    groups: int = 1
+
+    @property
+    def label(self) -> str:
+        """The name, fit for a terminal; of a block with the number of groups in it."""
+        return printable(self.name) + (f" ({self.groups})" if self.groups > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -206,8 +216,12 @@ class Ledger:
     """All groups, and true change = allocated + residual + drift, in loss units.
 
     Sums leave out steps that are not finite; then they do not add up to the change.
+
+    Attributes:
+        shown: Which groups make up each line: one each, or of many some in blocks.
     """
 
+    shown: Folded
     lines: tuple[Line, ...]
     first_loss: float
     last_loss: float
@@ -218,29 +232,40 @@ class Ledger:
     trust: Trust
 
     @classmethod
-    def of(cls, history: History, rows: slice = slice(None)) -> Ledger:
-        """Sums at least one measured step of a history."""
-        groups, sizes, table = history.groups, history.sizes, history.rows[rows]
+    def of(cls, history: History, rows: slice = slice(None), *, everything: bool = True) -> Ledger:
+        """Sums at least one measured step of a history.
+
+        Args:
+            history: What was measured.
+            rows: Which steps.
+            everything: A line for every group; else of more than forty the ten that moved the loss
+                most, and the others by block.
+        """
+        sizes, table = history.sizes, history.rows[rows]
         finite, drift = table[table.finite], table.drift[np.isfinite(table.drift)]
         credit = finite.allocated.sum(0, dtype=float)
         first, last = float(table.loss_before[0]), float(table.loss_after[-1])
-        counted = np.maximum(sizes, 1) * max(1, len(finite))
-        helping = finite.helping.sum(0, dtype=np.int64) / counted
-        hurting = finite.hurting.sum(0, dtype=np.int64) / counted
+        shown = _whole(history) if everything or len(credit) <= MOST else _folded(history, credit)
+        sums, weights = shown.sums(credit), shown.sums(sizes)
+        counted = np.maximum(weights, 1) * max(1, len(finite))
+        helping = shown.sums(finite.helping.sum(0, dtype=np.int64)) / counted
+        hurting = shown.sums(finite.hurting.sum(0, dtype=np.int64)) / counted
         rank = np.empty(len(credit), int)
         rank[np.argsort(credit, kind="stable")] = np.arange(1, len(credit) + 1)
         return cls(
+            shown=shown,
             lines=tuple(
                 Line(
-                    name,
-                    int(sizes[g]),
-                    float(credit[g]),
-                    _share(credit[g], last - first),
-                    float(helping[g]),
-                    float(hurting[g]),
-                    int(rank[g]),
+                    row.name,
+                    int(weights[i]),
+                    float(sums[i]),
+                    _share(sums[i], last - first),
+                    float(helping[i]),
+                    float(hurting[i]),
+                    int(rank[row.layers[0]]) if len(row.layers) == 1 else None,
+                    len(row.layers),
                 )
-                for g, name in enumerate(groups)
+                for i, row in enumerate(shown.rows)
             ),
             first_loss=first,
             last_loss=last,
@@ -285,6 +310,11 @@ class Ledger:
         )
 
     @property
+    def folds(self) -> bool:
+        """Whether some lines are blocks of several groups."""
+        return any(line.groups > 1 for line in self.lines)
+
+    @property
     def unexplained(self) -> str:
         """The residuals as a share of all credit, as text."""
         share = self.trust.unexplained
@@ -293,28 +323,36 @@ class Ledger:
         return f"{share:.2%}" if math.isfinite(share) else "all"
 
 
-def text(history: History, findings: Sequence[Finding] = ()) -> str:
-    """Draws the table for a terminal, and the most important findings below it."""
+def text(history: History, findings: Sequence[Finding] = (), *, everything: bool = False) -> str:
+    """Draws the table for a terminal, and the most important findings below it.
+
+    Args:
+        history: What was measured.
+        findings: Most important first.
+        everything: A row for every layer, however many there are.
+    """
     if not len(history):
         return "LCA: no step was measured yet."
     with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
-        ledger = Ledger.of(history)
+        ledger = Ledger.of(history, everything=everything)
     trust = ledger.trust
-    names = [_printable(line.name) for line in ledger.lines]
-    width = max([5, *(len(name) for name in names if len(name) <= _WIDEST)])
-    data = of_run(history)
+    width = max([5, *(len(x.label) for x in ledger.lines if len(x.label) <= _WIDEST)])
+    data = of_run(history, ledger.shown)
     reach = [] if data is None else [ledger.show(r, 4, sign="") for r in data.reach.tolist()]
     head = (
         f"{'layer':<{width}}  {'weights':>10}  {'LCA':>10}  {'± data  ' * bool(reach)}"
         f"{'share':>7}  {'helping':>7}  {'hurting':>7}  rank"
     )
     lines = [
-        f"{name:<{width}}  {line.weights:>10,}  {ledger.show(line.credit, 4):>10}  "
+        f"{line.label:<{width}}  {line.weights:>10,}  {ledger.show(line.credit, 4):>10}  "
         + (f"{reach[i]:>6}  " if reach else "")
-        + f"{_percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  {line.rank:>4}"
-        for i, (name, line) in enumerate(zip(names, ledger.lines, strict=True))
+        + f"{percent(line.share):>7}  {line.helping:7.1%}  {line.hurting:7.1%}  "
+        + f"{line.rank or '-':>4}"
+        for i, line in enumerate(ledger.lines)
     ]
-    over_data = [] if data is None else [_over_data(data)]
+    if ledger.folds:
+        lines += ["", folding(history, "summary(all=True)")]
+    over_data = [] if data is None else [about_data(data)]
     sums = [
         f"true loss change   {ledger.show(ledger.change)}   ({' -> '.join(ledger.ends)}, "
         f"{trust.measured} measured steps)",
@@ -329,11 +367,45 @@ def text(history: History, findings: Sequence[Finding] = ()) -> str:
     return "\n".join([head, *lines, "", *sums, *split, SIGN, *over_data, *trust.remarks, *sure])
 
 
-def _over_data(data: OfRun) -> str:
+def about_data(data: OfRun) -> str:
     """Says what the column of the data's error is."""
     return (
         f"± data: 95% interval over other data like the probe's, from {data.batches} batches."
         + (" Two tell next to nothing: take four or more." if data.batches == 2 else "")
+    )
+
+
+def _whole(history: History) -> Folded:
+    """A line for every group."""
+    rows = tuple(Row(name, 0, (i,), None) for i, name in enumerate(history.groups))
+    return Folded(rows, Layers.of(history.groups))
+
+
+def _folded(history: History, credit: Floats) -> Folded:
+    """The groups that moved the loss most, in network order, and then the others by block."""
+    most = np.argsort(-np.abs(np.nan_to_num(credit)), kind="stable")[:_MATTER]
+    matter = sorted(most.tolist())
+    others = [g for g in range(len(credit)) if g not in matter]
+    rows = [Row(history.groups[g], 0, (g,), None) for g in matter]
+    names = [history.groups[g] for g in others]
+    if history.group_by == "neuron":  # Its layer is its block.
+        names = [name.replace("/", ".") for name in names]
+    for row in Tree(names).rows(_BLOCKS):
+        if not row.is_open:
+            places = tuple(others[place] for place in row.layers)
+            name = row.name if len(places) > 1 else history.groups[places[0]]
+            rows.append(Row(name, 0, places, row.is_open))
+    if len(rows) == len(credit):  # Names without dots have no blocks.
+        return _whole(history)
+    return Folded(tuple(rows), Layers.of(history.groups))
+
+
+def folding(history: History, where: str) -> str:
+    """Says what the rows are where there are many layers."""
+    what = history.group_by if history.group_by in ("layer", "parameter", "neuron") else "group"
+    return (
+        f"The {_MATTER} of {len(history.groups)} {what}s that moved the loss most; below them the "
+        f"others by block, with how many are in it. {where} lists each."
     )
 
 
@@ -344,7 +416,12 @@ _SPLIT = {
 }
 
 
-def _shares(history: History, name: str) -> Floats | None:
+def title_of(name: str) -> str:
+    """Says what a breakdown splits credit into."""
+    return _SPLIT.get(name, f"LCA by {name}")
+
+
+def shares_of(history: History, name: str) -> Floats | None:
     """Adds up the shares of a breakdown over finite steps that have it: [groups, shares]."""
     values = history.breakdowns[name].allocated
     known = history.finite & np.isfinite(values).all((1, 2))
@@ -353,34 +430,36 @@ def _shares(history: History, name: str) -> Floats | None:
 
 def _split(history: History, name: str, width: int, ledger: Ledger) -> list[str]:
     """Draws the shares of a breakdown as lines of text."""
-    sums = _shares(history, name)
+    sums = shares_of(history, name)
     if sums is None:
         return []
-    shares = [_printable(share) for share in history.breakdowns[name].names]
+    shares = [printable(share) for share in history.breakdowns[name].names]
     wide = max(10, *map(len, shares))
-    rows = [*zip(history.groups, sums, strict=True), ("all", sums.sum(0))]
+    shown = ledger.shown.sums(sums.T).T
+    rows = [*zip(ledger.lines, shown, strict=True), (None, sums.sum(0))]
     return [
         "",
-        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        f"{title_of(name)}:",
         f"{'layer':<{width}}" + "".join(f"  {share:>{wide}}" for share in shares),
         *(
-            f"{_printable(group):<{width}}"
+            f"{'all' if line is None else line.label:<{width}}"
             + "".join(f"  {ledger.show(value, 4):>{wide}}" for value in values)
-            for group, values in rows
+            for line, values in rows
         ),
     ]
 
 
 def _split_markdown(history: History, name: str, ledger: Ledger) -> list[str]:
     """Draws the same for TensorBoard's Text tab."""
-    sums = _shares(history, name)
+    sums = shares_of(history, name)
     if sums is None:
         return []
     shares = history.breakdowns[name].names
-    rows = [*zip(map(_escape, history.groups), sums, strict=True), ("**all**", sums.sum(0))]
+    labels = [*(_escape(line.label) for line in ledger.lines), "**all**"]
+    rows = zip(labels, [*ledger.shown.sums(sums.T).T, sums.sum(0)], strict=True)
     return [
         "",
-        f"{_SPLIT.get(name, f'LCA by {name}')}:",
+        f"{title_of(name)}:",
         "",
         f"| layer | {' | '.join(_escape(share.replace('_', ' ')) for share in shares)} |",
         "|---" + "|---:" * len(shares) + "|",
@@ -396,8 +475,8 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
     if not len(history):
         return "LCA: no step was measured yet."
     with np.errstate(over="ignore", invalid="ignore"):  # Sums of large numbers may be infinite.
-        ledger = Ledger.of(history)
-    data = of_run(history)
+        ledger = Ledger.of(history, everything=False)
+    data = of_run(history, ledger.shown)
     reach = [""] * len(ledger.lines)
     if data is not None:
         reach = [f" ± {ledger.show(r, 4, sign='')}" for r in data.reach.tolist()]
@@ -407,10 +486,12 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {_escape(line.name)} | {line.weights:,} | {ledger.show(line.credit, 4)}{reach[i]} "
-        f"| {_percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank} |"
+        f"| {_escape(line.label)} | {line.weights:,} | {ledger.show(line.credit, 4)}{reach[i]} "
+        f"| {percent(line.share)} | {line.helping:.1%} | {line.hurting:.1%} | {line.rank or '-'} |"
         for i, line in enumerate(ledger.lines)
     ]
+    if ledger.folds:
+        lines += ["", _escape(folding(history, "The LCA tab"))]
     lines += [
         "",
         "| ledger | loss | |",
@@ -424,7 +505,7 @@ def markdown(history: History, findings: Sequence[Finding] = ()) -> str:
         *[line for name in history.breakdowns for line in _split_markdown(history, name, ledger)],
         "",
         SIGN,
-        *([] if data is None else [_over_data(data)]),
+        *([] if data is None else [about_data(data)]),
         *trust.remarks,
         "",
         *map(_escape_line, how_sure(findings, trust.measured - trust.not_finite)),
@@ -463,12 +544,13 @@ def _share(part: float, whole: float) -> float | None:
     return float(part / whole) if whole and math.isfinite(whole) else None
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Shows characters that would move a terminal's cursor as what they are."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Writes a share, if there is one."""
     return "-" if share is None else f"{share:.1%}"
 
 

@@ -272,7 +272,10 @@ def claim(run: Path | None, place: int = 0, record: str | Path | None = None) ->
         if lock is not None:
             _here.add(directory)
         return Claim(directory, choices[directory], directory != wanted[0], lock)
-    raise BlockingIOError(f"{len(choices)} other records are being written in {run}.")
+    raise BlockingIOError(
+        f"{len(choices)} other records are being written in {run}. Give each Trainer a directory "
+        "of its own, e.g. by default_root_dir or its logger."
+    )
 
 
 def _lock(directory: Path, patience: float) -> int | None:

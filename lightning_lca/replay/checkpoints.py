@@ -144,7 +144,7 @@ def read(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
             raise ReplayError(
                 f"{path} holds more than weights ({what[1]}), which could run any code when it is "
                 "loaded. If you trust where it comes from, load it with weights_only=False "
-                "(--no-weights_only)."
+                "(--no_weights_only)."
             ) from error
         why = (
             one_line(error)

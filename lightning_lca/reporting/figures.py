@@ -33,7 +33,8 @@ _LINES = 8  # More in one chart of Custom Scalars are not read by anyone.
 class Gallery:
     """Shows figures, the summary and distributions of credit about ten times per run.
 
-    Figures go to every logger that can show them (TensorBoard, Weights & Biases, Comet, MLflow), as
+    Figures go to every logger that can show them (TensorBoard, Weights & Biases, Comet, MLflow,
+    LitLogger, and those with a method ``log_image(key, images, step)``), as
     ``lca_figures/heatmap`` and so on; where none can, they are PNG files in ``lca_figures`` in the
     log directory, renewed each time. The Markdown summary (``lca/summary``) and the distributions
     (``lca_layer_credit/00 name``: credit of single weights times the layer's number of weights, in
@@ -56,9 +57,9 @@ class Gallery:
         self._hooks = [hook for x in self._loggers if (hook := _hook(x)) is not None]
         self._draws = draws and log_dir is not None
         self.directory = None if self._hooks or log_dir is None else log_dir / "lca_figures"
-        length = _length(trainer)
-        self._marks = [round(length * (i + 1) / OCCASIONS) for i in range(OCCASIONS)]
-        self._next = self._marks[0] if length else 16
+        steps = length(trainer)
+        self._marks = [round(steps * (i + 1) / OCCASIONS) for i in range(OCCASIONS)]
+        self._next = self._marks[0] if steps else 16
         self._began = time.monotonic()
         self._spent = 0.0
         self._last = _FIRST_GUESS
@@ -226,7 +227,7 @@ def lay_out(scalars: Scalars, log_dir: Path) -> None:
         warn(f"LCA: Custom Scalars could not be laid out: {error}")
 
 
-def _length(trainer: Trainer) -> int:
+def length(trainer: Trainer) -> int:
     """Tells how many steps training will take; 0 if nobody knows."""
     lengths = [trainer.max_steps] if trainer.max_steps > 0 else []
     batches = trainer.num_training_batches
@@ -242,14 +243,14 @@ def _hook(logger: Any) -> Hook | None:
     """Finds the way in which a logger shows a figure."""
     hooks = {
         "TensorBoardLogger": _to_tensorboard,
-        "WandbLogger": _to_wandb,
         "CometLogger": _to_comet,
         "MLFlowLogger": _to_mlflow,
+        "LitLogger": _to_lit,
     }
-    for name, hook in hooks.items():
-        if is_a(name, logger):
-            return lambda tag, figure, png, step: hook(logger, tag, figure, png, step)
-    return None
+    # That of W&B, which loggers of others have, too.
+    own = _by_log_image if callable(getattr(logger, "log_image", None)) else None
+    hook = next((hook for name, hook in hooks.items() if is_a(name, logger)), own)
+    return None if hook is None else partial(hook, logger)
 
 
 def _to_tensorboard(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
@@ -260,7 +261,7 @@ def _to_tensorboard(logger: Any, tag: str, figure: Figure, png: bytes, step: int
     file_writer(logger).add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
-def _to_wandb(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
+def _by_log_image(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
     from PIL import Image
 
     logger.log_image(key=tag, images=[Image.open(BytesIO(png))], step=step)
@@ -274,6 +275,13 @@ def _to_mlflow(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> 
     logger.experiment.log_figure(
         logger.run_id, figure, f"{tag.partition('_')[0]}_figures/{_file_name(tag)}/{step:07d}.png"
     )
+
+
+def _to_lit(logger: Any, tag: str, figure: Figure, png: bytes, step: int) -> None:
+    from litlogger import Image as LitImage  # type: ignore[import-not-found]
+    from PIL import Image
+
+    logger.experiment[tag].append(LitImage(Image.open(BytesIO(png))), step=step)
 
 
 def _file_name(tag: str) -> str:

@@ -16,6 +16,7 @@ from lightning_lca.record.tables import StepTable, WindowTable
 from lightning_lca.record.writer import RecordWriter, claim
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.figures import Gallery, lay_out
+from lightning_lca.reporting.live import LiveView
 from lightning_lca.reporting.loggers import Loggers
 from lightning_lca.reporting.scalars import Scalars
 from lightning_lca.runtime.lightnings import Trainer, warn
@@ -66,6 +67,7 @@ class Reporter:
         figures: bool = True,
         custom_scalars: bool = False,
         writes: bool = True,
+        live: bool = False,
     ) -> None:
         """Finds loggers and directory, and writes nothing yet; every rank must call this.
 
@@ -80,6 +82,7 @@ class Reporter:
             figures: Whether figures are drawn.
             custom_scalars: Lays out TensorBoard's Custom Scalars tab.
             writes: False: another process writes what is measured here.
+            live: Shows a view in the notebook that trains.
         """
         self._meters = meters
         self._metadata = dict(metadata)
@@ -113,6 +116,7 @@ class Reporter:
         self._interval = interval or trainer.log_every_n_steps
         self._lays_out = custom_scalars
         self.shown_elsewhere: Collection[int] = ()
+        self._view = LiveView(trainer) if live else None
 
     # -- begin and end ----------------------------------------------------------------------------
 
@@ -125,7 +129,11 @@ class Reporter:
             lay_out(next(iter(self._scalars.values())), self.log_dir)
 
     def resume(
-        self, kept: Mapping[str, Any], started_at: int, first_step: int
+        self,
+        kept: Mapping[str, Any],
+        started_at: int,
+        first_step: int,
+        before: dict[str | None, History] | None = None,
     ) -> dict[str | None, History]:
         """Goes on where a checkpoint left off: reads back what was recorded up to there.
 
@@ -133,6 +141,7 @@ class Reporter:
             kept: What `state` returned when the checkpoint was saved.
             started_at: Optimizer steps done at the start.
             first_step: Last step of what was recorded that still counts.
+            before: The histories up to there, where they are in memory.
 
         Returns:
             The history of every probe, as far as it is known.
@@ -140,6 +149,10 @@ class Reporter:
         self._gallery.turn(started_at)
         self._x = self.logged_at = kept["logged_at"]
         where = kept["record"]
+        if before is not None:
+            for history in before.values():
+                history.cut(first_step)
+            return before
         try:
             reader = Reader.of(Path(where)) if where else None
         except FileNotFoundError as error:
@@ -205,8 +218,11 @@ class Reporter:
         self.close()
 
     def close(self) -> None:
-        """Writes what was measured, and closes the record."""
+        """Writes what was measured, and closes the record and the view."""
         self.collect()
+        if self._view is not None:
+            self._view.show(self._histories, last=True)
+            self._view = None
         self._close_windows()
         if self._writer is not None:
             self._writer.close()
@@ -263,6 +279,12 @@ class Reporter:
         if self._gallery.due(step):
             self._show(step)
 
+    def show(self) -> None:
+        """Updates the view of a notebook, if there is one and it is time."""
+        if self._view is not None and self._view.is_due:
+            self.collect()
+            self._view.show(self._histories)
+
     def record(self) -> None:
         """Writes to the record when a chunk is full, or waits for long."""
         writer = self._writer
@@ -284,6 +306,10 @@ class Reporter:
 
     # -- inside -----------------------------------------------------------------------------------
 
+    @property
+    def _histories(self) -> dict[str | None, History]:
+        return {name: meter.history for name, meter in self._meters.items()}
+
     def _take(self, name: str | None, rows: StepTable) -> None:
         self._scalars[name].update(rows)
         if self._writer is not None:
@@ -303,12 +329,11 @@ class Reporter:
         self.collect()
         histories = {self._scalars[n].prefix: m.history for n, m in self._meters.items()}
         names = {self._scalars[n].prefix: n for n in self._meters}
-        named = {n: m.history for n, m in self._meters.items()}
         spreads = [meter.take_distributions() for meter in self._meters.values()]
         for (prefix, history), spread in zip(histories.items(), spreads, strict=True):
-            look = partial(find, named, about=(names[prefix],))
+            look = partial(find, self._histories, about=(names[prefix],))
             self._gallery.show(prefix, history, spread, self._x, look)
-        self._gallery.draw(histories, self._x, last=last, probes=named)
+        self._gallery.draw(histories, self._x, last=last, probes=self._histories)
         self._gallery.turn(step)
 
     def _close_windows(self) -> None:

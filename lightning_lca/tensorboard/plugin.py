@@ -126,7 +126,7 @@ def _refuse(request: Any, why: str, code: int) -> Any:
 
 def colours() -> str:
     """Writes the module with the colours that the page shares with the figures."""
-    from lightning_lca.analysis.colours import DARK, LIGHT
+    from lightning_lca.record.colours import DARK, LIGHT
 
     return f"export const LIGHT = {json.dumps(LIGHT)};\nexport const DARK = {json.dumps(DARK)};\n"
 

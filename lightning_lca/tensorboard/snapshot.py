@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 from lightning_lca.analysis.bins import Bins, spacing
 from lightning_lca.analysis.sums import Column
-from lightning_lca.analysis.tree import Folded, Row, tree
 from lightning_lca.record.history import History
 from lightning_lca.record.layers import Layers
 from lightning_lca.record.tables import Ints, StepTable, WindowTable
+from lightning_lca.record.tree import Folded, Row, tree
 from lightning_lca.tensorboard.digest import Digest, Digester
 from lightning_lca.tensorboard.query import MOST_BINS, QueryError, show
 from lightning_lca.tensorboard.spill import memory

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Allocation
 from lightning_lca.measure.groups import GroupBy
-from lightning_lca.measure.quadrature import Quadrature
+from lightning_lca.measure.quadrature import Quadrature, QuadratureName
 from lightning_lca.probe.loss import ProbeMode
-from lightning_lca.record import overfitting, summary
+from lightning_lca.record import notebook, overfitting, summary
 from lightning_lca.record.findings import Finding, find
 from lightning_lca.record.history import History
+from lightning_lca.reporting.live import page
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningCallback, LightningModule, Trainer
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.meter import Meter, Results
-from lightning_lca.training.settings import Segments, Settings
+from lightning_lca.training.settings import BreakdownName, ProbeSource, Segments, Settings
 from lightning_lca.training.support import check_trainer, distinct_key
 from lightning_lca.training.training import Training
 
@@ -30,13 +31,21 @@ class LCACallback(LightningCallback):
     Every measured optimizer step is credited to single weights: negative where a weight's motion
     lowered the loss on a fixed probe set (it helped), positive where it raised it (it hurt). Sums
     per layer go to the Trainer's loggers every ``log_every_n_steps`` and, for every measured step,
-    to the record in the log directory. The keys are listed in `Scalars`.
+    to the record in the log directory, which `History.load` reads.
+
+    Logged are, with "lca" in front (a second probe "val" has "lca_val"), in loss units:
+    ``lca/total`` and ``lca/residual``, credit and residual since the last log; ``lca/total_cum``,
+    credit since the start; ``lca/loss``, that of the probe; ``lca_layer_cum/00 name``, a layer's
+    credit since the start. As fractions of weights, mean per step since the last log: ``lca/help``,
+    ``lca/hurt``, ``lca_layer_help/00 name`` and ``lca_layer_hurt/00 name``. And
+    ``lca/not_finite``, the steps so far whose loss or credit was not finite: no sum counts them.
 
     One instance may serve several trainings, one after the other; its results are those of the
-    latest. A copy or a pickle of it is small: it keeps the settings and, as plain data on the host,
-    the results so far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a
-    training that runs, and starts afresh in its own. A deep copy shares the probe's data and
-    ``loss_fn`` with the original; a pickle holds them, so that a lambda cannot be pickled.
+    latest. A Trainer that fits again goes on where it was: so do history, sums and record. A copy
+    or a pickle of it is small: it keeps the settings and, as plain data on the host, the results so
+    far (``history``, ``totals``, ``log_dir``; not ``last``), but nothing of a training that runs,
+    and starts afresh in its own. A deep copy shares the probe's data and ``loss_fn`` with the
+    original; a pickle holds them, so that a lambda cannot be pickled.
 
     Args:
         probe: What the loss is measured on: "train" or "val" (batches drawn from that data), an
@@ -87,9 +96,13 @@ class LCACallback(LightningCallback):
             follows a sample of 10,000 single weights in the record.
         neurons: Keeps the credit of every neuron (output channel) per logging interval in the
             record, so that dashboards can open a layer; one more pass over the weights per step.
-        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow),
-            or as PNG files in ``log_dir``, up to ten times per run and at its end.
+        figures: Shows figures in loggers that can (TensorBoard, Weights & Biases, Comet, MLflow,
+            LitLogger, any with a method ``log_image(key, images, step)``), or as PNG files in
+            ``log_dir``, up to ten times per run and at its end.
         custom_scalars: Lays out TensorBoard's Custom Scalars tab, in a sub-run of its own.
+        live: In a notebook (Jupyter, Colab, VS Code), shows the summary as a table with bars and
+            the heatmap below the cell that trains, and keeps them up to date: at most once a second
+            and in a tenth of the time of training, besides the first drawing and the last.
         breakdown: Splits every credit into shares that add up to it, `History.breakdowns`: "part"
             says what the optimizer's step was made of (signal, momentum, weight_decay, noise,
             other), "order" what the gradient at the start foretold and what curvature changed;
@@ -108,22 +121,36 @@ class LCACallback(LightningCallback):
         ValueError: An argument out of range. TypeError: one of the wrong type.
 
     Example:
-        >>> lca = LCACallback(every_n_steps=10)
-        >>> # pl.Trainer(callbacks=[lca]).fit(model, loader); print(lca.summary())
+        >>> import tempfile
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> lca = LCACallback(every_n_steps=2, figures=False)
+        >>> trainer = pl.Trainer(
+        ...     max_steps=8,
+        ...     callbacks=[lca],
+        ...     default_root_dir=tempfile.mkdtemp(),
+        ...     enable_progress_bar=False,
+        ...     enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> len(lca.history), lca.history.groups
+        (4, ('layer',))
+        >>> print(lca.summary())
+        layer ...
     """
 
     _writes = True  # Whether this process keeps the record.
 
     def __init__(
         self,
-        probe: Any = "train",
+        probe: ProbeSource | Mapping[str, ProbeSource] = "train",
         probe_batches: int = 1,
         probe_mode: ProbeMode = "no_dropout",
         loss_fn: Callable[[Any, Any], Any] | None = None,
         every_n_steps: int = 1,
         max_overhead: float | None = None,
         segments: Segments = "batch",
-        quadrature: str | Quadrature = "simpson",
+        quadrature: QuadratureName | Quadrature = "simpson",
         tolerance: float | None = None,
         max_splits: int = 32,
         group_by: GroupBy = "layer",
@@ -135,7 +162,8 @@ class LCACallback(LightningCallback):
         neurons: bool = False,
         figures: bool = True,
         custom_scalars: bool = False,
-        breakdown: bool | str | Sequence[str] = False,
+        live: bool = False,
+        breakdown: bool | BreakdownName | Sequence[BreakdownName] = False,
         oscillation: bool = False,
     ) -> None:
         """Checks the arguments; everything that costs anything waits for the start of training."""
@@ -160,6 +188,7 @@ class LCACallback(LightningCallback):
             neurons=neurons,
             figures=figures,
             custom_scalars=custom_scalars,
+            live=live,
             breakdown=breakdown,
             oscillation=oscillation,
         )
@@ -212,17 +241,30 @@ class LCACallback(LightningCallback):
             raise RuntimeError("last needs LCACallback(track_parameters=True).")
         return first.last
 
-    def summary(self) -> str:
+    def summary(self, all: bool = False) -> str:
         """Tells per layer the share of the loss change, and how the ledger closes, as text.
 
         Where probes are named "train" and "val", a table tells which layers overfit.
+
+        Args:
+            all: A row for every layer. Else, of more than forty, the ten that moved the loss most
+                have one, and the others are folded by block: module by module, with exact sums.
         """
         texts = [
-            history.summary() if name is None else f"probe {name!r}\n{history.summary()}"
+            f"probe {name!r}\n" * (name is not None) + history.summary(all)
             for name, history in self.histories.items()
         ]
-        texts += [overfitting.text(self.histories), summary.together(self.histories)]
+        texts.append(overfitting.text(self.histories, everything=all))
+        texts.append(summary.together(self.histories))
         return "\n\n".join(filter(None, texts)) or "LCA: training has not started."
+
+    def __repr__(self) -> str:
+        return self._settings.key()
+
+    def _repr_html_(self) -> str:
+        """Shows the summary as a table with bars, and the heatmap, where a notebook shows it."""
+        histories = self.histories
+        return page(histories) if histories else notebook.message(self.summary())
 
     def findings(self) -> list[Finding]:
         """Lists what all probes show beyond chance, most important first, and what to do about it.
@@ -255,8 +297,11 @@ class LCACallback(LightningCallback):
         with defer_signals():
             check_trainer(trainer, pl_module, self._settings)
             kept, self._kept = self._kept, None
-            if self._training is not None:  # A training that nobody ended.
-                self._training.abort()
+            before = None
+            if self._training is not None:
+                self._training.abort()  # Nobody may have ended it.
+                if kept is None and self._training.goes_on_in(trainer):
+                    kept, before = self._training.state(), self._training.histories
             self._results, self._training = {}, None
             self._chords = self._settings.chords()
             self._training = Training(
@@ -268,6 +313,7 @@ class LCACallback(LightningCallback):
                 place=_place(self, trainer),
                 kept=kept,
                 writes=self._writes,
+                before=before,
             )
             self.log_dir = self._training.reporter.log_dir
             self._training.begin(trainer, pl_module)

@@ -516,8 +516,8 @@ class Meter:
             self.history = history
             return history
         warnings.warn(
-            "LCA: the history goes on without what was measured before the checkpoint: layers "
-            "or settings of the record have changed.",
+            "LCA: the history goes on without what was measured before: that was of other layers, "
+            "or with other settings.",
             stacklevel=2,
         )
         return None

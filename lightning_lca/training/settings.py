@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -20,7 +20,20 @@ from lightning_lca.measure.selection import Selection
 from lightning_lca.probe.loss import LossFn, ProbeMode
 
 Segments = Literal["batch", "step"]
-BREAKDOWNS = ("part", "order", "term")
+BreakdownName = Literal["part", "order", "term"]
+BREAKDOWNS: tuple[BreakdownName, ...] = get_args(BreakdownName)
+
+
+class HasDataset(Protocol):
+    """What loads batches of a data set, as a DataLoader does; no text, which is iterable, too."""
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+# What the batches of one probe come from.
+ProbeSource = Literal["train", "val"] | HasDataset | list[Any] | tuple[Any, ...] | Iterator[Any]
 
 
 @dataclass
@@ -71,6 +84,7 @@ class Settings:
     neurons: bool
     figures: bool
     custom_scalars: bool
+    live: bool
     breakdown: tuple[str, ...]
     oscillation: bool
     needs_terms: bool = False
@@ -118,7 +132,14 @@ class Settings:
         _one_of("probe_mode", settings.probe_mode, get_args(ProbeMode))
         check_group_by(settings.group_by)
         _one_of("segments", settings.segments, get_args(Segments))
-        for name in ("track_parameters", "neurons", "figures", "custom_scalars", "oscillation"):
+        for name in (
+            "track_parameters",
+            "neurons",
+            "figures",
+            "custom_scalars",
+            "live",
+            "oscillation",
+        ):
             _switch(name, getattr(settings, name))
         for name in ("probe_batches", "every_n_steps", "max_splits", "log_every_n_steps"):
             value = getattr(settings, name)

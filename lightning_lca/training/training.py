@@ -88,6 +88,7 @@ class Training:
         place: int = 0,
         kept: dict[str, Any] | None = None,
         writes: bool = True,
+        before: dict[str | None, History] | None = None,
     ) -> None:
         """Prepares what needs no look at the loss; every rank must call this.
 
@@ -100,10 +101,12 @@ class Training:
             place: Which one of the Trainer's callbacks this is, from 0.
             kept: What `state` returned when a checkpoint was saved; None for a new training.
             writes: False: another process keeps the record of what is measured here.
+            before: The histories up to there, where they are in memory.
         """
         if kept and kept.get("every_n_steps") and kept.get("quadrature") and chords.every is None:
             settings = replace(settings, rule=as_quadrature(kept["quadrature"]))
         self._settings = settings
+        self._before = before
         self._chords = chords
         self._kept = kept
         self._is_cut = any_cut(module)
@@ -136,6 +139,7 @@ class Training:
             figures=settings.figures,
             custom_scalars=settings.custom_scalars,
             writes=writes,
+            live=settings.live,
         )
         self._measured_to = trainer.global_step  # Last step that some probe has measured.
         self._live = LiveWeights(module, settings.selection)
@@ -170,7 +174,8 @@ class Training:
             # there takes up the chord, and that rest no longer counts.
             measured = [state["last_step"] for state in kept["probes"].values()]
             first_step = min([started_at, *measured])
-        histories = self.reporter.resume(kept, started_at, first_step) if kept else {}
+        before, self._before = self._before, None
+        histories = self.reporter.resume(kept, started_at, first_step, before) if kept else {}
         for name, state in kept["probes"].items() if kept else ():
             if name or None in self.meters:
                 meter = self.meters[name or None]
@@ -216,9 +221,18 @@ class Training:
 
     @defer_signals()
     def open(self) -> None:
-        """Starts a segment where the weights are, unless one is open: only copies."""
-        if not self._trained and not self._settings.selection.is_everything:
-            return  # What is measured rests, while other weights are trained.
+        """Starts a segment where the weights are, unless one is open: only copies.
+
+        Raises:
+            MisconfigurationException: The model trains nothing from the start.
+        """
+        if not self._trained:  # What is measured rests, while others train, or nothing does.
+            if self._settings.selection.is_everything and not self._is_prepared:
+                raise MisconfigurationException(
+                    "The model has no trainable weight: every parameter has requires_grad=False. "
+                    "LCA needs weights that move; unfreeze some before training starts."
+                )
+            return
         if self._catches_up:
             self.snapshots.mark(self._trained, self._counter.done)
         if self._splits_chords and self.snapshots.is_open:
@@ -240,7 +254,7 @@ class Training:
         """
         done = self._counter.done
         live = self._live()
-        if not live and not self._settings.selection.is_everything:
+        if not live:
             self.snapshots.drop()
             for meter in self.meters.values():
                 meter.forget_chord()
@@ -256,6 +270,7 @@ class Training:
         if not self.snapshots.is_open or least is None or done - self._opened_at < least:
             if not last:
                 self.reporter.record()
+                self.reporter.show()
             return
         if self._timer is not None and not last:
             self._timer.enter(done - self._opened_at)
@@ -292,6 +307,7 @@ class Training:
         elif not last:
             self.reporter.log(x_axis(trainer), done)
             self.reporter.record()
+            self.reporter.show()
             self._tell_of_data(trainer)
             if self._timer is not None:
                 self._timer.leave(round((self._gradients - before) / len(pieces)))
@@ -474,6 +490,15 @@ class Training:
             self.reporter.close()
         except Exception as error:
             warn(f"LCA: the record could not be finished: {error!r}")
+
+    @property
+    def histories(self) -> dict[str | None, History]:
+        """Views of what was measured, by probe: what is measured later does not join them."""
+        return {name: meter.history.as_it_is() for name, meter in self.meters.items()}
+
+    def goes_on_in(self, trainer: Trainer) -> bool:
+        """Whether a training that starts now goes on where this one is, in the same Trainer."""
+        return self._counter.watches(trainer) and 0 < self._counter.done == trainer.global_step
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint needs, as plain values and tensors."""
@@ -800,6 +825,10 @@ class StepCounter:
     def done(self) -> int:
         """Optimizer steps since the start of training."""
         return int(max(self._trainer.global_step, self._start + self._seen))
+
+    def watches(self, trainer: Trainer) -> bool:
+        """Whether it is this Trainer whose steps are counted."""
+        return trainer is self._trainer
 
     def resume(self, done: int) -> None:
         """Takes up the count of a checkpoint."""

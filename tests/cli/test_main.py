@@ -162,6 +162,16 @@ def test_a_damaged_record_is_read_as_far_as_it_goes_and_the_loss_is_told(
     assert "damaged at its beginning" in err
 
 
+def test_the_demo_takes_as_many_steps_as_asked(tmp_path, capsys):
+    status, out, err = run("demo", "--out", tmp_path, "--steps", "12", capsys=capsys)
+    assert status == 0
+    assert "Trains a small network for 12 steps, and measures each of them." in err
+    assert "12 measured steps" in out
+    assert len(History.load(tmp_path / "version_0", "val")) == 12
+    status, _, err = run("demo", "--out", tmp_path, "--steps", "0", capsys=capsys)
+    assert (status, err) == (2, "lightning-lca: --steps must be at least 1, got 0.\n")
+
+
 @pytest.mark.slow
 def test_the_installed_command_makes_a_demo_to_look_at(tmp_path):
     command = Path(sys.executable).with_name("lightning-lca")
@@ -174,7 +184,7 @@ def test_the_installed_command_makes_a_demo_to_look_at(tmp_path):
     )
     assert f"tensorboard --logdir '{tmp_path / 'a demo'}'" in done.stdout
     history = History.load(tmp_path / "a demo" / "version_0", "val")
-    assert len(history) == 400
+    assert len(history) == 300
     assert history.loss_after[-1] < 0.2 * history.loss_before[0]
     assert history.neurons is not None
     assert history.weights is not None

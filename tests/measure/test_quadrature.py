@@ -60,6 +60,11 @@ def test_only_the_trapezoid_closes(told):
         Quadrature("mine", (0.0, 1.0), (0.5, 0.5), 1, adapts=True)
 
 
+def test_a_composite_rule_has_panels():
+    with pytest.raises(ValueError, match="A composite rule needs at least 1 panel, got 0"):
+        RULES["simpson"].composite(0)
+
+
 def test_gradients_per_step_count_what_a_chain_of_segments_pays():
     per_step = {name: rule.gradients_per_step for name, rule in RULES.items()}
     assert per_step == {

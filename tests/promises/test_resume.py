@@ -161,7 +161,7 @@ def test_without_its_record_a_resumed_history_starts_at_the_checkpoint_and_says_
 def test_a_checkpoint_of_other_layers_is_not_mixed_in(tmp_path):
     train(tmp_path, "old", 8, save_at=[8], neurons=True)
     (checkpoint,) = (tmp_path / "old").glob("*.ckpt")
-    with pytest.warns(UserWarning, match="layers or settings of the record have changed"):
+    with pytest.warns(UserWarning, match="that was of other layers, or with other settings"):
         resumed, *_ = train(tmp_path, "new", 12, checkpoint)
     assert resumed.history.steps.tolist() == [9, 10, 11, 12]
     assert History.load(resumed.log_dir).steps.tolist() == [9, 10, 11, 12]

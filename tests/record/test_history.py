@@ -372,3 +372,59 @@ def test_packing_is_exact_for_every_shape_and_dtype(array):
 def test_bytes_that_are_no_packed_array_are_refused(data):
     with pytest.raises(ValueError, match="Not a packed array of an LCA record"):
         eventfile.unpack(data)
+
+
+def test_a_directory_of_runs_is_told_from_a_run(tmp_path):
+    logs = tmp_path / "lightning_logs"
+    for i in range(3):
+        fit(
+            tmp_path, trainer={"logger": TensorBoardLogger(tmp_path, "lightning_logs")}, steps=i + 1
+        )
+    run = TensorBoardLogger(tmp_path, "lightning_logs")
+    run.log_metrics({"loss": 1.0})  # A run without LCA.
+    run.save()
+    with pytest.raises(FileNotFoundError) as error:
+        History.load(logs)
+    told = str(error.value)
+    assert f"{logs} holds no LCA record. Give the run's log directory" in told
+    paths = [f"{logs}/version_{i}" for i in (0, 1, 2)]
+    assert sorted(told.split("first: ")[1].rstrip(".").split(", ")) == paths
+    assert "one of the 3 below it" in told
+    with pytest.raises(FileNotFoundError, match=r"e\.g\. lightning_logs/version_0\.$"):
+        History.load(logs / "version_3")
+    with pytest.raises(FileNotFoundError, match=r"does not exist.*e\.g\. lightning_logs/version_0"):
+        History.load(tmp_path / "nothing")
+    for i in (1, 2):
+        for file in (logs / f"version_{i}").iterdir():
+            file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"which is below it: .*version_0\.$"):
+        History.load(logs)
+
+
+def test_of_many_runs_the_latest_are_named(tmp_path):
+    run = fit(tmp_path, trainer={"logger": TensorBoardLogger(tmp_path)}, steps=2).lca.log_dir
+    (file,) = run.glob("*tfevents*")
+    name = file.name.split(".")
+    for i in range(12):
+        (tmp_path / f"runs/{i}").mkdir(parents=True)
+        copy = ".".join([*name[:3], str(2_000_000_000 + 60 * i), *name[4:]])
+        (tmp_path / f"runs/{i}/{copy}").write_bytes(file.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"one of the 12 .* first: \S+runs/11, \S+runs/10,"):
+        History.load(tmp_path / "runs")
+    with pytest.raises(FileNotFoundError, match=r"runs/2 and 2 more\.$"):
+        History.load(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("patience", "watched"), [(0.0, True), (60.0, True), (0.0, False)])
+def test_reading_shows_a_bar_where_it_takes_long_and_somebody_looks(
+    tmp_path, monkeypatch, capsys, patience, watched
+):
+    lca = fit(tmp_path, steps=20).lca
+    monkeypatch.setattr("lightning_lca.record.progress.PATIENCE", patience)
+    monkeypatch.setattr("lightning_lca.record.progress.is_watched", lambda: watched)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    capsys.readouterr()
+    assert len(History.load(lca.log_dir)) == 20
+    out, err = capsys.readouterr()
+    assert not out
+    assert (f"reading {lca.log_dir}" in err) == (watched and patience == 0)

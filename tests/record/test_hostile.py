@@ -152,6 +152,7 @@ def test_zeros_that_unpack_to_very_many_neurons_are_refused(tmp_path):
         {"span": np.array([8, 8])},
         {"span": np.array([[8, 8, 8]])},
         {"span": np.array([[9, 1], [8, 1]]), "allocated": np.ones((2, 4), np.float32)},
+        {"span": np.array([[7, 4], [8, 4]])},
         {"allocated": np.ones((1, 3), np.float32)},
         {"allocated": np.ones((1, 4), np.int64)},
         {"allocated": np.array(1.0)},
@@ -164,6 +165,25 @@ def test_windows_that_do_not_fit_are_lost_alone(tmp_path, changed):
     write(tmp_path, said, chunk(), window(**changed), window(first=16, **late))
     history = History.load(tmp_path)
     assert (len(history), history.lost, history.neurons.steps.tolist()) == (8, 1, [16])
+
+
+def test_what_does_not_fit_is_told_in_words(tmp_path):
+    said = {eventfile.META: description(windows={"neurons": {"stems": [["conv", 4]]}})}
+    write(tmp_path, said, chunk(), window(span=np.array([[7, 4], [8, 4]])))
+    (told,) = Reader.of(tmp_path).problems
+    assert told.startswith("lca/neurons/")
+    assert told.endswith("Windows of 4 things do not fit together.")
+
+
+def test_a_chunk_of_more_numbers_than_are_written_is_refused(tmp_path):
+    """Of many groups a chunk has few rows: more would take memory that nobody needs."""
+    groups = [f"{i}" for i in range(2**15)]
+    said = {eventfile.META: description(groups=groups, sizes=[1] * len(groups))}
+    wide = eventfile.pack(np.zeros((16, len(groups)), np.float32))
+    write(tmp_path, said, {"lca/chunk/000000001/allocated": wide})
+    with bounded():
+        (told,) = Reader.of(tmp_path).problems
+    assert told.endswith("It has 524,288 numbers; a chunk has at most 262,144.")
 
 
 # -- files ----------------------------------------------------------------------------------------

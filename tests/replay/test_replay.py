@@ -23,6 +23,7 @@ from support.replays import STEPS, events, train
 
 from lightning_lca import History
 from lightning_lca.cli.main import main
+from lightning_lca.replay import ReplayError, player
 from lightning_lca.replay.checkpoints import allowing
 from lightning_lca.replay.runs import RECORD, replay
 
@@ -427,6 +428,35 @@ def test_mistakes_are_told_in_one_line(runs, capsys, what, option):
     assert MISTAKES[what, "".join(option).replace(str(runs), "{runs}")] in err
     assert (status, len(err.splitlines())) == (2, 1)
     assert err.startswith("lightning-lca: ")
+
+
+def test_a_module_that_cannot_be_imported_says_why(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "unimportable.py").write_text('raise RuntimeError("on purpose")')
+    monkeypatch.chdir(tmp_path)
+    status, err = run(runs / "a", "--model", "unimportable.Net", capsys=capsys)
+    assert status == 2
+    assert "--model unimportable.Net: importing unimportable fails with RuntimeError: on pur" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*Total length of")
+def test_data_that_is_too_little_is_told(runs):
+    with pytest.raises(ReplayError, match="data of training end before the probe has as many batc"):
+        replay(runs / "a", Net, Once, probe_batches=1000)
+    nothing = lambda: torch.utils.data.DataLoader([], 16)  # noqa: E731
+    with pytest.raises(ReplayError, match="The training data has no batch"):
+        replay(runs / "b", Net, nothing, probe=replayed.BATCHES)
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_told(runs, monkeypatch):
+    found = player.read
+
+    def later(path, **arguments):
+        content = found(path, **arguments)
+        return content | {"global_step": content["global_step"] + 100}
+
+    monkeypatch.setattr(player, "read", later)
+    with pytest.raises(ReplayError, match=r"was of step 0 and is now of step 100: training goes"):
+        replay(runs / "a", Net, probe=replayed.BATCHES)
 
 
 def test_a_run_that_fails_does_not_stop_the_others(runs, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import time
 from types import SimpleNamespace
 
@@ -178,6 +179,87 @@ def test_a_tracking_server_that_is_down_does_not_end_training(tmp_path):
         lca = fit(tmp_path, trainer={"logger": WandbLogger(tmp_path)}, steps=20, figures=True).lca
     assert len(lca.history) == 20
     assert WandbLogger.calls == 1
+
+
+class Shelf(CSVLogger):
+    """Keeps what it is given to show, as the package behind each kind of logger takes it."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.shown = []
+
+    @property
+    def images(self):
+        return {tag: np.asarray(image.convert("L")) for tag, image, _ in self.shown}
+
+    def opened(self, file, name, step):
+        self.shown.append((name, Image.open(file), step))
+
+    def log_metrics(self, metrics, step=None):
+        """Its experiment writes no CSV."""
+
+    def save(self):
+        pass
+
+
+class WandbLogger(Shelf):
+    def log_image(self, key, images, step):
+        self.shown.append((key, *images, step))
+
+
+class TrackioLogger(WandbLogger):
+    """Of the user's own, with the method of W&B's."""
+
+
+class CometLogger(Shelf):
+    @property
+    def experiment(self):
+        return SimpleNamespace(log_image=self.opened)
+
+
+class MLFlowLogger(Shelf):
+    run_id = "of now"
+
+    @property
+    def experiment(self):
+        def log_figure(run, figure, path):
+            assert run == self.run_id
+            file = io.BytesIO()
+            figure.savefig(file)
+            name, step = path.removesuffix(".png").rsplit("/", 1)
+            self.opened(file, name, int(step))
+
+        return SimpleNamespace(log_figure=log_figure)
+
+
+class LitLogger(Shelf):
+    @property
+    def experiment(self):
+        shelf = self
+
+        class Series:
+            def __getitem__(self, key):
+                return SimpleNamespace(
+                    append=lambda image, step: shelf.shown.append((key, image.data, step))
+                )
+
+        return Series()
+
+
+@pytest.mark.parametrize("kind", [WandbLogger, TrackioLogger, CometLogger, MLFlowLogger, LitLogger])
+def test_each_logger_gets_the_figures_in_its_own_way(tmp_path, monkeypatch, kind):
+    class LitImage:
+        def __init__(self, data):
+            self.data = data
+
+    monkeypatch.setitem(sys.modules, "litlogger", SimpleNamespace(Image=LitImage))
+    logger = kind(tmp_path)
+    lca = fit(tmp_path, trainer={"logger": logger}, steps=20, figures=True).lca
+    assert logger.images.keys() >= {f"lca_figures/{name}" for name in CORE}
+    for tag, image in logger.images.items():
+        assert image.std() > 5, f"{tag} is blank"
+    assert {step for _, _, step in logger.shown} == {19}, "on the loggers' x axis"
+    assert not (lca.log_dir / "lca_figures").exists()
 
 
 def plan(**known):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.routes import Store
 
-from lightning_lca.analysis.colours import DARK, LIGHT
 from lightning_lca.figures import style
+from lightning_lca.record.colours import DARK, LIGHT
 from lightning_lca.record.history import History
 from lightning_lca.record.tables import StepTable
 from lightning_lca.tensorboard import plugin

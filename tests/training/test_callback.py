@@ -69,6 +69,7 @@ MisconfigurationException = pl.utilities.exceptions.MisconfigurationException
         ({"track_parameters": "false"}, TypeError, "track_parameters must be True or False"),
         ({"figures": None}, TypeError, "figures must be True or False, got None"),
         ({"custom_scalars": 1}, TypeError, "custom_scalars must be True or False, got 1"),
+        ({"live": "yes"}, TypeError, "live must be True or False, got 'yes'"),
         ({"tolerance": True}, TypeError, "tolerance must be a number in loss units"),
         (
             {"tolerance": "1e-3"},

@@ -8,8 +8,8 @@ from support.noise import noisy
 from support.routes import Store
 
 from lightning_lca import History
-from lightning_lca.analysis.tree import FOUND, Folded, Tree
 from lightning_lca.record.layers import Layers
+from lightning_lca.record.tree import FOUND, Folded, Tree
 from lightning_lca.tensorboard.query import QueryError
 
 PARTS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
