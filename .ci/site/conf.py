@@ -22,7 +22,7 @@ import lightning_lca  # noqa: E402
 
 project = "lightning-lca"
 author = "The lightning-lca authors"
-copyright = "The lightning-lca authors"  # noqa: A001
+copyright = "The lightning-lca authors"
 version = release = lightning_lca.__version__
 
 extensions = [
