@@ -15,14 +15,14 @@ from runs import run, save
 from lightning_lca import figures
 
 
-def of(name: str, draw: Callable[..., Any], probe: str | None = None, **options: Any) -> Any:
+def of(made: str, draw: Callable[..., Any], **options: Any) -> Any:
     """Draws a figure of a run."""
-    return lambda: draw(run(name, probe), **options)
+    return lambda: draw(run(made), **options)
 
 
-def generalization(name: str) -> Any:
+def generalization(made: str) -> Any:
     """Draws both probes of a run."""
-    return lambda: figures.generalization(run(name, "train"), run(name, "val"))
+    return lambda: figures.generalization(run(made, "train"), run(made, "val"))
 
 
 HURTS = "too_much_momentum"
@@ -42,19 +42,18 @@ PICTURES: dict[str, Callable[[], Any]] = {
     "helping_per_step": of("digits", figures.helping_per_step),
     "helping_per_weight": of("digits", figures.helping_per_weight),
     "synchrony": of("digits", figures.synchrony),
-    "synchrony_none": of("spirals", figures.synchrony),
     "neurons": of("digits", figures.neurons, layer="conv2"),
     "distribution": of("digits", figures.distribution),
     "trajectories": of("digits", figures.trajectories),
     "oscillation": of("digits", figures.oscillation),
-    "oscillation_hurts": of(HURTS, figures.oscillation),
+    "oscillation_unshuffled": of("unshuffled", figures.oscillation),
     "breakdown_part": of("digits", figures.breakdown, name="part"),
     "breakdown_part_hurts": of(HURTS, figures.breakdown, name="part"),
     "breakdown_order": of("digits", figures.breakdown, name="order"),
     "breakdown_order_hurts": of(HURTS, figures.breakdown, name="order"),
     "breakdown_term": of("terms", figures.breakdown, name="term"),
     "generalization": generalization("digits"),
-    "generalization_overfits": generalization("spirals"),
+    "generalization_overfits": generalization("few_images"),
 }
 
 

@@ -1,8 +1,7 @@
 """The trainings that the guide shows, each with everything recorded.
 
-Made once and kept in ``.runs``; remove a folder in there to train anew. All are of the examples, or
-of ``lightning-lca demo``, with the same seeds, so that their numbers are those that the examples
-print.
+Made once and kept in ``.runs``; remove a folder in there to train anew. Nets, data and seeds are
+those of the examples, so that the first two have the numbers that these print.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lca import History, LCACallback
-from lightning_lca.cli import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / ".runs"
@@ -113,12 +111,29 @@ def terms(name: str) -> None:
     fit(name, Penalised(), loaders, [lca], 10)
 
 
-def spirals(name: str) -> None:
-    """Trains as ``lightning-lca demo`` does."""
-    lca = demo.train(RUNS / f"{name}_", progress=False)
-    assert lca.log_dir is not None
-    lca.log_dir.rename(RUNS / name)
-    lca.log_dir.parent.rmdir()
+def few_images(name: str) -> None:
+    """Trains on 128 images, a fifth of them with labels drawn at random: it overfits."""
+    module = example("digits")
+    torch.manual_seed(0)
+    train, val = module.loaders()
+    x, y = (torch.stack(part) for part in zip(*(train.dataset[i] for i in range(128)), strict=True))
+    wrong = torch.rand(len(y)) < 0.2
+    y[wrong] = torch.randint(10, (int(wrong.sum()),))
+    loaders = DataLoader(TensorDataset(x, y), 64, shuffle=True), val
+    lca = LCACallback(probe={"train": "train", "val": "val"}, probe_batches=4, figures=False)
+    fit(name, module.DigitsNet(), loaders, [lca], 100)
+
+
+def unshuffled(name: str) -> None:
+    """Trains on digits in the order of their classes, ten batches an epoch."""
+    module = example("freeze_or_slow")
+    pl.seed_everything(0, verbose=False)
+    train, _ = module.data()
+    order = train.tensors[1].argsort(stable=True)
+    data = TensorDataset(*(part[order] for part in train.tensors))
+    net = module.Net(0.5, lambda layer: 0.7)
+    lca = LCACallback(probe_batches=4, oscillation=True, figures=False)
+    fit(name, net, [DataLoader(data, 140)], [lca], 20)
 
 
 MADE: dict[str, Callable[[str], None]] = {
@@ -126,7 +141,8 @@ MADE: dict[str, Callable[[str], None]] = {
     "too_much_momentum": too_much_momentum,
     "chords": lambda name: digits(name, every_n_steps=50, breakdown=False, oscillation=False),
     "terms": terms,
-    "spirals": spirals,
+    "few_images": few_images,
+    "unshuffled": unshuffled,
 }
 
 

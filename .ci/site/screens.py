@@ -36,13 +36,13 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "tab_ledger": ("#ledger", {"run": "digits"}),
     "tab_ledger_chords": ("#ledger", {"run": "chords"}),
     "tab_shares": ("#shares", {"run": "too_much_momentum"}),
-    "tab_generalization": ("#generalization", {"run": "spirals"}),
+    "tab_generalization": ("#generalization", {"run": "few_images"}),
     "tab_helping": ("#helping", {"run": "digits", "layer": "conv2"}),
     "tab_synchrony": ("#synchrony", {"run": "digits"}),
     "tab_compare": ("#compare", {"run": "digits", "vs_run": "digits", "vs_probe": "val"}),
     "tab_table": ("#table", {"run": "digits"}),
 }
-NEEDED = ("digits", "too_much_momentum", "chords", "spirals")
+NEEDED = ("digits", "too_much_momentum", "chords", "few_images")
 
 
 def browser() -> webdriver.Chrome:
