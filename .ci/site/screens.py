@@ -19,15 +19,15 @@ from typing import Any
 from PIL import Image
 from runs import ROOT, RUNS, run, shrink
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support.processes import environment, tensorboard
 
 WIDTH = 1000
+FROM_TOP = "from_top"  # Of the page, to the end of the part.
 # What is shown of which page: (part of it, state in the address).
 PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tab": ("#main-and-verdict", {"run": "digits"}),
+    "tab": ("#layers", {"run": "digits", FROM_TOP: 1}),
     "tab_findings": ("#findings", {"run": "too_much_momentum"}),
     "tab_layers": ("#layers", {"run": "digits"}),
     "tab_layers_hurts": ("#layers", {"run": "too_much_momentum"}),
@@ -74,22 +74,27 @@ def rows(root: str) -> dict[str, int]:
 
 def shown(driver: webdriver.Chrome, root: str, part: str, state: dict[str, Any]) -> Image.Image:
     """Opens the tab in some state, and takes a part of it."""
-    asked = "".join(f"&p.lca.{k}={urllib.parse.quote(str(v))}" for k, v in state.items())
+    asked = "".join(
+        f"&p.lca.{k}={urllib.parse.quote(str(v))}" for k, v in state.items() if k != FROM_TOP
+    )
     driver.get("about:blank")
     driver.get(f"{root}data/plugin_entry.html?name=lca#lca&kept=1{asked}")
     ready = "return document.documentElement.dataset.ready === 'true'"
     until(lambda: driver.execute_script(ready), "the page")
+    # Rows of words need more room than plots.
+    width = 1250 if part == "#shares" else WIDTH
     height = driver.execute_script("return document.documentElement.scrollHeight")
-    driver.set_window_size(WIDTH, max(600, height + 150))
+    driver.set_window_size(width, max(600, height + 200))
     time.sleep(0.6)
     until(lambda: driver.execute_script(ready), "the page")
-    if part == "#main-and-verdict":  # From the top to the end of the heatmap.
-        whole = Image.open(BytesIO(driver.get_screenshot_as_png()))
-        bottom = driver.execute_script(
-            "return document.querySelector('#layers').getBoundingClientRect().bottom"
-        )
-        return whole.crop((0, 0, WIDTH, int(bottom) + 8))
-    return Image.open(BytesIO(driver.find_element(By.CSS_SELECTOR, part).screenshot_as_png))
+    whole = Image.open(BytesIO(driver.get_screenshot_as_png()))
+    top, bottom = driver.execute_script(
+        "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
+        "return [box.top, box.bottom]",
+        part,
+    )
+    start = 0 if FROM_TOP in state else int(top) - 8
+    return whole.crop((0, start, width - 15, int(bottom) + 8))
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def seeds() -> Any:
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.set_xlabel("share of the loss change (%); dots: seeds")
-        style.headline(figure, "The order of large layers holds, that of small ones does not")
+        style.headline(figure, "Another seed moves shares by some points")
     return figure
 
 
