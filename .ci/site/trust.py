@@ -183,6 +183,7 @@ def seeds() -> Any:
         style.label_rows(axes, layers, figure.get_figheight())
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.axvline(0, color="0.3", linewidth=0.8)
+        axes.set_xlim(0, 1.05 * values.max())
         axes.set_xlabel("share of the loss change (%); dots: seeds")
         style.headline(figure, "Another seed moves shares by some points")
     return figure
@@ -279,7 +280,7 @@ def elsewhere() -> Any:
             axes.barh(rows, each, 0.7, color=colours)
             axes.axvline(0, color="0.3", linewidth=0.8)
             axes.locator_params("x", nbins=2)
-            axes.set_title("\nof the ".join(title.split(" of the ")), fontsize=11)
+            axes.set_title(title.replace(" of ", "\nof ").replace(" at ", "\nat "), fontsize=11)
         style.label_rows(panels[0], layers, figure.get_figheight())
         panels[0].set_ylim(len(layers) - 0.5, -0.5)
         worst = max(credit, key=credit.__getitem__)

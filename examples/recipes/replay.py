@@ -57,7 +57,9 @@ def main() -> None:
 
     histories = replay("checkpoints", Net, data, probe_batches=4, figures=False, progress=False)
     for record, history in histories.items():
-        print(f"{len(list(Path('checkpoints').glob('*.ckpt')))} checkpoints, record in {record.name}")
+        print(
+            f"{len(list(Path('checkpoints').glob('*.ckpt')))} checkpoints, record in {record.name}"
+        )
         print(f"segments end at steps {', '.join(map(str, history.steps))}")
         for layer, credit in zip(history.groups, history.allocated.sum(0), strict=True):
             print(f"{layer}: {credit:+.3f}")

@@ -2,10 +2,13 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT
-from support.models import Validated, pl, toy_loader
+from support.models import Classifier, pl, toy_loader
+from support.processes import environment
 from support.training import fit
 
 import lightning_lca
@@ -99,7 +103,7 @@ def test_every_argument_is_explained_where_it_is_typed():
             continue
         if not callable(value) or getattr(value, "_is_protocol", False):
             continue
-        told = inspect.getdoc(value)
+        told = f"{inspect.getdoc(value)} {inspect.getdoc(getattr(value, '__init__', None))}"
         for argument in inspect.signature(value).parameters:
             if argument not in ("history", "kwargs"):
                 assert re.search(rf"\b{argument}(:|``)", told), f"{name}: {argument}"
@@ -164,6 +168,76 @@ def test_ten_questions_lead_to_the_page_that_answers_them():
             assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
 
 
+# -- recipes --------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.py"))
+
+
+def commands(script):
+    """What the file says that runs it, but for what needs other packages: lists of arguments."""
+    told = ast.get_docstring(ast.parse(script.read_text()), clean=False)
+    lines = re.findall(r"^    python (\S+\.py.*)$", told, re.M)
+    return [line.split("#")[0].split() for line in lines if "pip install" not in line]
+
+
+def masked(text):
+    """Lines of an output without its numbers, which differ from machine to machine."""
+    lines = (re.sub(r"[+-]?\d[\d,.]*", "#", line).split() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def printed(text):
+    (block,) = re.findall(r"^It prints:\n+```text\n(.*?)^```", text, re.M | re.S) or [""]
+    return block
+
+
+def test_every_recipe_has_a_page_that_shows_it_and_is_listed():
+    listed = {path for path, _ in links(page("recipes/index.md"))}
+    for script in RECIPES:
+        assert f"{script.stem}.md" in listed
+        text = page(f"recipes/{script.stem}.md")
+        assert f"../../../examples/recipes/{script.name}\n" in text
+        assert commands(script), "how to run it"
+        assert masked(printed(text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_prints_what_its_page_says(script, tmp_path):
+    for number, command in enumerate(commands(script)):
+        there = tmp_path / str(number)
+        there.mkdir()
+        arguments = [re.sub("^examples/", f"{ROOT}/examples/", part) for part in command]
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=there,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert masked(done.stdout) == masked(printed(page(f"recipes/{script.stem}.md")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_of_another_package_runs_or_says_what_is_missing(name, tmp_path):
+    script = ROOT / "examples" / "recipes" / "loggers.py"
+    done = subprocess.run(
+        [sys.executable, script, name],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    if importlib.util.find_spec(name) is None:
+        assert done.returncode == 1
+        assert done.stderr == f"{name} is not installed: pip install {name}\n"
+    else:
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^\w+Logger: \d\d scalars, lca/help, ", done.stdout, re.M)
+
+
 # -- code and pictures ----------------------------------------------------------------------------
 
 
@@ -181,11 +255,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch)
     torch.manual_seed(0)
     names = {
         "pl": pl,
-        "model": Validated(),
+        "model": Classifier(),
         "train_loader": toy_loader(),
-        "val_loader": toy_loader(samples=40, shuffle=False),
     }
-    names["batch"] = next(iter(names["val_loader"]))
     for code in blocks(path.read_text()):
         exec(compile(code, path.name, "exec"), names)
 
