@@ -42,7 +42,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_class_signature = "mixed"
-autoclass_content = "both"
+autoclass_content = "class"
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
@@ -51,12 +52,15 @@ html_theme = "pydata_sphinx_theme"
 html_title = "lightning-lca"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_sidebars = {"index": [], "quickstart": [], "examples": [], "faq": []}  # No section around.
 html_favicon = "static/icon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_context = {"default_mode": "auto"}
 html_theme_options: dict[str, Any] = {
     "logo": {"text": "lightning-lca", "image_light": "static/icon.svg"},
+    "header_links_before_dropdown": 7,
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
     "navigation_with_keys": False,
@@ -90,6 +94,9 @@ def _lead_to_pages(app: Any, docname: str, source: list[str]) -> None:
     source[0] = _LINK.sub(turned, source[0])
 
 
+_COLON = "\ue000"  # Stands for one, where napoleon would take what is before it for a type.
+
+
 def _take_literally(
     app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]
 ) -> None:
@@ -101,9 +108,19 @@ def _take_literally(
             parts = line.split("`")
             parts[::2] = [re.sub(r"([*|])", r"\\\1", part) for part in parts[::2]]
             lines[i] = "`".join(parts)
+    if what == "property":
+        lines[:1] = [line.replace(":", _COLON) for line in lines[:1]]
+
+
+def _put_colons_back(
+    app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]
+) -> None:
+    """Ends what `_take_literally` began."""
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 def setup(app: Any) -> None:
     """Is called by Sphinx."""
     app.connect("source-read", _lead_to_pages)
     app.connect("autodoc-process-docstring", _take_literally, priority=400)  # Before napoleon.
+    app.connect("autodoc-process-docstring", _put_colons_back, priority=600)
