@@ -59,7 +59,11 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_context = {"default_mode": "auto"}
 html_theme_options: dict[str, Any] = {
-    "logo": {"text": "lightning-lca", "image_light": "static/icon.svg"},
+    "logo": {
+        "text": "lightning-lca",
+        "image_light": "static/icon.svg",
+        "image_dark": "static/icon.svg",
+    },
     "header_links_before_dropdown": 7,
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
