@@ -226,7 +226,9 @@ class Training:
         Raises:
             MisconfigurationException: The model trains nothing from the start.
         """
-        if not self._trained:  # What is measured rests, while others train, or nothing does.
+        # In mid-chord after a resume nobody has looked yet.
+        looked = self._trained or self.snapshots.is_open
+        if not looked:  # What is measured rests, while others train, or nothing does.
             if self._settings.selection.is_everything and not self._is_prepared:
                 raise MisconfigurationException(
                     "The model has no trainable weight: every parameter has requires_grad=False. "
