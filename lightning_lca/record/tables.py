@@ -63,9 +63,9 @@ class StepTable:
             finite [T].
         trained: Number of weights that were being trained [T].
         seconds: What the measurement took, as the host saw it [T].
+        shares: By name of a breakdown, what every share was credited [T, G, K].
         raw_residual: What the rule left unexplained before a closed rule shared it out over the
             weights [T]; that of other rules is the residual.
-        shares: By name of a breakdown, what every share was credited [T, G, K].
     """
 
     steps: Ints
@@ -80,8 +80,8 @@ class StepTable:
     converged: npt.NDArray[np.bool_]
     trained: Ints
     seconds: Floats
-    raw_residual: Floats = None  # type: ignore[assignment]
     shares: Mapping[str, Floats] = field(default_factory=dict)
+    raw_residual: Floats = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         """Takes the residual for the raw one, where no rule shared anything out."""
