@@ -139,7 +139,8 @@ def test_a_loss_that_is_another_from_some_step_on_is_so_for_workers(tmp_path):
 
 
 @slow
-def test_a_loss_that_another_process_finds_another_is_found_out_at_the_joint(tmp_path):
+def test_a_loss_that_another_process_finds_another_is_found_out_at_the_joint(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLAY_NOTES", str(tmp_path / "notes"))
     train(tmp_path, Net(), Data(), measured=False)
     options = {"loss_fn": replayed.of_process, "probe": replayed.BATCHES}
     told = "one worker measures alone, in order: the loss depends on more than the weights"
