@@ -345,6 +345,7 @@ class Dealer:
                 for name, (terms, shares, way, data) in message["looks"].items()
             }
             self._events.put(Looked(message["at"], looks))
+        self._take_back(member.stretch)  # It was set up anew in place of measuring that.
         member.is_ready = True
         member.stretch = -1  # It does not know the plan.
         self._stillborn = 0
@@ -390,11 +391,17 @@ class Dealer:
                 f"LCA: a worker {how} while it measured steps {begin} to {end}: they are measured "
                 "again."
             )
-            if stretch >= self._next and (stretch, stretch) not in self._found:
-                self._todo.insert(0, stretch)
+            self._take_back(stretch)
         self._pool.replace(member)
         if not self._pool.members:
             raise ReplayError("No worker is left. Run the same command again to go on.")
+
+    def _take_back(self, stretch: int | None) -> None:
+        """Deals a block out again that a member had, and that nobody has measured."""
+        if stretch is None or stretch < self._next or (stretch, stretch) in self._found:
+            return
+        if stretch not in self._todo:
+            self._todo.insert(0, stretch)
 
     def _deal(self) -> None:
         """Gives idle members something to do."""

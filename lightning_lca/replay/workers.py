@@ -227,8 +227,7 @@ class MeasuringCallback(ReplayCallback):
                 training.reporter.shown_elsewhere = frozenset(message["shows"])
             elif message["kind"] == "measure":
                 if not all(meter.holds for meter in training.meters.values()):
-                    self.is_spoiled = True
-                    self._line.put_back(message)
+                    self.is_spoiled = True  # It is dealt out again, once all is set up anew.
                     return
                 self._measure(trainer, module, training, message["block"], message["through"])
                 self._send("idle")

@@ -422,6 +422,7 @@ class World:
         at = draw.randrange(self.segments)
         self.stays, self.hidden = (at if odd == name else None for name in ("stays", "hidden"))
         self.dies = draw.choice([0, 0, 0.03])
+        self.spoils = draw.choice([0, 0, 0.2])  # What was set up is void, and is set up anew.
 
     def after(self, j, state):
         left, hidden = state
@@ -459,6 +460,9 @@ class Hand:
                 return {"kind": "ready", "run": self.number, "at": 1, "looks": {}}
             if message["kind"] == "plan":
                 self.blocks = message["blocks"].tolist()
+            elif message["kind"] == "measure" and self.world.draw.random() < self.world.spoils:
+                self.blocks = None
+                return {"kind": "ready", "run": self.number, "at": 1, "looks": {}}
             elif message["kind"] == "measure":
                 state = (0, False)  # As if nothing had been found before.
                 self.work = message["block"], message["block"], state, message["through"]
