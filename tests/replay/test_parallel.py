@@ -272,11 +272,11 @@ def is_there(process):
 def test_several_processes_of_torchrun_write_one_record(runs, tmp_path):
     """Two processes, each of which measures; the first also writes."""
     notes = tmp_path / "notes"
-    options = (*NAMES, "--loss_fn", "scripts.replayed.noted", "--log_every_n_steps", "4")
+    options = (*NAMES, "--loss_fn", "scripts.replayed.together", "--log_every_n_steps", "4")
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     done = subprocess.run(
         [*launch, "-m", "lightning_lca", "replay", runs, *options, "--oscillation"],
-        env=environment(REPLAY_NOTES=str(notes)),
+        env=environment(REPLAY_NOTES=str(notes), REPLAY_TOGETHER="yes"),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
