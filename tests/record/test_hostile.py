@@ -308,7 +308,7 @@ def logs(tmp_path):
 
 
 def test_the_summary_of_many_tells_what_each_lost(logs, capsys):
-    with bounded(seconds=20):
+    with bounded():
         status, out, err = command(capsys, "summary", logs)
     assert status == 0
     assert out.count("true loss change") == 1 + len(CHUNKS)

@@ -55,9 +55,9 @@ def extreme():
 @pytest.mark.slow
 def test_runs_are_told_one_by_one(tab):
     names = [run["name"] for run in tab.json("runs")["runs"]]
-    with bounded(seconds=20):
+    with bounded():
         while any(run["rows"] is None and not run["error"] for run in tab.json("runs")["runs"]):
-            pass
+            time.sleep(0.2)
     told = {run["name"]: run for run in tab.json("runs")["runs"]}
     assert list(told) == names
     assert (told["good"]["rows"], told["good"]["lost"]) == (16, 0)
@@ -127,7 +127,7 @@ def test_very_many_layers_are_answered_or_refused_in_little(tmp_path):
     tab.run("run")
     for route in ROUTES:
         other = {"compare": {"run_b": "run"}, "channels": {"layer": "layer.1"}}.get(route, {})
-        with bounded(seconds=15, megabytes=400):
+        with bounded(calls=5_000_000, megabytes=400):
             code, _ = tab.reply(route, run="run", bins=2000, **other)
         assert code == (400 if route in ("channels", "synchrony") else 200), route
 
@@ -137,7 +137,7 @@ def test_many_neurons_are_not_made_before_there_are_rows(tmp_path):
     wide = packed("<f4", [1, 10**9], zlib.compress(bytes(2**28), 9))
     said = {META: description(windows=STEMS)}
     write(tmp_path / "run", said, chunk(), window(allocated=wide), window(first=9))
-    with bounded(seconds=5):  # Tracing memory makes all that TensorBoard does slower.
+    with bounded():
         tab = Tab(tmp_path)
         assert (tab.run("run")["rows"], tab.run("run")["lost"]) == (8, 2)
         for route, reply in tab.routes("run").items():
