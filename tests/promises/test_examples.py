@@ -5,11 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
-import torch.nn.functional as F
 from support import ROOT
 from support.processes import environment
-from torch import nn
 
 from lightning_lca import History
 
@@ -176,19 +173,3 @@ def test_fashion_mnist_without_its_data_says_where_to_get_them(tmp_path):
     assert str(tmp_path) in result.stderr
     assert "train-images-idx3-ubyte" in result.stderr
     assert "--download" in result.stderr
-
-
-def test_the_readmes_loop_without_lightning_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (code,) = [block for block in blocks if "def field" in block]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    x, y = torch.randn(20, 6), torch.randint(3, (20,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    F.cross_entropy(model(x), y).backward()
-    names = {"torch": torch, "F": F, "model": model, "x": x, "y": y, "optimizer": optimizer}
-    exec(code, names)
-    allocation = names["allocation"]
-    change = allocation.loss_after - allocation.loss_before
-    assert change < 0
-    assert abs(allocation.residual) < 1e-3 * abs(change)

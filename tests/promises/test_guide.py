@@ -112,6 +112,16 @@ def test_every_argument_is_explained_where_it_is_typed():
                 assert re.search(rf"\b{argument}(:|``)", told), f"{name}: {argument}"
 
 
+def test_every_argument_is_in_the_table_of_options():
+    rows = re.findall(r"^\| (`.+?`) \|", page("reference/options.md"), re.M)
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    arguments = set(inspect.signature(LCACallback).parameters)
+    assert arguments <= told
+    asked = re.findall(r"^\| `(.+?)` \|", (ROOT / "README.md").read_text(), re.M)
+    assert asked
+    assert {n for row in asked for n in re.findall(r"\b(\w+)=", row)} <= arguments
+
+
 def test_every_scalar_is_in_the_table_of_keys(tmp_path):
     lca = fit(tmp_path, steps=4).lca
     scalars = Scalars(["conv1"], [lca.history.sizes[0]])
@@ -249,10 +259,10 @@ def blocks(text):
     return [b for b in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if ">>>" not in b]
 
 
-WITH_CODE = [path for path in PAGES if blocks(path.read_text())]
+WITH_CODE = [path for path in [ROOT / "README.md", *PAGES] if blocks(path.read_text())]
 
 
-@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -263,6 +273,17 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(path, tmp_path, monkeypatch)
     }
     for code in blocks(path.read_text()):
         exec(compile(code, path.name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", ["README.md", "examples/README.md"])
+def test_every_link_of_what_github_shows_leads_somewhere(name):
+    text = (ROOT / name).read_text()
+    found = links(text)
+    assert found
+    for path, anchor in found:
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
 
 
 def made():

@@ -157,13 +157,13 @@ def test_a_live_view_leaves_training_bitwise_the_same_on_a_kernel(tmp_path):
     assert made.cells[-1].outputs[-1].text == "the same\n"
 
 
-def test_tensorboard_opens_below_a_cell_as_the_readme_says(tmp_path, own_place):
+def test_tensorboard_opens_below_a_cell_as_the_guide_says(tmp_path, own_place):
     logger = pl.loggers.TensorBoardLogger(tmp_path, "lightning_logs")
     fit(tmp_path, trainer={"logger": logger}, steps=6)
-    for text in ((ROOT / "README.md").read_text(), tutorial_text()):
+    for text in ((ROOT / "lightning_lca" / "docs" / "notebooks.md").read_text(), tutorial_text()):
         (code,) = [
             block
-            for block in re.findall(r"```python\n(.*?)```", text, re.S)
+            for block in re.findall(r"```\w+\n(.*?)```", text, re.S)
             if "%load_ext tensorboard" in block
         ]
     stop = """
