@@ -64,17 +64,28 @@ class GroupSums:
     """What each group did on one segment.
 
     Attributes:
-        table: Of every group [3, groups], float64: credit, helping, hurting.
-        parameters: Σ A per parameter [parameters], float64.
+        numbers: Of every group credit, helping and hurting, then Σ A per parameter
+            [3 x groups + parameters], float64.
+        groups: How many groups there are.
     """
 
-    table: Tensor
-    parameters: Tensor
+    numbers: Tensor
+    groups: int
+
+    @property
+    def table(self) -> Tensor:
+        """Of every group credit, helping and hurting [3, groups], float64."""
+        return self.numbers[: 3 * self.groups].view(3, self.groups)
+
+    @property
+    def parameters(self) -> Tensor:
+        """Σ A per parameter [parameters], float64."""
+        return self.numbers[3 * self.groups :]
 
     @property
     def credit(self) -> Tensor:
         """Σ A per group [groups], float64, in loss units; negative = helped."""
-        return self.table[0]
+        return self.numbers[: self.groups]
 
     @property
     def helping(self) -> Tensor:
@@ -318,7 +329,7 @@ class Grouping:
 
     def _added_up(self, parts: list[Columns], plan: _Plan) -> GroupSums:
         """Adds up what is known of rows or pieces."""
-        groups = len(self.names) + 1
+        groups = len(self.names)
         dtype = parts[0][0].dtype if parts else torch.float64
         length = 3 * groups + len(self.parameters) + 1
         total = torch.zeros(length, dtype=dtype, device=plan.into.device)
@@ -329,9 +340,9 @@ class Grouping:
             # The sums once more: for parameters.
             flat = torch.cat([t for c in (*columns, columns[0]) for t in c])
             total.index_add_(0, plan.into, flat)
-        table = total[: 3 * groups].view(3, groups)[:, :-1]
-        torch.sub(table[2], table[1], out=table[1])
-        return GroupSums(table, total[3 * groups : -1])
+        helping, hurting = total[groups : 2 * groups], total[2 * groups : 3 * groups]
+        torch.sub(hurting, helping, out=helping)
+        return GroupSums(total[:-1], groups)
 
     def _lay_out(self, values: Flat) -> _Layout:
         """Says where the sums of every row go, of tensors that lie side by side."""
@@ -385,8 +396,9 @@ class Grouping:
         )
         if index is None:
             index = torch.arange(len(group) - 1)
-        to, size = group[index], len(self.names) + 1
+        to, size = group[index], len(self.names)
         into = torch.cat([to, to + size, to + 2 * size, owner[index] + 3 * size])
+        into[(to == size).repeat(4)] = 3 * size + len(self.parameters)  # What is in no group.
         all_count = bool(count.all())
         return _Plan(into.to(device), pieces, None if all_count else count[index].to(device))
 

@@ -243,12 +243,13 @@ class Probe:
     def _replay(self, at: Position) -> Sample:
         """Evaluates what was recorded: no live weight moves, and no code of the user runs."""
         start, stop = at.segment.start, at.segment.stop
-        self._stop = parts(self._live())
+        self._stop = stop
         if at.s in (0.0, 1.0):
             total, sums = self._replayed(start if at.s == 0.0 else stop)
         else:
             # Those between the ends lie where the stop was kept: no memory is needed. The live
             # weights are at the stop, so that it is copied back from them.
+            self._stop = parts(self._live())
             try:
                 at.write(stop)
                 total, sums = self._replayed(stop)

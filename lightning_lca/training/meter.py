@@ -66,11 +66,11 @@ class Measurement:
         converged: Whether a tolerance was reached; None where none was asked for.
         trained: Number of weights that were trained.
         seconds: What it took.
-        row: [`Meter._head`, 3 x groups, shares], on the device.
+        row: [`Meter._head`, 3 x groups, parameters, shares], on the device.
         panels: What the next segment goes by: steps that are still looked at for halving, steps in
             a row where finer panels gained nothing, and steps so far.
         trusts: Whether the next segment may start with the sample at the end of this one.
-        fine: What it adds to each finer sum {name: [sum]}.
+        fine: What it adds to sums of what is finer than parameters {name: [sum]}.
         look: Residuals with the middle, and without [2], where the start was audited.
         spread: How credit is spread {layer: distribution}, where that was asked for.
     """
@@ -92,7 +92,7 @@ class Measurement:
 class _Sums(GroupSums):
     """Sums over groups and, where they are asked for, over neurons [neurons]."""
 
-    neurons: Tensor
+    neurons: Tensor | None
 
 
 class Meter:
@@ -228,9 +228,12 @@ class Meter:
                 sums = self._halved(values, segment, sums, losses, split)
         self._measured += 1
         self._note_typical(sums.credit)
-        row = torch.cat([*self._head(losses, ends), sums.table.reshape(-1)])
-        finite = row.isfinite().all()
-        fine = self._fine.of(values, sums.parameters, sums.neurons, finite)
+        row = torch.cat([*self._head(losses, ends), sums.numbers])
+        fine: dict[str, Tensor] = {}
+        if self._fine.is_asked or self.totals is not None:
+            finite = row.isfinite().all()
+            fine = self._fine.of(values, sums.neurons, finite)
+            self._track(values, ends, finite)
         spreads = self._distributions.of(values) if spread and self._grouping.is_whole else {}
         look = None
         if at_start is not None and at_stop is not None and not self._grouping.leaves_out:
@@ -238,7 +241,6 @@ class Meter:
             self._ranks.sum([by_ends])
             change = losses[1] - losses[0]
             look = torch.stack([change - sums.credit.sum(), change - by_ends])
-        self._track(values, ends, finite)
         self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
         if self._sampling is not None:
@@ -272,7 +274,9 @@ class Meter:
             self._spread = dict(found.spread)
         self._watched, self._futile, self._measured = found.panels
         self._reuse.on = found.trusts
-        self._pending.append(dataclasses.replace(found, fine={}, look=None, spread={}))
+        if found.fine or found.look is not None or found.spread:
+            found = dataclasses.replace(found, fine={}, look=None, spread={})
+        self._pending.append(found)
 
     @torch.no_grad()
     def begin_at(self, index: int, before: Segment | None) -> None:
@@ -423,7 +427,8 @@ class Meter:
         pending, self._pending = self._pending, []
         table = torch.stack([p.row for p in pending]).cpu().double().numpy()
         head = 3 if self._rule.closes else 2
-        columns, rest = np.split(table, [head + 3 * groups], axis=1)
+        ends = np.cumsum([head + 3 * groups, len(self._grouping.parameters)])
+        columns, parameters, rest = np.split(table, ends, axis=1)
         allocated, helping, hurting = np.split(columns[:, head:], 3, axis=1)
         before, after = table[:, 0], table[:, 1]
         shared = table[:, 2] if self._rule.closes else 0.0
@@ -432,7 +437,9 @@ class Meter:
             residual = after - before - allocated.sum(1)
             drift = before - np.concatenate([[known], after[:-1]])
         self._loss = float(after[-1])
-        finite = np.isfinite(columns).all(1) & np.isfinite(drift)
+        finite = np.isfinite(columns).all(1)
+        self._fine.add_parameters(parameters, finite)
+        finite &= np.isfinite(drift)
         with np.errstate(invalid="ignore", over="ignore"):
             shares = self._completed(rest, allocated)
         rows = StepTable(
@@ -524,7 +531,10 @@ class Meter:
 
     def _make_room(self, segment: Segment) -> None:
         """Makes tensors for a segment's gradients, unless those of the one before fit."""
-        if not alike(self._buffer.sums, segment.start):
+        sums = self._buffer.sums
+        if isinstance(sums, Flat) and sums.goes_with(segment.start):
+            return
+        if not alike(sums, segment.start):
             self._buffer = Buffer.of(segment, self._terms)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
             self._buffer.is_cut = not self._grouping.is_whole
@@ -619,8 +629,8 @@ class Meter:
         neurons = self._fine.neurons(values)
         if not whole:
             losses /= self._ranks.processes if self._sees_whole else self._ranks.copies
-            self._ranks.sum([losses, sums.table, sums.parameters, neurons])
-        return _Sums(sums.table, sums.parameters, neurons)
+            self._ranks.sum([losses, sums.numbers, *([] if neurons is None else [neurons])])
+        return _Sums(sums.numbers, sums.groups, neurons)
 
     def _misses_all(self, sums: _Sums, losses: Tensor) -> bool:
         """Whether a step leaves more unexplained than all groups explain: its path bends."""
@@ -752,7 +762,7 @@ class Meter:
         return total
 
     def _track(self, values: Weights, ends: Ends, finite: Tensor) -> None:
-        if self.totals is None:
+        if self.totals is None:  # Nobody asked.
             return
         copies = {n: v.clone() for n, v in values.items()}
         for name, value in copies.items():

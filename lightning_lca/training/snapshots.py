@@ -89,6 +89,8 @@ class Snapshots:
             segment: As `close` gave it.
             step: Steps done at its end.
         """
+        if not self._marked_at:
+            return [(segment, step)]
         marks = self._marks[: len(self._marked_at)]
         points = [segment.start, *(_some(m, list(segment.start)) for m in marks), segment.stop]
         steps = [*self._marked_at, step]

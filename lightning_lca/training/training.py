@@ -212,7 +212,8 @@ class Training:
 
     def start(self, module: LightningModule, batch: Any) -> None:
         """Takes the start of a batch: a segment opens here if the backward pass moves weights."""
-        self.look(module)
+        if self._moves_in_backward or not module.automatic_optimization:
+            self.look(module)  # Else right before the optimizer's step.
         if not self._is_prepared:
             for batches in self._batches.values():
                 batches.pass_by(batch)

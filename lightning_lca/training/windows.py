@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from lightning_lca.measure.allocation import Weights
 from lightning_lca.measure.groups import Grouping
 from lightning_lca.measure.naming import layer_of
 from lightning_lca.measure.parameters import live_weights, named_parameters
-from lightning_lca.measure.tensors import wide
 from lightning_lca.record.tables import WindowTable, window_tables
 
 SAMPLE = 10_000  # Single weights that are followed; a random sample of larger networks.
@@ -25,7 +25,7 @@ SAMPLE = 10_000  # Single weights that are followed; a random sample of larger n
 class FineSums:
     """Sums credit per parameter, and on demand per neuron and of a sample of single weights.
 
-    All sums stay on the device until a window is taken.
+    Those on demand stay on the device until a window is taken.
 
     Attributes:
         tables: {"parameters", "neurons" or "weights": a table without rows}, for what is summed.
@@ -60,33 +60,31 @@ class FineSums:
         shapes = {n: p.shape for n, p in named_parameters(module).items()}
         self.tables = window_tables(self.metadata, shapes)
         self._sums: dict[str, Tensor] = {}
+        self._parameters = np.zeros(len(names))
+        self._steps = self._measured = 0  # In this window; of them, those that are finite.
 
-    def neurons(self, values: Weights) -> Tensor:
-        """Sums credits {name: [*shape]} per neuron: [neurons] float64; [0] if nobody asked."""
-        if self._neurons is None:
-            some = next(iter(values.values()))
-            return some.new_zeros(0, dtype=wide(some))
-        return self._neurons.sums(values).credit
+    @property
+    def is_asked(self) -> bool:
+        """Whether sums of what is finer than parameters are asked for."""
+        return self._neurons is not None or bool(self._sample)
 
-    def of(
-        self, values: Weights, parameters: Tensor, neurons: Tensor, finite: Tensor
-    ) -> dict[str, Tensor]:
-        """Returns what one measured step adds to each sum; zeros where it is not finite.
+    def neurons(self, values: Weights) -> Tensor | None:
+        """Sums credits {name: [*shape]} per neuron: [neurons] float64; None if nobody asked."""
+        return None if self._neurons is None else self._neurons.sums(values).credit
+
+    def of(self, values: Weights, neurons: Tensor | None, finite: Tensor) -> dict[str, Tensor]:
+        """Returns what one measured step adds to each finer sum; zeros where it is not finite.
 
         Args:
             values: Credits {name: [*shape]}.
-            parameters: Their sums per parameter [parameters].
             neurons: What `neurons` makes of them, summed over processes.
             finite: Whether loss and all credits are finite [] bool; no sum counts a step otherwise.
         """
-        found = {"parameters": parameters}
-        if self._neurons is not None:
-            found["neurons"] = neurons
+        found = {} if neurons is None else {"neurons": neurons}
         if self._sample:
             found["weights"] = credit = self._gather(values)
             found["helping"] = (credit < 0).long()
-        counted = {n: torch.where(finite.to(v.device), v, 0) for n, v in found.items()}
-        return {"measured": finite.long()} | counted
+        return {n: torch.where(finite.to(v.device), v, 0) for n, v in found.items()}
 
     def add(self, step: Mapping[str, Tensor]) -> None:
         """Adds what `of` gave of a step; tensors that are new here become the sums."""
@@ -96,16 +94,26 @@ class FineSums:
             else:
                 self._sums[name] = values
 
+    def add_parameters(
+        self, credit: npt.NDArray[np.float64], finite: npt.NDArray[np.bool_]
+    ) -> None:
+        """Adds credit per parameter [steps, parameters] of the steps that are finite [steps]."""
+        for row in credit[finite]:  # One by one, so that it is the same however many come at once.
+            self._parameters += row
+        self._steps, self._measured = self._steps + len(finite), self._measured + int(finite.sum())
+
     def take(self, step: int) -> dict[str, WindowTable]:
         """Copies the window that ends at this step to the host, and starts the next.
 
         Gives nothing if no step was measured in it.
         """
-        if not self._sums:
+        if not self._steps:
             return {}
         host = {name: total.cpu().numpy()[None] for name, total in self._sums.items()}
-        ends = np.array([step]), host["measured"]
-        self._sums = {}
+        host["parameters"] = self._parameters[None]
+        ends = np.array([step]), np.array([self._measured])
+        self._sums, self._parameters = {}, np.zeros_like(self._parameters)
+        self._steps = self._measured = 0
         return {
             name: WindowTable(
                 table.names,

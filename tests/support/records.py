@@ -170,7 +170,7 @@ def command(capsys: Any, *arguments: Any) -> tuple[int, str, str]:
 
 
 @contextlib.contextmanager
-def bounded(calls: int = 1_000_000, megabytes: float = 200.0) -> Iterator[None]:
+def bounded(calls: float = 1e6, megabytes: float = 200.0) -> Iterator[None]:
     """Makes at most so many calls and takes at most so much memory, and does not hang.
 
     Calls are counted, not seconds: a machine that is busy with other work must not decide a test.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import time
 import zlib
@@ -55,7 +56,7 @@ def extreme():
 @pytest.mark.slow
 def test_runs_are_told_one_by_one(tab):
     names = [run["name"] for run in tab.json("runs")["runs"]]
-    with bounded():
+    with bounded(calls=math.inf):  # How often it is asked depends on the machine.
         while any(run["rows"] is None and not run["error"] for run in tab.json("runs")["runs"]):
             time.sleep(0.2)
     told = {run["name"]: run for run in tab.json("runs")["runs"]}
@@ -127,7 +128,7 @@ def test_very_many_layers_are_answered_or_refused_in_little(tmp_path):
     tab.run("run")
     for route in ROUTES:
         other = {"compare": {"run_b": "run"}, "channels": {"layer": "layer.1"}}.get(route, {})
-        with bounded(calls=5_000_000, megabytes=400):
+        with bounded(calls=5e6, megabytes=400):
             code, _ = tab.reply(route, run="run", bins=2000, **other)
         assert code == (400 if route in ("channels", "synchrony") else 200), route
 
