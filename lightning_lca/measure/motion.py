@@ -236,7 +236,7 @@ def parts(
     ones = torch.ones_like(motion)
     signal, momentum, decay, whole = (
         torch.zeros_like(motion) if term is None else term[0] * term[1]
-        for term in terms(step, moments, gradient, probe, weight, motion, ones)
+        for term in terms(step, moments, gradient, probe, weight, lambda: motion, ones)
     )
     return [signal, momentum, decay, whole - signal - momentum - decay, motion - whole]
 
@@ -251,12 +251,13 @@ def terms(
     gradient: Tensor,
     probe: Tensor,
     weight: Tensor,
-    motion: Tensor,
+    motion: Callable[[], Tensor],
     times: Tensor,
 ) -> list[Term]:
     """Returns signal, momentum, weight decay, and the whole step, each times something.
 
-    In as few passes as there can be: noise is what the first three leave of the fourth.
+    In as few passes as there can be: noise is what the first three leave of the fourth. Nothing is
+    written to: the state is that of the optimizer.
 
     Args:
         step: As for `parts`.
@@ -264,7 +265,7 @@ def terms(
         gradient: As for `parts`.
         probe: As for `parts`.
         weight: As for `parts`.
-        motion: As for `parts`.
+        motion: Gives what `parts` gets; few optimizers need it.
         times: What all are multiplied with [elements].
 
     Returns:
@@ -275,7 +276,7 @@ def terms(
     rate, fades = settings["lr"], settings.get("weight_decay", 0.0)
     decoupled = bool(settings.get("decoupled_weight_decay")) or step.kind in ("AdamW", "Lion")
     if step.kind == "SGD" and settings["nesterov"]:
-        gradient = _before_nesterov(gradient, moments, motion, step)
+        gradient = _before_nesterov(gradient, moments, motion(), step)
     own, other = (-gradient, -probe) if sign < 0 else (gradient, probe)
     is_coupled = bool(fades) and not decoupled
     if is_coupled:
@@ -289,14 +290,26 @@ def terms(
         decay = (
             (weight * by_probe, -form.a * fades) if is_coupled else (weight * times, -rate * fades)
         )
-    whole = own * by_own * -form.a
+    whole = own * -form.a
     momentum = None
-    if form.before is not None:
-        momentum = form.before * (by_probe if form.divides else times), -form.b
-        whole.add_(form.before * (by_own if form.divides else times) * -form.b)
+    if form.before is None:
+        whole.mul_(by_own)
+    elif form.divides:
+        momentum = form.before * by_probe, -form.b
+        _add(whole, form.before, -form.b).mul_(by_own)
+    else:
+        momentum = form.before * times, -form.b
+        _add(whole.mul_(by_own), momentum[0], -form.b)
     if decay is not None and not is_coupled:
         whole.add_(decay[0] * decay[1])
     return [signal, momentum, decay, (whole, 1.0)]
+
+
+def _add(into: Tensor, values: Tensor, scale: Number) -> Tensor:
+    """Adds scale · values in place, in one pass; a scale on an accelerator is not read."""
+    if isinstance(scale, Tensor):
+        return into.addcmul_(values, scale)
+    return into.add_(values, alpha=scale)
 
 
 def _before_nesterov(
@@ -347,8 +360,8 @@ def _second_moment(moment: Tensor, own: Tensor, beta: float) -> Divisor:
 
 
 def _root(moment: Tensor, corrected: Number, eps: float) -> Tensor:
-    """Returns √(moment / corrected) + eps, in place."""
-    return moment.sqrt_().mul_(corrected**-0.5).add_(eps)
+    """Returns √(moment / corrected) + eps [elements], times √corrected: one pass less."""
+    return moment.sqrt().add_(eps * corrected**0.5)
 
 
 def _adam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: Tensor) -> _Form:
@@ -365,7 +378,8 @@ def _adam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own: 
         return _root(moment, corrected2, eps)
 
     after = moments["exp_avg_sq"]
-    after = after.clone() if maximum is None else torch.maximum(after, maximum)
+    after = after if maximum is None else torch.maximum(after, maximum)
+    rate = rate * corrected2**0.5  # As `_root` gives that much more.
     return _Form(
         rate * (1.0 - beta) / corrected,
         rate / corrected,
@@ -383,12 +397,13 @@ def _nadam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own:
     ahead = rate * following / (1.0 - product * following)
     second = _second_moment(moments["exp_avg_sq"], own, beta2)
     corrected = 1.0 - beta2**step
+    more = corrected**0.5  # As `_root` gives that much more.
     return _Form(
-        rate * (1.0 - weight) / (1.0 - product) + ahead * (1.0 - beta),
-        ahead,
+        (rate * (1.0 - weight) / (1.0 - product) + ahead * (1.0 - beta)) * more,
+        ahead * more,
         torch.sub(moments["exp_avg"], own, alpha=1.0 - beta),
         divisor=lambda gradient: _root(second(gradient), corrected, eps),
-        own=_root(moments["exp_avg_sq"].clone(), corrected, eps),
+        own=_root(moments["exp_avg_sq"], corrected, eps),
     )
 
 

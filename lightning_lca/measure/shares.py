@@ -238,7 +238,6 @@ class Shares:
         """
         probe = at.of(self.start)
         start, stop = (at.show(w, self.start, probe) for w in (segment.start, segment.stop))
-        motion = stop - start
         step = self._steps.of(live.get(at.names[0]))
         names = self.names["part"][:-1]
         if step is not None and step.is_known:
@@ -247,10 +246,10 @@ class Shares:
                 m: at.gather([s.state[m] for s in steps], self.start, probe) for m in step.moments
             }
             own = at.gather([s.gradient for s in steps], self.start, probe)
-            split = terms(step, moments, own, probe, start, motion, times)
+            split = terms(step, moments, own, probe, start, lambda: stop - start, times)
             return [(n, *t) for n, t in zip(names, split, strict=False) if t is not None]
         if step is not None and STEP in names and not step.has_form:
-            return [(STEP, motion * times, 1.0)]
+            return [(STEP, (stop - start) * times, 1.0)]
         return []
 
     def _add_turns(self, total: Tensor, at: Stretch, end: Flat | None, segment: Segment) -> None:

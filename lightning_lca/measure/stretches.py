@@ -15,9 +15,7 @@ from torch import Tensor
 
 from lightning_lca.measure.allocation import Segment, Weights
 from lightning_lca.measure.groups import Grouping
-from lightning_lca.measure.tensors import ALIGNED, LARGE, Flat, on_accelerator, wide
-
-PIECE = 2**16  # Elements.
+from lightning_lca.measure.tensors import ALIGNED, CHUNK, LARGE, Flat, on_accelerator, wide
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,10 @@ class Stretch:
     def gather(
         self, tensors: Sequence[Tensor], layout: Flat, like: Tensor, gap: float = 1.0
     ) -> Tensor:
-        """Copies tensors [*shape] side by side [elements], with a number in the gaps.
+        """Shows tensors [*shape] side by side [elements], with a number in the gaps.
+
+        They are copied where they have to be; a piece of one tensor may be shown where it lies, and
+        is not to be written to.
 
         Args:
             tensors: Of this stretch's parameters, one each.
@@ -59,6 +60,9 @@ class Stretch:
             like: Of the length and the type of the result.
             gap: The number.
         """
+        lies = self._where_it_lies(tensors, layout, like)
+        if lies is not None:
+            return lies
         room = torch.full_like(like, gap)
         for name, tensor in zip(self.names, tensors, strict=True):
             if tensor.layout != torch.strided:
@@ -81,12 +85,27 @@ class Stretch:
                 )
         return room
 
+    def _where_it_lies(
+        self, tensors: Sequence[Tensor], layout: Flat, like: Tensor
+    ) -> Tensor | None:
+        """Shows this stretch of its only parameter without a copy; None where that cannot be."""
+        (name, *others), tensor = self.names, tensors[0]
+        _, begin, length = layout.spans[name]
+        if others or tensor.dtype != like.dtype or tensor.layout != torch.strided:
+            return None
+        if self.end > begin + length:
+            return None
+        if tensor.stride() != layout[name].stride() or not _is_dense(tensor):
+            return None
+        first = tensor.storage_offset() + self.begin - begin
+        return tensor.as_strided((self.end - self.begin,), (1,), first)
+
 
 def stretches(layout: Flat, kind: Callable[[str], Hashable] = lambda name: None) -> list[Stretch]:
     """Cuts a layout into pieces, and where the kind of its parameters changes."""
     if not layout.wholes:
         return []
-    most = LARGE if on_accelerator(layout.wholes[0]) else PIECE
+    most = LARGE if on_accelerator(layout.wholes[0]) else CHUNK
     found: list[Stretch] = []
     last: object = None
     for name, (memory, begin, length) in layout.spans.items():

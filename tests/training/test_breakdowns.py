@@ -293,7 +293,7 @@ def test_no_motion_is_left_over_however_a_step_is_measured(tmp_path, how, monkey
     if how == "halved":
         monkeypatch.setattr(Meter, "_misses_all", lambda *_: True)
     if how == "large tensors in pieces":
-        monkeypatch.setattr("lightning_lca.measure.stretches.PIECE", 256)
+        monkeypatch.setattr("lightning_lca.measure.stretches.CHUNK", 256)
         net = nn.Sequential(nn.Linear(12, 100), nn.Tanh(), nn.Linear(100, 4))
     run = fit(
         tmp_path,
