@@ -25,14 +25,26 @@ export function count(value) {
   return value === null || value === undefined ? "–" : grouped.format(value);
 }
 
+/** The decimals of a percentage: 0.10, 36.8, 120. */
+function placesOf(value) {
+  const size = Math.abs(value);
+  return size < 1 ? 2 : size < 100 ? 1 : 0;
+}
+
 /** A fraction as a percentage: 0.10 %, 36.8 %, 120 %. */
 export function percent(fraction, digits = null) {
   if (fraction === null || fraction === undefined || !Number.isFinite(fraction)) return "–";
   const value = fraction * 100;
-  const size = Math.abs(value);
-  if (size > 0 && size < 0.005 && digits === null) return `< 0.01${NARROW}%`;
-  const places = digits ?? (size < 1 ? 2 : size < 100 ? 1 : 0);
-  return `${value.toFixed(places).replace("-", MINUS)}${NARROW}%`;
+  if (value && Math.abs(value) < 0.005 && digits === null) return `< 0.01${NARROW}%`;
+  return `${value.toFixed(digits ?? placesOf(value)).replace("-", MINUS)}${NARROW}%`;
+}
+
+/** What a fraction leaves of all, so that the two add up as they are written: 0.10 % and 99.90 %. */
+export function restOf(fraction) {
+  const value = fraction * 100;
+  if (value && Math.abs(value) < 0.005) return `> 99.99${NARROW}%`;
+  const places = placesOf(value);
+  return percent(1 - Number(value.toFixed(places)) / 100, places);
 }
 
 /** Ticks of fractions as percentages with the places that their distance needs. */

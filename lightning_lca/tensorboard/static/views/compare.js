@@ -58,9 +58,14 @@ export function compareView(app) {
     draw(data, { state, row, own, other, shares }) {
       const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);
+      section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
+      if (!layers.length) {
+        const what = state.find === null ? "layer" : `layer with “${state.find}” in its name`;
+        section.say(`${nameA} and ${nameB} have no ${what} in common. Choose another one above.`);
+        return;
+      }
       const rows = treeRows(data);
       const isTree = rows.some(({ open }) => open !== null);
-      section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
       const common = {
         edges,
         low: edges[0],
