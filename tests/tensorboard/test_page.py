@@ -487,6 +487,54 @@ def test_two_probes_are_compared(page, history):
     assert float(maps[2]["limit"]) == pytest.approx(gap[int(0.99 * gap.size)], rel=1e-4)
 
 
+def test_runs_without_a_common_layer_are_told_so(page, logs):
+    with another_run(page, logs, ["other.one", "other.two"]):
+        page.open(run="run_1", vs_run="run_9", vs_probe="")
+        assert "run_1 · train and run_9 have no layer in common" in page.text("compare-message")
+        assert not page.find("compare-a").is_displayed()
+        # Another choice is answered as ever.
+        Select(page.find("versus")).select_by_value('["run_2",""]')
+        page.ready()
+        assert page.find("compare-a").is_displayed()
+    page.open(run="run_1")
+
+
+def test_a_pressed_button_can_be_read_under_the_pointer(page):
+    contrast = """
+        const style = getComputedStyle(arguments[0]);
+        const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+        const light = (paints) => {
+          for (const paint of paints) {
+            canvas.fillStyle = paint;
+            canvas.fillRect(0, 0, 1, 1);
+          }
+          const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
+            (c) => (c / 255 <= 0.04045 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+        };
+        const ground = [getComputedStyle(document.body).backgroundColor, style.backgroundColor];
+        const [a, b] = [light(ground), light([...ground, style.color])];
+        return Math.max(a, b) / Math.min(a, b);
+    """
+    page.open(run="run_1")
+    page.click("stack")
+    for theme in ("light", "dark"):
+        system_theme(page, theme)
+        button = page.find("stack")
+        ActionChains(page.driver).move_to_element(button).perform()
+        assert page.js("return arguments[0].matches(':hover[aria-pressed=true]')", button)
+        assert page.js(contrast, button) > 4.5
+    system_theme(page, "light")
+
+
+def system_theme(page, theme, media=""):
+    """Makes the system light or dark, as it is to a page that stands alone."""
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    wait(lambda: page.js("return document.documentElement.dataset.theme") == theme)
+    page.ready()
+
+
 def test_layers_that_overfit_stand_out(page, history):
     layers = history["train"].groups
     after = np.arange(200)[:, None] >= 80
@@ -520,22 +568,30 @@ def test_layers_that_overfit_stand_out(page, history):
     )
 
 
-PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
-
-
-def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
-    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
-    names = ["net.wte", *names, "head"]
-    run = noisy(steps=40, layers=len(names))
+@contextlib.contextmanager
+def another_run(page, logs, names, **more):
+    """Adds a run of noise with these layers, for a while."""
+    run = noisy(steps=40, layers=len(names), **more)
     writer = board.RecordWriter(logs / "run_9", run.sizes, None, pytest.fail)
     try:
         said = {"probes": [None], "groups": names, "sizes": run.sizes.tolist(), "group_by": "layer"}
         writer.describe(said | {"settings": {}}, 0)
         writer.add(None, run.rows)
         writer.close()
-        history = History.load(logs / "run_9")
         page.open(run="run_2")
-        wait(lambda: "run_9" in page.text("run"), "the large run")
+        wait(lambda: "run_9" in page.text("run"), "the other run")
+        yield History.load(logs / "run_9")
+    finally:
+        shutil.rmtree(logs / "run_9")
+
+
+PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
+
+
+def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
+    names = ["net.wte", *names, "head"]
+    with another_run(page, logs, names) as history:
         page.open(run="run_9")
         blocks = [f"net.h.{i}.*" for i in range(12)]
         shown = ["net.*", "net.wte", "net.h.*", *blocks, "head"]
@@ -582,8 +638,6 @@ def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
         page.ready()
         page.click("every")
         assert json.loads(page.data("heatmap")["layers"]) == names
-    finally:
-        shutil.rmtree(logs / "run_9")
     page.open(run="run_1")
     assert not page.find("find").is_displayed(), "a few layers need no search"
 
