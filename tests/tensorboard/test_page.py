@@ -642,6 +642,156 @@ def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
     assert not page.find("find").is_displayed(), "a few layers need no search"
 
 
+def test_the_layer_that_learned_most_is_named_and_rows_are_sorted(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS] + ["head"]
+    at = names.index("net.h.7.mlp_in")
+    planted = np.zeros(len(names))
+    planted[at] = -20
+    with another_run(page, logs, names, planted=planted) as history:
+        total = history.allocated.sum(0)
+        assert total.argmin() == at
+        page.open(run="run_9")
+        # It lies in a folded block, and is named all the same.
+        assert names[at] not in json.loads(page.data("heatmap")["layers"])
+        assert page.text("layers-note").startswith(f"{names[at]} learned most: ")
+        assert names[at] in page.text("verdict-layers")
+        page.click("most")
+        assert page.hash()["p.lca.layer"] == names[at]
+        assert page.data("heatmap")["selected"] == "net.h.7.*"
+
+        page.click("layers-sort")
+        blocks = [f"net.h.{i}.*" for i in range(12)]
+        sums = {b: total[i * 6 : i * 6 + 6].sum() for i, b in enumerate(blocks)}
+        found = json.loads(page.data("heatmap")["layers"])
+        inside = [name for name in found if name in sums]
+        assert inside == sorted(blocks, key=sums.get)
+        assert found.index("net.h.*") < found.index(inside[0]), "below the block that they are in"
+        assert page.hash()["p.lca.sort"] == "credit"
+        page.click("every")
+        assert json.loads(page.data("heatmap")["layers"]) == [names[i] for i in total.argsort()]
+        page.click("layers-sort")
+        assert json.loads(page.data("heatmap")["layers"]) == names
+    page.open(run="run_1", sort="credit")
+    rows = "return [...document.querySelectorAll('#shares tbody tr')].map(row => row.dataset.name)"
+    run = History.load(logs / "run_1", "train")
+    assert page.js(rows) == [run.groups[i] for i in run.allocated.sum(0).argsort()]
+
+
+def test_colours_that_clip_say_so_and_how_far_cells_go(page, history):
+    page.open(run="run_1")
+    credit = history["train"].allocated
+    limit = float(page.data("heatmap")["limit"])
+    scale = page.find("heatmap-scale")
+    told = scale.get_attribute("aria-label").translate(MINUS)
+    assert credit.min() < -limit
+    assert credit.max() <= limit
+    assert told == f"Colours: helps ≤ {-limit:.2g} to +{limit:.2g} hurts"
+    ActionChains(page.driver).move_to_element(scale).perform()
+    tooltip = page.text("tooltip").translate(MINUS)
+    value = float(re.search("lowest cell\n(.*)", tooltip)[1])
+    assert value == pytest.approx(credit.min(), rel=6e-3)
+    value = float(re.search("highest cell\n(.*)", tooltip)[1])
+    assert value == pytest.approx(credit.max(), rel=6e-3)
+    beyond = (abs(credit) > limit).sum()
+    assert f"{beyond} of {credit.size}" in tooltip
+    # From the keyboard, too.
+    page.js("arguments[0].blur(); document.querySelector('.tooltip').hidden = true", scale)
+    page.js("arguments[0].focus()", scale)
+    assert "lowest cell" in page.text("tooltip")
+    page.js("arguments[0].blur()", scale)
+
+
+def test_smoothing_is_asked_for_and_says_what_it_does(page):
+    page.open(run="run_1")
+    assert "mooth" not in page.text("helping-note")
+    mean = page.text("helping-note")
+    choice = Select(page.find("smooth"))
+    assert choice.first_selected_option.text == "no"
+
+    def told():
+        hit = page.find("helping-chart", ".hit")
+        ActionChains(page.driver).move_to_element(hit).perform()
+        return page.text("tooltip")
+
+    raw = told()
+    choice.select_by_value("15")
+    page.ready()
+    assert page.hash()["p.lca.smooth"] == "15"
+    note = page.text("helping-note")
+    assert note.startswith("Smoothed: the strong lines are means over 15 bins (15 steps)")
+    assert note.endswith(mean), "averages are as before"
+    assert "network, smoothed" in told()
+    assert told().startswith(raw.partition("weights that help")[0]), "and so are single values"
+    page.open(run="run_1", smooth="7")
+    assert "mooth" not in page.text("helping-note"), "no width that is offered"
+
+
+def narrow(page, width):
+    """Makes the page as wide as a phone, or, with 0, as wide as before."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    name = "setDeviceMetricsOverride" if width else "clearDeviceMetricsOverride"
+    page.driver.execute_cdp_cmd(f"Emulation.{name}", size if width else {})
+    page.js("return new Promise((done) => setTimeout(done, 300))")
+    return page.ready()
+
+
+def test_nothing_is_cut_or_broken_on_a_phone(page, logs):
+    names = [f"transformer.h.{i}.self_attention.{part}" for i in range(3) for part in PARTS]
+    try:
+        narrow(page, 390)
+        for state in ({"run": "run_1"}, {"run": "run_1", "vs_run": "run_1", "vs_probe": "val"}):
+            page.open(**state)
+            check_narrow(page)
+        with another_run(page, logs, names):
+            page.open(run="run_9", layer=names[0])
+            check_narrow(page)
+    finally:
+        narrow(page, 0)
+    page.open(run="run_1")
+    assert not page.find("layer-table").get_attribute("class"), "a wide page has tables"
+
+
+def check_narrow(page):
+    """Nothing sticks out; every name is whole, or breaks after a dot; legends are apart."""
+    width = page.js("return document.documentElement.clientWidth")
+    out = """
+        return [...document.querySelectorAll("main *, #topbar *")]
+          .filter((e) => e.offsetParent && e.getBoundingClientRect().right > arguments[0] + 0.5)
+          .map((e) => e.outerHTML.slice(0, 200));"""
+    assert page.js(out, width) == []
+    scrolled = """
+        return [...document.querySelectorAll(".scroll, .answer span")]
+          .filter((e) => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)
+          .map((e) => e.outerHTML.slice(0, 200));"""
+    assert page.js(scrolled) == []
+    # Where a name takes several lines, each ends with a dot, or it would be longer than the page.
+    broken = """
+        const found = [];
+        for (const button of document.querySelectorAll("tbody th button:not(.fold)")) {
+          if (!button.offsetParent) continue;
+          for (const text of button.childNodes) {
+            if (text.nodeType !== Node.TEXT_NODE) continue;
+            const range = document.createRange();
+            range.selectNodeContents(text);
+            const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top)));
+            if (lines.size > 1 && !text.data.includes(" ")) found.push(text.data);
+          }
+        }
+        return found;"""
+    assert page.js(broken) == []
+    # A legend lies within its picture, above the rows, and beside no title.
+    for scale in page.driver.find_elements(By.CLASS_NAME, "scale"):
+        if not scale.is_displayed():
+            continue
+        grid = scale.find_element(By.XPATH, "..")
+        data = page.js("return {...arguments[0].dataset}", grid)
+        left = scale.location["x"] - grid.location["x"]
+        assert left >= 0
+        assert left + scale.size["width"] <= int(data["plotLeft"]) + int(data["plotWidth"]) + 1
+        titled = data["testid"].startswith("compare")
+        assert int(data["plotTop"]) == (44 if titled else 26)
+
+
 def test_dark_mode_is_followed(page):
     page.open(inside=True, run="run_1")
     background = "return getComputedStyle(document.body).backgroundColor"

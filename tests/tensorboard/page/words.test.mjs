@@ -6,6 +6,7 @@ import {
   ledgerWords,
   leftOut,
   lossWords,
+  mostWords,
   pairNames,
   sharedWords,
   sureWords,
@@ -73,6 +74,14 @@ test("trust follows the served share, and all is never said where something is l
   assert.equal(told({ unexplained: null }).head, "The credits add up");
   assert.equal(told({ unexplained: null, is_large: true, remarks: ["x"] }).head, "The credits do not add up");
   assert.equal(told({ unexplained: 1.5 }).head, "The credits do not explain the change");
+});
+
+test("the layer that learned most is named, with its part of a loss that fell", () => {
+  const told = (change) => mostWords({ ...TABLE, ...change });
+  assert.equal(told({}).name, "a");
+  assert.equal(plain(told({}).words), " learned most: -3.0 (75.0 % of the loss change).");
+  assert.equal(plain(told({ true_change: 1 }).words), " learned most: -3.0.");
+  assert.equal(told({ most_helpful: { name: [], credit: [], share: [] } }), null);
 });
 
 test("what is explained and what is left over add up to all, wherever they are written", () => {

@@ -3,8 +3,10 @@
 import { binAt } from "../lib/edges.js";
 import { count, elide, number, percent, signed, steps } from "../lib/format.js";
 import { colors, diverging, rgb } from "../lib/theme.js";
-import { FONT_BOLD, FONT_SMALL } from "./axes.js";
-import { Grid } from "./grid.js";
+import { el } from "../lib/dom.js";
+import { FONT_BOLD, FONT_SMALL, isNarrow } from "./axes.js";
+import { Grid, TOP } from "./grid.js";
+import { hideTooltip, showTooltip } from "./tooltip.js";
 
 /** Rows of a heatmap with their sums; [L], [L][B], [L], and each one's part of the loss change. */
 export function heatRows(rows, credit, totals, shares = {}) {
@@ -16,12 +18,53 @@ export function heatRows(rows, credit, totals, shares = {}) {
   }));
 }
 
+/** The lowest and the highest value of some cells, and how many lie beyond the ends of a scale. */
+export function extremes(rows, limit) {
+  let [low, high, beyond, cells] = [0, 0, 0, 0];
+  for (const { values } of rows) {
+    for (const v of values) {
+      if (v === null) continue;
+      cells += 1;
+      if (v < low) low = v;
+      if (v > high) high = v;
+      if (Math.abs(v) > limit) beyond += 1;
+    }
+  }
+  return { low, high, beyond, cells };
+}
+
 /**
  * Beside a grid's view it takes: rows with `values` [B], `total` and maybe `share` (of the true loss
  * change), `edges` [B + 1], `measured` [B] or null, `notFinite` [B] or null, `limit`, `unit` (what a
  * cell holds), `words` (of the two ends), `title` (where a page has several).
  */
 export class Heatmap extends Grid {
+  constructor(host, { testid, label, act }) {
+    super(host, { testid, label, act });
+    const beside = () => {
+      const { left, bottom } = this.scaleBox.getBoundingClientRect();
+      return { clientX: left, clientY: bottom };
+    };
+    this.scaleBox = el("div", {
+      class: "scale",
+      role: "img",
+      tabindex: 0,
+      "data-testid": `${testid}-scale`,
+      on: {
+        pointermove: (event) => this.tellScale(event),
+        pointerleave: hideTooltip,
+        focus: () => this.tellScale(beside()),
+        blur: hideTooltip,
+      },
+    });
+    this.root.append(this.scaleBox);
+  }
+
+  /** On a phone a title has a line of its own. */
+  strip(width) {
+    return isNarrow(width) && this.view.title ? TOP + 18 : TOP;
+  }
+
   paint(context, ratio) {
     const { rows, rowHeight, edges, measured, limit, low, high } = this.view;
     const { left, top, width, height } = this.plot;
@@ -83,15 +126,19 @@ export class Heatmap extends Grid {
   drawLegend(context) {
     const { limit, unit, title, words = ["helps", "hurts"] } = this.view;
     const { left, top, width } = this.plot;
-    const bar = 132;
     const y = top - 18;
     context.font = FONT_SMALL;
     context.textBaseline = "middle";
     context.fillStyle = colors.muted;
     context.textAlign = "right";
-    const ends = [`${words[0]}  ${number(-limit, 2)}`, `${signed(limit, 2)}  ${words[1]}`];
-    const rightText = context.measureText(ends[1]).width + 8;
-    const x = Math.round(left + width - rightText - bar);
+    const measure = (text) => context.measureText(text).width;
+    const [lowEnd, highEnd] = this.scaleEnds();
+    const barRoom = (ends) => left + width - 24 - measure(ends[0]) - measure(ends[1]);
+    const worded = [`${words[0]}  ${lowEnd}`, `${highEnd}  ${words[1]}`];
+    const ends = barRoom(worded) >= 40 ? worded : [lowEnd, highEnd];
+    const bar = Math.floor(Math.max(20, Math.min(132, barRoom(ends))));
+    const x = Math.round(left + width - measure(ends[1]) - 8 - bar);
+    this.placeScale(x - 8 - measure(ends[0]), y, left + width, worded);
     for (let i = 0; i < bar; i++) {
       const at = (2 * i) / (bar - 1) - 1;
       const [r, g, b] = diverging(at * Math.abs(at), 1);
@@ -108,21 +155,55 @@ export class Heatmap extends Grid {
     if (title) {
       context.font = FONT_BOLD;
       context.fillStyle = colors.text;
-      const name = elide(title, width * 0.4, (t) => context.measureText(t).width);
-      context.fillText(name, left, y + 5.5);
-      from += context.measureText(name).width + 14;
+      const isAbove = top > TOP;
+      const name = elide(title, isAbove ? left + width : width * 0.4, measure);
+      context.fillText(name, isAbove ? 0 : left, isAbove ? y - 12.5 : y + 5.5);
+      if (!isAbove) from += measure(name) + 14;
       context.font = FONT_SMALL;
       context.fillStyle = colors.muted;
     }
-    const room = x - 16 - context.measureText(ends[0]).width - from;
+    const room = x - 16 - measure(ends[0]) - from;
     const texts = [
       `LCA ${unit}, in units of the loss; square-root scale`,
       `LCA ${unit}; square-root scale`,
       `LCA ${unit}`,
     ];
-    const fits = texts.find((text) => context.measureText(text).width < room);
+    const fits = texts.find((text) => measure(text) < room);
     if (fits) context.fillText(fits, from, y + 5.5);
     context.fillText("sum", left + width + 14, y + 5.5);
+  }
+
+  /** The ends of the scale; where cells lie beyond one, it says so. */
+  scaleEnds() {
+    const { rows, limit } = this.view;
+    const { low, high } = extremes(rows, limit);
+    return [
+      `${low < -limit ? "≤ " : ""}${number(-limit, 2)}`,
+      `${high > limit ? "≥ " : ""}${signed(limit, 2)}`,
+    ];
+  }
+
+  /** Lays what tells of the scale over its drawing. */
+  placeScale(x, y, right, ends) {
+    Object.assign(this.scaleBox.style, {
+      left: `${x}px`,
+      top: `${y - 4}px`,
+      width: `${right - x}px`,
+      height: "18px",
+    });
+    this.scaleBox.setAttribute("aria-label", `Colours: ${ends.join(" to ")}`.replaceAll("  ", " "));
+  }
+
+  /** Tells where the colours end, and how far the cells go. */
+  tellScale(event) {
+    const { rows, limit, unit } = this.view;
+    const { low, high, beyond, cells } = extremes(rows, limit);
+    showTooltip(event, `LCA ${unit}, in units of the loss; square-root scale`, [
+      ["colours end at", `±${number(limit)}`],
+      ["lowest cell", signed(low)],
+      ["highest cell", signed(high)],
+      ["cells beyond the ends", `${count(beyond)} of ${count(cells)}`],
+    ]);
   }
 
   /** Bars of each row's sum at the right. */
@@ -175,6 +256,8 @@ export class Heatmap extends Grid {
           ? "not finite"
           : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`,
       ]);
+    if (Math.abs(value ?? 0) > this.view.limit)
+      lines.push(["colours end at", `±${number(this.view.limit)}`]);
     if (measured?.[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
     if (notFinite?.[bin]) lines.push(["left out, not finite", count(notFinite[bin])]);
     lines.push(["in the whole view", signed(row.total)]);

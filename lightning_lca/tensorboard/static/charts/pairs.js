@@ -18,7 +18,8 @@ const ink = (verdict) =>
 
 /**
  * Beside a grid's view it takes `edges` [B + 1], and rows with `train` and `val` [B + 1], `verdict`,
- * `detail` (in words), and `since` (the step from which the layer overfits, or null).
+ * `detail` (in words; `short` where they have no room), and `since` (the step from which the layer
+ * overfits, or null).
  */
 export class Pairs extends Grid {
   paint(context) {
@@ -96,7 +97,7 @@ export class Pairs extends Grid {
     ]);
   }
 
-  drawVerdict(context, { verdict, detail }, y) {
+  drawVerdict(context, { verdict, detail, short }, y) {
     const { left, width, right } = this.plot;
     const x = left + width + 14;
     const write = (text, at, font, color) => {
@@ -111,7 +112,9 @@ export class Pairs extends Grid {
     context.textAlign = "left";
     context.textBaseline = "middle";
     write(verdict, y - 7, FONT_BOLD, ink(verdict));
-    write(detail, y + 8, FONT_SMALL, colors.muted);
+    context.font = FONT_SMALL;
+    const fits = context.measureText(detail).width <= right - 16;
+    write(fits ? detail : short, y + 8, FONT_SMALL, colors.muted);
   }
 
   describe(i, at) {

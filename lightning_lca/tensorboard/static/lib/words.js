@@ -64,6 +64,16 @@ export function layerWords(table) {
 }
 
 /**
+ * The layer that learned most: {name, words} that follow it; null where none did.
+ * @param {TableAnswer} table
+ */
+export function mostWords({ most_helpful: most, true_change: change }) {
+  if (!most.name.length) return null;
+  const share = change < 0 ? ` (${percent(most.share[0])} of the loss change)` : "";
+  return { name: most.name[0], words: ` learned most: ${signed(most.credit[0], 2)}${share}.` };
+}
+
+/**
  * How far the credits explain what happened: by the residuals of all steps against all credit.
  * @param {TableAnswer} table
  */
