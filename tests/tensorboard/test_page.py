@@ -727,12 +727,10 @@ def test_smoothing_is_asked_for_and_says_what_it_does(page):
 
 
 def narrow(page, width):
-    """Makes the page as wide as a phone, or, with 0, as wide as before."""
+    """Makes pages that are opened next as wide as a phone, or, with 0, as wide as before."""
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
     name = "setDeviceMetricsOverride" if width else "clearDeviceMetricsOverride"
     page.driver.execute_cdp_cmd(f"Emulation.{name}", size if width else {})
-    page.js("return new Promise((done) => setTimeout(done, 300))")
-    return page.ready()
 
 
 def test_nothing_is_cut_or_broken_on_a_phone(page, logs):
@@ -745,6 +743,7 @@ def test_nothing_is_cut_or_broken_on_a_phone(page, logs):
         with another_run(page, logs, names):
             page.open(run="run_9", layer=names[0])
             check_narrow(page)
+            page.open(run="run_1")
     finally:
         narrow(page, 0)
     page.open(run="run_1")

@@ -300,6 +300,8 @@ export class App {
     this.banner.hidden = false;
     this.banner.classList.toggle("error", error);
     this.banner.replaceChildren(el("p", {}, text), ...children);
+    this.waiting.clear(); // Nothing of it is shown.
+    clearTimeout(this.drawing);
     document.documentElement.dataset.ready = "true";
     this.topbar.draw(this.context());
   }
