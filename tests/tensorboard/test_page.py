@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 import urllib.request
 
@@ -116,8 +117,9 @@ def rows_at(root):
         return sum(run["rows"] or 0 for run in json.load(reply)["runs"])
 
 
-@pytest.fixture(scope="module")
-def address(logs):
+@contextlib.contextmanager
+def served(logs, rows):
+    """Runs TensorBoard on a directory, and waits until it has read so many rows."""
     command, port = tensorboard(logs)
     process = subprocess.Popen(
         command,
@@ -127,11 +129,17 @@ def address(logs):
     )
     root = f"http://localhost:{port}/"
     try:
-        wait_for(lambda: rows_at(root) == STEPS * 5 // 2, "all rows of three runs", process=process)
+        wait_for(lambda: rows_at(root) == rows, f"{rows} rows", process=process)
         yield root
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def address(logs):
+    with served(logs, STEPS * 5 // 2) as root:
+        yield root
 
 
 @pytest.fixture(scope="module")
@@ -530,7 +538,9 @@ def test_a_pressed_button_can_be_read_under_the_pointer(page):
 def system_theme(page, theme, media=""):
     """Makes the system light or dark, as it is to a page that stands alone."""
     features = [{"name": "prefers-color-scheme", "value": theme}]
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    page.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"media": media, "features": features}
+    )
     wait(lambda: page.js("return document.documentElement.dataset.theme") == theme)
     page.ready()
 
@@ -922,6 +932,28 @@ def test_pictures_and_tables_can_be_saved(page, history):
     with urllib.request.urlopen(page.find("csv").get_attribute("href"), timeout=PATIENCE) as reply:
         rows = reply.read().decode().splitlines()
     assert len(rows) == 1 + 5
+
+
+def test_an_empty_directory_is_named_and_told_how_to_fill(driver, tmp_path):
+    logs = tmp_path / 'it"s empty'
+    logs.mkdir()
+    with served(logs, 0) as root:
+        page = Page(driver, root).open()
+        assert f"No run with LCA data in {logs} yet" in page.text("banner")
+        program = page.js("return arguments[0].textContent", page.find("snippet"))
+        assert page.js("return document.documentElement.scrollWidth <= innerWidth")
+        # As it is, from anywhere.
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        wait(lambda: page.js("return !document.querySelector('main').hidden"), "the first run")
+        page.ready()
+        wait(lambda: page.data("heatmap")["stop"] == "160", "all of its steps")
+        page.ready()
+        assert page.text("verdict-loss").startswith("The loss fell")
+        assert list(page.table()) == ["first", "second"]
 
 
 def test_new_steps_appear_by_themselves(page, logs):

@@ -13,6 +13,7 @@ import { channelsView } from "./channels.js";
 import { compareView } from "./compare.js";
 import { cumulativeView } from "./cumulative.js";
 import { findingsView } from "./findings.js";
+import { firstRun } from "./firstrun.js";
 import { generalizationView } from "./generalization.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
@@ -320,13 +321,10 @@ export class App {
       );
     else {
       this.say(
-        "No run with LCA data yet. TensorBoard may still be reading the logs; otherwise add the callback to a Trainer that logs to this directory:",
+        `No run with LCA data in ${this.runs.directory ?? "the log directory"} yet. TensorBoard may still be reading it. ` +
+          "Otherwise add LCACallback() to the callbacks of a Trainer that logs there, or run this to see a first one:",
         false,
-        el(
-          "pre",
-          {},
-          "from lightning_lca import LCACallback\n\ntrainer = pl.Trainer(callbacks=[LCACallback()])",
-        ),
+        el("pre", { tabindex: 0, "data-testid": "snippet" }, firstRun(this.runs.directory)),
       );
     }
   }
