@@ -814,6 +814,106 @@ def test_dark_mode_is_followed(page):
     assert dark[0] > dark[2] + 20  # Still red.
 
 
+def test_tensorboards_own_switch_of_the_theme_is_followed(page):
+    page.open(inside=True, run="run_1", layer="")
+    theme = "return document.documentElement.dataset.theme"
+
+    def switch(name):
+        page.driver.switch_to.default_content()
+        page.driver.find_element(By.CSS_SELECTOR, "app-header-dark-mode-toggle button").click()
+        choice = f"//button[contains(@class, 'mat-mdc-menu-item')][contains(., '{name}')]"
+        wait(lambda: page.driver.find_elements(By.XPATH, choice), "the menu")[0].click()
+        frame = page.driver.find_element(By.TAG_NAME, "iframe")
+        page.driver.switch_to.frame(frame)
+
+    assert page.js(theme) == "light"
+    light = page.row_color("heatmap", 2)
+    try:
+        switch("Dark")
+        wait(lambda: page.js(theme) == "dark", "the dark theme")
+        page.ready()
+        assert (
+            page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(48, 48, 48)"
+        )
+        assert sum(page.row_color("heatmap", 2)) < sum(light) - 150
+    finally:
+        switch("Light")
+    wait(lambda: page.js(theme) == "light", "the light theme")
+    page.ready()
+    assert page.row_color("heatmap", 2) == light
+
+
+def test_what_hurts_can_be_told_on_gray_paper(page):
+    gray = """
+        const grid = document.querySelector("[data-testid=heatmap]");
+        const canvas = grid.querySelector("canvas");
+        const { plotLeft, plotTop, plotWidth, rowHeight } = grid.dataset;
+        const dark = (row) => {
+          const pixels = canvas.getContext("2d").getImageData(
+            plotLeft, Number(plotTop) + row * rowHeight, plotWidth, rowHeight).data;
+          let found = 0;
+          for (let i = 0; i < pixels.length; i += 4)
+            found += 0.3 * pixels[i] + 0.59 * pixels[i + 1] + 0.11 * pixels[i + 2] < 60;
+          return found / (pixels.length / 4);
+        };
+        return [document.documentElement.dataset.theme, dark(2), dark(3)];"""
+    page.open(run="run_1")
+    system_theme(page, "dark")
+    # The browser takes what stands there as soon as it has told that it prints.
+    theme, hurts, helps = page.js(f"dispatchEvent(new Event('beforeprint')); {gray}")
+    assert theme == "light"
+    assert hurts > 0.1, "row 2 hurts, and is hatched"
+    assert helps < hurts / 2
+    theme, hurts, _ = page.js(f"dispatchEvent(new Event('afterprint')); {gray}")
+    assert theme == "dark"
+    # So it is where a program asks for paper, and buttons are left out.
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    media = {"media": "print", "features": features}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    wait(lambda: page.js("return document.documentElement.dataset.theme") == "light")
+    page.ready()
+    assert page.js(gray)[1] > 0.1
+    assert not page.find("layers-png").is_displayed()
+    bar = page.js("return getComputedStyle(document.querySelector('.bar')).printColorAdjust")
+    assert bar == "exact"
+    system_theme(page, "light")
+
+
+def test_a_screen_reader_finds_its_way(page, history):
+    page.open(run="run_1")
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    seen = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in tree
+        if not node["ignored"]
+    ]
+    for landmark in ("banner", "main", "contentinfo"):
+        assert [role for role, _ in seen].count(landmark) == 1, landmark
+    assert ("heading", "Loss Change Allocation") in seen
+    regions = [name for role, name in seen if role == "region"]
+    assert {"How sure?", "Layers over time", "Cumulative LCA", "Layers in numbers"} <= set(regions)
+    assert "" not in regions
+    layer, total = history["train"].groups[3], history["train"].allocated[:, 3].sum()
+    told = next(name for role, name in seen if role == "option" and name.startswith(layer))
+    assert told.translate(MINUS) == f"{layer}: helps {total:.2g}"
+    controls = ("button", "textbox", "searchbox", "combobox", "checkbox", "spinbutton", "img")
+    assert [(role, name) for role, name in seen if role in controls and not name] == []
+    tables = [name for role, name in seen if role == "table"]
+    assert "Layers in numbers" in tables
+
+
+def test_the_keyboard_skips_the_controls(page):
+    page.open(run="run_1")
+    ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    skip = page.driver.switch_to.active_element
+    assert skip.text == "Skip to the results"
+    assert skip.location["y"] >= 0
+    skip.send_keys(Keys.ENTER)
+    ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    assert page.js("return document.querySelector('main').contains(document.activeElement)")
+    assert not page.js("return document.querySelector('#head').contains(document.activeElement)")
+
+
 def test_a_layers_name_is_only_ever_text(page, history):
     evil = history["train"].groups[1]
     page.open(run="run_1", layer=evil)

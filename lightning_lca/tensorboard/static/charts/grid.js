@@ -229,7 +229,7 @@ export class Grid {
       node.style.height = `${rowHeight}px`;
       node.title = row.name;
       node.dataset.name = row.name;
-      node.setAttribute("aria-label", row.name);
+      node.setAttribute("aria-label", this.spoken(row));
       if (!this.act.onSelect) return;
       node.setAttribute("aria-selected", row.name === selected);
       // One stop of the Tab key; the arrows move within.
@@ -237,6 +237,11 @@ export class Grid {
     });
     if (this.act.onSelect && !this.list.querySelector("[tabindex='0']"))
       this.list.children[entry].tabIndex = 0;
+  }
+
+  /** What a screen reader says of a row. */
+  spoken({ name }) {
+    return name;
   }
 
   select(row) {

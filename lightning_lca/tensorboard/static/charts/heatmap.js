@@ -33,6 +33,21 @@ export function extremes(rows, limit) {
   return { low, high, beyond, cells };
 }
 
+/** Draws slanting lines over areas of a box. */
+function hatch(context, areas, { left, top, width, height }, color, every) {
+  context.save();
+  context.clip(areas);
+  context.strokeStyle = color;
+  context.lineWidth = 1;
+  context.beginPath();
+  for (let x = left - height; x < left + width; x += every) {
+    context.moveTo(x, top + height);
+    context.lineTo(x + height, top);
+  }
+  context.stroke();
+  context.restore();
+}
+
 /**
  * Beside a grid's view it takes: rows with `values` [B], `total` and maybe `share` (of the true loss
  * change), `edges` [B + 1], `measured` [B] or null, `notFinite` [B] or null, `limit`, `unit` (what a
@@ -60,6 +75,10 @@ export class Heatmap extends Grid {
     this.root.append(this.scaleBox);
   }
 
+  spoken({ name, total }) {
+    return `${name}: ${total < 0 ? "helps" : total > 0 ? "hurts" : "LCA"} ${signed(total, 2)}`;
+  }
+
   /** On a phone a title has a line of its own. */
   strip(width) {
     return isNarrow(width) && this.view.title ? TOP + 18 : TOP;
@@ -70,7 +89,7 @@ export class Heatmap extends Grid {
     const { left, top, width, height } = this.plot;
     context.fillStyle = colors.background;
     context.fillRect(left, top, width, height);
-    if (measured) this.hatch(context, measured);
+    if (measured) this.hatchGaps(context, measured);
 
     const columns = Math.round(width * ratio);
     const pack = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
@@ -91,6 +110,7 @@ export class Heatmap extends Grid {
     small.getContext("2d").putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, left, top, width, height);
+    if (colors.hatch) this.hatchHurting(context);
     if (rowHeight >= 9) {
       context.fillStyle = colors.background;
       for (let i = 1; i < rows.length; i++)
@@ -103,24 +123,28 @@ export class Heatmap extends Grid {
   }
 
   /** Marks bins without a measured step. */
-  hatch(context, measured) {
+  hatchGaps(context, measured) {
     const { edges } = this.view;
     const { top, height } = this.plot;
-    context.save();
-    context.beginPath();
+    const areas = new Path2D();
     measured.forEach((n, k) => {
-      if (!n) context.rect(this.x(edges[k]), top, this.x(edges[k + 1]) - this.x(edges[k]), height);
+      if (!n) areas.rect(this.x(edges[k]), top, this.x(edges[k + 1]) - this.x(edges[k]), height);
     });
-    context.clip();
-    context.strokeStyle = colors.empty;
-    context.lineWidth = 1;
-    context.beginPath();
-    for (let x = this.plot.left - height; x < this.plot.left + this.plot.width; x += 6) {
-      context.moveTo(x, top + height);
-      context.lineTo(x + height, top);
-    }
-    context.stroke();
-    context.restore();
+    hatch(context, areas, this.plot, colors.empty, 6);
+  }
+
+  /** Marks cells that hurt by more than a paleness, where colours may be gray. */
+  hatchHurting(context) {
+    const { rows, rowHeight, edges, limit } = this.view;
+    const areas = new Path2D();
+    rows.forEach(({ values }, i) =>
+      values.forEach((v, k) => {
+        if (v === null || v < limit / 50) return;
+        const x = this.x(edges[k]);
+        areas.rect(x, this.plot.top + i * rowHeight, this.x(edges[k + 1]) - x, rowHeight);
+      }),
+    );
+    hatch(context, areas, this.plot, colors.hatch, 4);
   }
 
   drawLegend(context) {
@@ -145,7 +169,13 @@ export class Heatmap extends Grid {
       context.fillStyle = `rgb(${r}, ${g}, ${b})`;
       context.fillRect(x + i, y, 1, 10);
     }
+    if (colors.hatch) {
+      const hurts = new Path2D();
+      hurts.rect(x + bar * 0.57, y, bar * 0.43, 10);
+      hatch(context, hurts, { left: x, top: y, width: bar, height: 10 }, colors.hatch, 4);
+    }
     context.strokeStyle = colors.frame;
+    context.lineWidth = 1;
     context.strokeRect(x - 0.5, y - 0.5, bar + 1, 11);
     context.fillStyle = colors.muted;
     context.fillText(ends[0], x - 8, y + 5.5);

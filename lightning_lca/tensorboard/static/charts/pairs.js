@@ -86,6 +86,10 @@ export class Pairs extends Grid {
     context.fillRect(Math.round(this.x(since)), top + 1, 1, rowHeight - 1);
   }
 
+  spoken({ name, verdict, detail }) {
+    return `${name}: ${verdict}, ${detail}`;
+  }
+
   drawLegend(context) {
     const roomy = this.plot.width > 290;
     const line = { width: 14, height: 2 };

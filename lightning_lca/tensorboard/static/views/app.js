@@ -74,16 +74,27 @@ export class App {
       onToggle: (block) => this.toggle(block),
     };
     this.waiting = new Set(); // Views to be drawn.
-    this.main = el("main");
-    const head = el("div", { id: "head" });
+    this.main = el("main", { tabindex: -1 });
+    const head = el(
+      "header",
+      { id: "head" },
+      el("h1", { class: "offscreen" }, "Loss Change Allocation"),
+      el(
+        "button",
+        { type: "button", class: "skip", on: { click: () => this.main.focus() } },
+        "Skip to the results",
+      ),
+    );
     this.topbar = new TopBar(head, this);
     this.banner = el("div", {
       id: "banner",
       class: "message",
+      role: "status",
       "data-testid": "banner",
       hidden: true,
     });
-    parent.append(head, this.banner, this.main);
+    this.footer = el("footer");
+    parent.append(head, this.banner, this.main, this.footer);
     this.verdict = new Verdict(this.main);
     this.views = [
       findingsView,
@@ -103,7 +114,10 @@ export class App {
 
   /** Starts: the theme, the size, the first look for runs, and the next ones. */
   start() {
-    followTheme(() => this.draw());
+    followTheme((atOnce) => {
+      this.draw();
+      while (atOnce && this.waiting.size) this.drawNext();
+    });
     this.store.listeners.push(() => this.refresh());
     new ResizeObserver(() => {
       clearTimeout(this.resizing);
@@ -182,7 +196,7 @@ export class App {
       return;
     }
     this.banner.hidden = true;
-    this.main.hidden = false;
+    this.main.hidden = this.footer.hidden = false;
     const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
     const folding = this.folding();
     const isThere = run.layers.includes(state.layer) || ("fold" in folding && isBlock(state.layer));
@@ -297,7 +311,7 @@ export class App {
 
   /** Shows words in place of the whole page. */
   say(text, error = false, ...children) {
-    this.main.hidden = true;
+    this.main.hidden = this.footer.hidden = true;
     this.banner.hidden = false;
     this.banner.classList.toggle("error", error);
     this.banner.replaceChildren(el("p", {}, text), ...children);
@@ -347,14 +361,10 @@ export class App {
   }
 
   showKeys() {
-    this.main.append(
-      el(
-        "footer",
-        {},
-        "Drag: zoom · double click: whole run · Ctrl + wheel: zoom · Shift + wheel: move · " +
-          "on a layer's name: ↑ ↓ to go, Enter to select, ← → to move, + − to zoom, 0 for the whole run. " +
-          "LCA: the loss change that a layer's motion caused, in units of the loss; negative helped.",
-      ),
+    this.footer.append(
+      "Drag: zoom · double click: whole run · Ctrl + wheel: zoom · Shift + wheel: move · " +
+        "on a layer's name: ↑ ↓ to go, Enter to select, ← → to move, + − to zoom, 0 for the whole run. " +
+        "LCA: the loss change that a layer's motion caused, in units of the loss; negative helped.",
     );
   }
 }
