@@ -106,9 +106,10 @@ export function trustWords(table, lost) {
   if (!rows) return { head: "Nothing to add up", detail: "" };
   const head = broken === rows ? "No step is finite" : explainedWords(table);
   const details = [];
-  if (unexplained !== null)
-    details.push(`${closes ? "raw residuals" : "residuals"} ${percent(unexplained)} of all credit`);
-  details.push(`sum of residuals ${signed(residual)}`);
+  const share = unexplained === null ? "" : `${percent(unexplained)} of all credit`;
+  // What a rule shares out is next to nothing afterwards: the raw ones tell.
+  if (share && closes) details.push(`raw residuals ${share}`);
+  details.push(share && !closes ? `residuals ${share}, sum ${signed(residual)}` : `residual ${signed(residual)}`);
   if (drift) details.push(`drift ${signed(drift)}`);
   if (broken) details.push(leftOut(broken));
   if (beyond) details.push(`${count(beyond)} of ${plural(rows, "step")} beyond the tolerance`);

@@ -28,9 +28,13 @@ class Net(pl.LightningModule):
 
 
 x = torch.randn(1024, 2)
-data = DataLoader(TensorDataset(x, x.prod(1, keepdim=True)), batch_size=64, shuffle=True)
-logger = TensorBoardLogger(${where}, name="first")
-trainer = pl.Trainer(max_epochs=10, logger=logger, callbacks=[LCACallback()], log_every_n_steps=1)
-trainer.fit(Net(), data)
+data = TensorDataset(x, x.prod(1, keepdim=True))
+trainer = pl.Trainer(
+    max_epochs=10,
+    logger=TensorBoardLogger(${where}, name="first"),
+    log_every_n_steps=1,
+    callbacks=[LCACallback()],
+)
+trainer.fit(Net(), DataLoader(data, batch_size=64, shuffle=True))
 `;
 }
