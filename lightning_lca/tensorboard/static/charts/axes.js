@@ -68,7 +68,8 @@ export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) 
     context.fillStyle = item.ink ?? item.color;
     context.font = item.bold ? FONT_BOLD : FONT_SMALL;
     const measure = (t) => context.measureText(t).width;
-    const text = measure(item.text) <= width - 18 ? item.text : (item.short ?? item.text);
+    const texts = [item.text, ...(item.short ?? [])];
+    const text = texts.find((t) => measure(t) <= width - 18) ?? texts.at(-1);
     context.fillText(elide(text, width - 18, measure), x + 15, at[i]);
   });
 }

@@ -271,8 +271,8 @@ function smallP(p) {
 export function sureWords({ kind, steps: measured, least, level }) {
   if (measured < least)
     return `Findings need ${count(least)} finite measured steps or more; here are ${count(measured)}.`;
-  const tests = `noise gives a finding in about ${percent(level, 0)} of runs, over all tests`;
+  const tests = `noise gives a finding in about ${percent(level, 0)} of runs`;
   return kind.length
-    ? `From ${count(measured)} measured steps; ${tests}.`
+    ? `From ${count(measured)} measured steps. Each p is corrected for all tests: ${tests}.`
     : `Nothing in these ${count(measured)} measured steps is beyond chance (${tests}).`;
 }

@@ -64,7 +64,8 @@ export function helpingView(app) {
         .filter(([, value]) => value !== null)
         .map(([text, value, color], i) => ({
           text: `${text} ${percent(value)}`,
-          short: percent(value), // An elided name must not take its digits along.
+          // An elided name must not take its digits along.
+          short: [`${text.split(".").at(-1)} ${percent(value)}`, percent(value)],
           value,
           color,
           bold: true,
@@ -72,7 +73,7 @@ export function helpingView(app) {
         }));
       names.push({
         text: "as many hurt as help",
-        short: "as many hurt",
+        short: ["as many hurt"],
         value: 0.5,
         color: colors.muted,
         bold: false,
