@@ -65,7 +65,7 @@ export function helpingView(app) {
         .map(([text, value, color], i) => ({
           text: `${text} ${percent(value)}`,
           // An elided name must not take its digits along.
-          short: [`${text.split(".").at(-1)} ${percent(value)}`, percent(value)],
+          short: [`${String(text).split(".").at(-1)} ${percent(value)}`, percent(value)],
           value,
           color,
           bold: true,
