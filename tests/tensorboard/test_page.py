@@ -500,11 +500,18 @@ def test_runs_without_a_common_layer_are_told_so(page, logs):
         page.open(run="run_1", vs_run="run_9", vs_probe="")
         assert "run_1 · train and run_9 have no layer in common" in page.text("compare-message")
         assert not page.find("compare-a").is_displayed()
+    # Nor do they where a layer is looked for that only one has: it is not even asked.
+    names = [f"net.{i}.attn" for i in range(50)]
+    with another_run(page, logs, names):
+        page.open(run="run_9", vs_run="run_2", vs_probe="", find="attn")
+        told = "have no layer with “attn” in its name in common"
+        assert f"run_9 and run_2 {told}" in page.text("compare-message")
         # Another choice is answered as ever.
+        Select(page.find("run")).select_by_value("run_1")
+        page.ready()
         Select(page.find("versus")).select_by_value('["run_2",""]')
         page.ready()
         assert page.find("compare-a").is_displayed()
-    page.open(run="run_1")
 
 
 def test_a_pressed_button_can_be_read_under_the_pointer(page):

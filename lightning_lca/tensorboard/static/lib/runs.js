@@ -59,7 +59,7 @@ export class Runs {
       .filter((p) => p !== probe)
       .map((p) => choice(run, p, `probe ${p || "–"}`));
     const others = this.all
-      .filter((r) => r !== run && !r.error)
+      .filter((r) => r !== run && !r.error && r.rows)
       .flatMap((r) =>
         r.probes.map((p) => choice(r, p, r.probes.length > 1 ? `${r.name} · ${p}` : r.name)),
       );

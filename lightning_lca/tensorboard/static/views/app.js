@@ -45,6 +45,11 @@ function rowOf(layer, run, bins) {
   return bins.layers[bins.row_of[run.layers.indexOf(layer)]] ?? layer;
 }
 
+/** Whether a run has layers that are looked for; it has where none are. */
+function hasFound({ layers }, find) {
+  return find === undefined || layers.some((name) => isFound(name, find));
+}
+
 /** The blocks that the address says are the other way than at first. */
 function toggledOf({ toggle }) {
   try {
@@ -235,7 +240,9 @@ export class App {
     if (run.layers.includes(layer) && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
-    if (other?.probes.includes(state.vs_probe ?? "")) {
+    const isComparable =
+      other?.rows && other.probes.includes(state.vs_probe ?? "") && hasFound(other, folding.find);
+    if (isComparable) {
       const pair = { run_b: other.name, probe_b: state.vs_probe };
       const version = `${settled} ${other.stamp}`;
       want("compare", Math.min(fitting, 600), pair, version, folding);
@@ -250,6 +257,8 @@ export class App {
     const table = sources.table.data;
     const bins = sources.bins.data;
     const choices = run && !run.error ? this.runs.others(run, state.probe) : [];
+    const other =
+      choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null;
     return {
       state,
       run,
@@ -261,8 +270,8 @@ export class App {
       shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
       own: { run: state.run, probe: state.probe },
-      other:
-        choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null,
+      other,
+      isFoundInOther: !other || hasFound(this.runs.find(other.run), this.folding().find),
     };
   }
 
