@@ -66,7 +66,8 @@ export function steps(first, last) {
 
 /**
  * Shortens a name until it fits: first the words of its path to their initials, from the left, as
- * numbers and the end tell layers apart (e.l.10.self_attn); then by an ellipsis in the middle.
+ * numbers and the end tell layers apart (e.l.10.self_attn); then without what stands before the first
+ * number (…10.self_attn); then by an ellipsis in the middle.
  */
 export function elide(text, width, measure) {
   const words = text.split(".");
@@ -75,6 +76,11 @@ export function elide(text, width, measure) {
   }
   text = words.join(".");
   if (measure(text) <= width) return text;
+  const first = words.findIndex((word) => /^\d+$/.test(word));
+  for (let i = 1; i <= first; i++) {
+    const end = `…${words.slice(i).join(".")}`;
+    if (measure(end) <= width) return end;
+  }
   let low = 1;
   let high = text.length;
   const cut = (n) =>
