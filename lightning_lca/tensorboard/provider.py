@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,6 +45,15 @@ class Source:
     def runs(self) -> list[str]:
         """Lists the runs that have an LCA record."""
         return sorted(self._list(None, [eventfile.META]))
+
+    def directory(self) -> str | None:
+        """Names what TensorBoard reads; a local directory in full, None where it does not tell."""
+        try:
+            told = self.provider.experiment_metadata(self.context, experiment_id=self.experiment)
+            location = str(told.data_location)
+        except Exception:  # Each provider has errors of its own; it is a hint, no more.
+            return None
+        return os.path.abspath(location) if os.path.isdir(location) else location or None
 
     def tags(self, run: str) -> dict[str, Mark]:
         """Lists a run's tags of this plugin; none if there is no such run."""

@@ -32,7 +32,7 @@ Answer = Callable[[Store, Source, Query], "dict[str, Any] | Download"]
 
 def _runs(store: Store, source: Source, query: Query) -> dict[str, Any]:
     query.done()
-    return {"runs": store.describe(source)}
+    return {"runs": store.describe(source), "directory": source.directory()}
 
 
 def _bins(store: Store, source: Source, query: Query) -> dict[str, Any]:

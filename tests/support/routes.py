@@ -15,6 +15,13 @@ DOCUMENT = Path(lightning_lca.__file__).parent / "docs" / "routes.md"
 _TYPES = {"int": "number", "float": "number", "text": "string", "bool": "boolean"}
 
 
+class _Source:
+    """TensorBoard's data provider, of which only the directory is asked."""
+
+    def directory(self):
+        return "/logs"
+
+
 class Store:
     """Runs by name, made of a history, or of one for each probe."""
 
@@ -34,7 +41,7 @@ class Store:
     def ask(self, route, **parameters):
         """Gives the route's answer; parameters are as in an address."""
         texts = {name: str(value) for name, value in parameters.items()}
-        answer = ANSWERS[route](self, None, Query(MultiDict(texts)))
+        answer = ANSWERS[route](self, _Source(), Query(MultiDict(texts)))
         return plain(answer) if isinstance(answer, dict) else answer
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.parse
 import urllib.request
 
@@ -116,8 +117,9 @@ def rows_at(root):
         return sum(run["rows"] or 0 for run in json.load(reply)["runs"])
 
 
-@pytest.fixture(scope="module")
-def address(logs):
+@contextlib.contextmanager
+def served(logs, rows):
+    """Runs TensorBoard on a directory, and waits until it has read so many rows."""
     command, port = tensorboard(logs)
     process = subprocess.Popen(
         command,
@@ -127,11 +129,17 @@ def address(logs):
     )
     root = f"http://localhost:{port}/"
     try:
-        wait_for(lambda: rows_at(root) == STEPS * 5 // 2, "all rows of three runs", process=process)
+        wait_for(lambda: rows_at(root) == rows, f"{rows} rows", process=process)
         yield root
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def address(logs):
+    with served(logs, STEPS * 5 // 2) as root:
+        yield root
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +495,63 @@ def test_two_probes_are_compared(page, history):
     assert float(maps[2]["limit"]) == pytest.approx(gap[int(0.99 * gap.size)], rel=1e-4)
 
 
+def test_runs_without_a_common_layer_are_told_so(page, logs):
+    with another_run(page, logs, ["other.one", "other.two"]):
+        page.open(run="run_1", vs_run="run_9", vs_probe="")
+        assert "run_1 · train and run_9 have no layer in common" in page.text("compare-message")
+        assert not page.find("compare-a").is_displayed()
+    # Nor do they where a layer is looked for that only one has: it is not even asked.
+    names = [f"net.{i}.attn" for i in range(50)]
+    with another_run(page, logs, names):
+        page.open(run="run_9", vs_run="run_2", vs_probe="", find="attn")
+        told = "have no layer with “attn” in its name in common"
+        assert f"run_9 and run_2 {told}" in page.text("compare-message")
+        # Another choice is answered as ever.
+        Select(page.find("run")).select_by_value("run_1")
+        page.ready()
+        Select(page.find("versus")).select_by_value('["run_2",""]')
+        page.ready()
+        assert page.find("compare-a").is_displayed()
+
+
+def test_a_pressed_button_can_be_read_under_the_pointer(page):
+    contrast = """
+        const style = getComputedStyle(arguments[0]);
+        const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+        const light = (paints) => {
+          for (const paint of paints) {
+            canvas.fillStyle = paint;
+            canvas.fillRect(0, 0, 1, 1);
+          }
+          const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
+            (c) => (c / 255 <= 0.04045 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+        };
+        const ground = [getComputedStyle(document.body).backgroundColor, style.backgroundColor];
+        const [a, b] = [light(ground), light([...ground, style.color])];
+        return Math.max(a, b) / Math.min(a, b);
+    """
+    page.open(run="run_1")
+    page.click("stack")
+    for theme in ("light", "dark"):
+        system_theme(page, theme)
+        button = page.find("stack")
+        ActionChains(page.driver).move_to_element(button).perform()
+        assert page.js("return arguments[0].matches(':hover[aria-pressed=true]')", button)
+        assert page.js(contrast, button) > 4.5
+    system_theme(page, "light")
+
+
+def system_theme(page, theme, media=""):
+    """Makes the system light or dark, as it is to a page that stands alone."""
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    page.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"media": media, "features": features}
+    )
+    wait(lambda: page.js("return document.documentElement.dataset.theme") == theme)
+    page.ready()
+
+
 def test_layers_that_overfit_stand_out(page, history):
     layers = history["train"].groups
     after = np.arange(200)[:, None] >= 80
@@ -520,22 +585,30 @@ def test_layers_that_overfit_stand_out(page, history):
     )
 
 
-PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
-
-
-def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
-    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
-    names = ["net.wte", *names, "head"]
-    run = noisy(steps=40, layers=len(names))
+@contextlib.contextmanager
+def another_run(page, logs, names, **more):
+    """Adds a run of noise with these layers, for a while."""
+    run = noisy(steps=40, layers=len(names), **more)
     writer = board.RecordWriter(logs / "run_9", run.sizes, None, pytest.fail)
     try:
         said = {"probes": [None], "groups": names, "sizes": run.sizes.tolist(), "group_by": "layer"}
         writer.describe(said | {"settings": {}}, 0)
         writer.add(None, run.rows)
         writer.close()
-        history = History.load(logs / "run_9")
         page.open(run="run_2")
-        wait(lambda: "run_9" in page.text("run"), "the large run")
+        wait(lambda: "run_9" in page.text("run"), "the other run")
+        yield History.load(logs / "run_9")
+    finally:
+        shutil.rmtree(logs / "run_9")
+
+
+PARTS = ("ln_1", "attn_in", "attn_out", "ln_2", "mlp_in", "mlp_out")
+
+
+def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS]
+    names = ["net.wte", *names, "head"]
+    with another_run(page, logs, names) as history:
         page.open(run="run_9")
         blocks = [f"net.h.{i}.*" for i in range(12)]
         shown = ["net.*", "net.wte", "net.h.*", *blocks, "head"]
@@ -582,10 +655,157 @@ def test_many_layers_are_blocks_that_open_and_are_found(page, logs):
         page.ready()
         page.click("every")
         assert json.loads(page.data("heatmap")["layers"]) == names
-    finally:
-        shutil.rmtree(logs / "run_9")
     page.open(run="run_1")
     assert not page.find("find").is_displayed(), "a few layers need no search"
+
+
+def test_the_layer_that_learned_most_is_named_and_rows_are_sorted(page, logs):
+    names = [f"net.h.{i}.{part}" for i in range(12) for part in PARTS] + ["head"]
+    at = names.index("net.h.7.mlp_in")
+    planted = np.zeros(len(names))
+    planted[at] = -20
+    with another_run(page, logs, names, planted=planted) as history:
+        total = history.allocated.sum(0)
+        assert total.argmin() == at
+        page.open(run="run_9")
+        # It lies in a folded block, and is named all the same.
+        assert names[at] not in json.loads(page.data("heatmap")["layers"])
+        assert page.text("layers-note").startswith(f"{names[at]} learned most: ")
+        assert names[at] in page.text("verdict-layers")
+        page.click("most")
+        assert page.hash()["p.lca.layer"] == names[at]
+        assert page.data("heatmap")["selected"] == "net.h.7.*"
+
+        page.click("layers-sort")
+        blocks = [f"net.h.{i}.*" for i in range(12)]
+        sums = {b: total[i * 6 : i * 6 + 6].sum() for i, b in enumerate(blocks)}
+        found = json.loads(page.data("heatmap")["layers"])
+        inside = [name for name in found if name in sums]
+        assert inside == sorted(blocks, key=sums.get)
+        assert found.index("net.h.*") < found.index(inside[0]), "below the block that they are in"
+        assert page.hash()["p.lca.sort"] == "credit"
+        page.click("every")
+        assert json.loads(page.data("heatmap")["layers"]) == [names[i] for i in total.argsort()]
+        page.click("layers-sort")
+        assert json.loads(page.data("heatmap")["layers"]) == names
+    page.open(run="run_1", sort="credit")
+    rows = "return [...document.querySelectorAll('#shares tbody tr')].map(row => row.dataset.name)"
+    run = History.load(logs / "run_1", "train")
+    assert page.js(rows) == [run.groups[i] for i in run.allocated.sum(0).argsort()]
+
+
+def test_colours_that_clip_say_so_and_how_far_cells_go(page, history):
+    page.open(run="run_1")
+    credit = history["train"].allocated
+    limit = float(page.data("heatmap")["limit"])
+    scale = page.find("heatmap-scale")
+    told = scale.get_attribute("aria-label").translate(MINUS)
+    assert credit.min() < -limit
+    assert credit.max() <= limit
+    assert told == f"Colours: helps ≤ {-limit:.2g} to +{limit:.2g} hurts"
+    ActionChains(page.driver).move_to_element(scale).perform()
+    tooltip = page.text("tooltip").translate(MINUS)
+    value = float(re.search("lowest cell\n(.*)", tooltip)[1])
+    assert value == pytest.approx(credit.min(), rel=6e-3)
+    value = float(re.search("highest cell\n(.*)", tooltip)[1])
+    assert value == pytest.approx(credit.max(), rel=6e-3)
+    beyond = (abs(credit) > limit).sum()
+    assert f"{beyond} of {credit.size}" in tooltip
+    # From the keyboard, too.
+    page.js("arguments[0].blur(); document.querySelector('.tooltip').hidden = true", scale)
+    page.js("arguments[0].focus()", scale)
+    assert "lowest cell" in page.text("tooltip")
+    page.js("arguments[0].blur()", scale)
+
+
+def test_smoothing_is_asked_for_and_says_what_it_does(page):
+    page.open(run="run_1")
+    assert "mooth" not in page.text("helping-note")
+    mean = page.text("helping-note")
+    choice = Select(page.find("smooth"))
+    assert choice.first_selected_option.text == "no"
+
+    def told():
+        hit = page.find("helping-chart", ".hit")
+        ActionChains(page.driver).move_to_element(hit).perform()
+        return page.text("tooltip")
+
+    raw = told()
+    choice.select_by_value("15")
+    page.ready()
+    assert page.hash()["p.lca.smooth"] == "15"
+    note = page.text("helping-note")
+    assert note.startswith("Smoothed: the strong lines are means over 15 bins (15 steps)")
+    assert note.endswith(mean), "averages are as before"
+    assert "network, smoothed" in told()
+    assert told().startswith(raw.partition("weights that help")[0]), "and so are single values"
+    page.open(run="run_1", smooth="7")
+    assert "mooth" not in page.text("helping-note"), "no width that is offered"
+
+
+def narrow(page, width):
+    """Makes pages that are opened next as wide as a phone, or, with 0, as wide as before."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    name = "setDeviceMetricsOverride" if width else "clearDeviceMetricsOverride"
+    page.driver.execute_cdp_cmd(f"Emulation.{name}", size if width else {})
+
+
+def test_nothing_is_cut_or_broken_on_a_phone(page, logs):
+    names = [f"transformer.h.{i}.self_attention.{part}" for i in range(3) for part in PARTS]
+    try:
+        narrow(page, 390)
+        for state in ({"run": "run_1"}, {"run": "run_1", "vs_run": "run_1", "vs_probe": "val"}):
+            page.open(**state)
+            check_narrow(page)
+        with another_run(page, logs, names):
+            page.open(run="run_9", layer=names[0])
+            check_narrow(page)
+            page.open(run="run_1")
+    finally:
+        narrow(page, 0)
+    page.open(run="run_1")
+    assert not page.find("layer-table").get_attribute("class"), "a wide page has tables"
+
+
+def check_narrow(page):
+    """Nothing sticks out; every name is whole, or breaks after a dot; legends are apart."""
+    width = page.js("return document.documentElement.clientWidth")
+    out = """
+        return [...document.querySelectorAll("main *, #topbar *")]
+          .filter((e) => e.offsetParent && e.getBoundingClientRect().right > arguments[0] + 0.5)
+          .map((e) => e.outerHTML.slice(0, 200));"""
+    assert page.js(out, width) == []
+    scrolled = """
+        return [...document.querySelectorAll(".scroll, .answer span")]
+          .filter((e) => e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1)
+          .map((e) => e.outerHTML.slice(0, 200));"""
+    assert page.js(scrolled) == []
+    # Where a name takes several lines, each ends with a dot, or it would be longer than the page.
+    broken = """
+        const found = [];
+        for (const button of document.querySelectorAll("tbody th button:not(.fold)")) {
+          if (!button.offsetParent) continue;
+          for (const text of button.childNodes) {
+            if (text.nodeType !== Node.TEXT_NODE) continue;
+            const range = document.createRange();
+            range.selectNodeContents(text);
+            const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top)));
+            if (lines.size > 1 && !text.data.includes(" ")) found.push(text.data);
+          }
+        }
+        return found;"""
+    assert page.js(broken) == []
+    # A legend lies within its picture, above the rows, and beside no title.
+    for scale in page.driver.find_elements(By.CLASS_NAME, "scale"):
+        if not scale.is_displayed():
+            continue
+        grid = scale.find_element(By.XPATH, "..")
+        data = page.js("return {...arguments[0].dataset}", grid)
+        left = scale.location["x"] - grid.location["x"]
+        assert left >= 0
+        assert left + scale.size["width"] <= int(data["plotLeft"]) + int(data["plotWidth"]) + 1
+        titled = data["testid"].startswith("compare")
+        assert int(data["plotTop"]) == (44 if titled else 26)
 
 
 def test_dark_mode_is_followed(page):
@@ -599,6 +819,106 @@ def test_dark_mode_is_followed(page):
     dark = page.row_color("heatmap", 2)
     assert sum(dark) < sum(light) - 150
     assert dark[0] > dark[2] + 20  # Still red.
+
+
+def test_tensorboards_own_switch_of_the_theme_is_followed(page):
+    page.open(inside=True, run="run_1", layer="")
+    theme = "return document.documentElement.dataset.theme"
+
+    def switch(name):
+        page.driver.switch_to.default_content()
+        page.driver.find_element(By.CSS_SELECTOR, "app-header-dark-mode-toggle button").click()
+        choice = f"//button[contains(@class, 'mat-mdc-menu-item')][contains(., '{name}')]"
+        wait(lambda: page.driver.find_elements(By.XPATH, choice), "the menu")[0].click()
+        frame = page.driver.find_element(By.TAG_NAME, "iframe")
+        page.driver.switch_to.frame(frame)
+
+    assert page.js(theme) == "light"
+    light = page.row_color("heatmap", 2)
+    try:
+        switch("Dark")
+        wait(lambda: page.js(theme) == "dark", "the dark theme")
+        page.ready()
+        assert (
+            page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(48, 48, 48)"
+        )
+        assert sum(page.row_color("heatmap", 2)) < sum(light) - 150
+    finally:
+        switch("Light")
+    wait(lambda: page.js(theme) == "light", "the light theme")
+    page.ready()
+    assert page.row_color("heatmap", 2) == light
+
+
+def test_what_hurts_can_be_told_on_gray_paper(page):
+    gray = """
+        const grid = document.querySelector("[data-testid=heatmap]");
+        const canvas = grid.querySelector("canvas");
+        const { plotLeft, plotTop, plotWidth, rowHeight } = grid.dataset;
+        const dark = (row) => {
+          const pixels = canvas.getContext("2d").getImageData(
+            plotLeft, Number(plotTop) + row * rowHeight, plotWidth, rowHeight).data;
+          let found = 0;
+          for (let i = 0; i < pixels.length; i += 4)
+            found += 0.3 * pixels[i] + 0.59 * pixels[i + 1] + 0.11 * pixels[i + 2] < 60;
+          return found / (pixels.length / 4);
+        };
+        return [document.documentElement.dataset.theme, dark(2), dark(3)];"""
+    page.open(run="run_1")
+    system_theme(page, "dark")
+    # The browser takes what stands there as soon as it has told that it prints.
+    theme, hurts, helps = page.js(f"dispatchEvent(new Event('beforeprint')); {gray}")
+    assert theme == "light"
+    assert hurts > 0.1, "row 2 hurts, and is hatched"
+    assert helps < hurts / 2
+    theme, hurts, _ = page.js(f"dispatchEvent(new Event('afterprint')); {gray}")
+    assert theme == "dark"
+    # So it is where a program asks for paper, and buttons are left out.
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    media = {"media": "print", "features": features}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    wait(lambda: page.js("return document.documentElement.dataset.theme") == "light")
+    page.ready()
+    assert page.js(gray)[1] > 0.1
+    assert not page.find("layers-png").is_displayed()
+    bar = page.js("return getComputedStyle(document.querySelector('.bar')).printColorAdjust")
+    assert bar == "exact"
+    system_theme(page, "light")
+
+
+def test_a_screen_reader_finds_its_way(page, history):
+    page.open(run="run_1")
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    seen = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in tree
+        if not node["ignored"]
+    ]
+    for landmark in ("banner", "main", "contentinfo"):
+        assert [role for role, _ in seen].count(landmark) == 1, landmark
+    assert ("heading", "Loss Change Allocation") in seen
+    regions = [name for role, name in seen if role == "region"]
+    assert {"How sure?", "Layers over time", "Cumulative LCA", "Layers in numbers"} <= set(regions)
+    assert "" not in regions
+    layer, total = history["train"].groups[3], history["train"].allocated[:, 3].sum()
+    told = next(name for role, name in seen if role == "option" and name.startswith(layer))
+    assert told.translate(MINUS) == f"{layer}: helps {total:.2g}"
+    controls = ("button", "textbox", "searchbox", "combobox", "checkbox", "spinbutton", "img")
+    assert [(role, name) for role, name in seen if role in controls and not name] == []
+    tables = [name for role, name in seen if role == "table"]
+    assert "Layers in numbers" in tables
+
+
+def test_the_keyboard_skips_the_controls(page):
+    page.open(run="run_1")
+    ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    skip = page.driver.switch_to.active_element
+    assert skip.text == "Skip to the results"
+    assert skip.location["y"] >= 0
+    skip.send_keys(Keys.ENTER)
+    ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    assert page.js("return document.querySelector('main').contains(document.activeElement)")
+    assert not page.js("return document.querySelector('#head').contains(document.activeElement)")
 
 
 def test_a_layers_name_is_only_ever_text(page, history):
@@ -719,6 +1039,28 @@ def test_pictures_and_tables_can_be_saved(page, history):
     with urllib.request.urlopen(page.find("csv").get_attribute("href"), timeout=PATIENCE) as reply:
         rows = reply.read().decode().splitlines()
     assert len(rows) == 1 + 5
+
+
+def test_an_empty_directory_is_named_and_told_how_to_fill(driver, tmp_path):
+    logs = tmp_path / 'it"s empty'
+    logs.mkdir()
+    with served(logs, 0) as root:
+        page = Page(driver, root).open()
+        assert f"No run with LCA data in {logs} yet" in page.text("banner")
+        program = page.js("return arguments[0].textContent", page.find("snippet"))
+        assert page.js("return document.documentElement.scrollWidth <= innerWidth")
+        # As it is, from anywhere.
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        run = subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        wait(lambda: page.js("return !document.querySelector('main').hidden"), "the first run")
+        page.ready()
+        wait(lambda: page.data("heatmap")["stop"] == "160", "all of its steps")
+        page.ready()
+        assert page.text("verdict-loss").startswith("The loss fell")
+        assert list(page.table()) == ["first", "second"]
 
 
 def test_new_steps_appear_by_themselves(page, logs):

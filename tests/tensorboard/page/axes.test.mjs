@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 
 import { margins, spread } from "../../../lightning_lca/tensorboard/static/charts/axes.js";
+import { extremes } from "../../../lightning_lca/tensorboard/static/charts/heatmap.js";
 import { extent } from "../../../lightning_lca/tensorboard/static/charts/marks.js";
 import {
   clampRange,
@@ -75,6 +76,12 @@ test("zooming keeps the step under the pointer, and ranges stay within the run",
 
 test("a narrow page has narrow margins", () => {
   const [narrow, wide] = [margins(400), margins(2000)];
-  assert.deepEqual([narrow.left, narrow.right], [104, 112]);
+  assert.deepEqual([narrow.left, narrow.right], [94, 100]);
   assert.deepEqual([wide.left, wide.right], [168, 156]);
+});
+
+test("how far the cells of a heatmap go is told beside where its colours end", () => {
+  const rows = [{ values: [-3, 0.5, null] }, { values: [0, 1, -1] }];
+  assert.deepEqual(extremes(rows, 1), { low: -3, high: 1, beyond: 1, cells: 5 });
+  assert.deepEqual(extremes([], 0), { low: 0, high: 0, beyond: 0, cells: 0 });
 });

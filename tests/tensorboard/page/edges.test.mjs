@@ -5,6 +5,7 @@ import {
   binAt,
   end,
   nearestEdge,
+  smoothed,
   stacked,
   startingFrom,
   sumsOf,
@@ -53,4 +54,10 @@ test("areas stand on top of each other", () => {
   const lists = [[1, 2], [0, 0], [3, 1]];
   assert.deepEqual(stacked(lists), [[1, 2], [1, 2], [4, 3]]);
   assert.deepEqual(stacked([]), []);
+});
+
+test("a smoothed line is a mean of what lies around, and gaps stay gaps", () => {
+  assert.deepEqual(smoothed([0, 3, 6, 3, 0], 3), [1.5, 3, 4, 3, 1.5]);
+  assert.deepEqual(smoothed([1, null, 3, 5], 3), [1, null, 4, 4]);
+  assert.deepEqual(smoothed([1, 2], 45), [1.5, 1.5]);
 });

@@ -40,6 +40,10 @@ test("names are shortened from the left, and still tell layers apart", () => {
   const width = (text) => text.length;
   assert.equal(elide("conv1", 12, width), "conv1");
   assert.equal(elide("encoder.layers.10.self_attn", 16, width), "e.l.10.self_attn");
+  assert.equal(elide("transformer.h.10.mlp.c_fc", 13, width), "t.h.10.m.c_fc");
+  assert.equal(elide("transformer.h.10.mlp.c_fc", 12, width), "…h.10.m.c_fc");
+  assert.equal(elide("transformer.h.10.mlp.c_fc", 11, width), "…10.m.c_fc");
+  assert.equal(elide("a_very_long_name", 9, width).length, 9);
   const [a, b] = ["10", "11"].map((n) => elide(`encoder.layers.${n}.self_attention.q`, 12, width));
   assert.notEqual(a, b);
   assert.ok(a.length <= 12);

@@ -4,6 +4,7 @@ import test from "node:test";
 import {
   isBlock,
   isFound,
+  placesByCredit,
   placesThatAddUp,
   treeRows,
 } from "../../../lightning_lca/tensorboard/static/lib/rows.js";
@@ -56,4 +57,13 @@ test("a search takes all words, in any case", () => {
   assert.ok(isFound("net.h.10.C_proj", " c_PROJ  10 "));
   assert.ok(!isFound("net.h.10.c_proj", "c_proj 2"));
   assert.ok(isBlock("a.*") && isBlock("a.0 … a.4") && !isBlock("a.b") && !isBlock(null));
+});
+
+test("rows by credit stay within their blocks, the most helpful first, unknown sums last", () => {
+  //             net.*  a  h.*  h.1  h.2  head  broken
+  const depth = [0, 1, 1, 2, 2, 0, 0];
+  const totals = [-1, -0.1, -0.9, -0.4, -0.5, -3, null];
+  assert.deepEqual(placesByCredit(depth, totals), [5, 0, 2, 4, 3, 1, 6]);
+  assert.deepEqual(placesByCredit([0, 0, 0], [0.5, -1, 0]), [1, 2, 0]);
+  assert.deepEqual(placesByCredit([], []), []);
 });

@@ -6,6 +6,7 @@ import {
   ledgerWords,
   leftOut,
   lossWords,
+  mostWords,
   pairNames,
   sharedWords,
   sureWords,
@@ -58,20 +59,43 @@ test("the verdict says how the loss moved, and where", () => {
 test("the verdict names the layers that did most, with their served shares", () => {
   const { head, detail, warn } = layerWords(TABLE);
   assert.equal(head, "2 layers helped, 1 hurt");
-  assert.match(plain(detail), /hurting most: c \+1.0 · helping most: a -3.0 \(75 %\), b -2.0 \(50 %\)/);
+  assert.match(plain(detail), /hurting most: c \+1.0 · helping most: a -3.0 \(75.0 %\), b -2.0 \(50.0 %\)/);
   assert.equal(warn, false);
   assert.equal(layerWords({ ...TABLE, helped: 0, hurt: 0, broken: 3 }).warn, true);
 });
 
 test("trust follows the served share, and all is never said where something is left", () => {
-  assert.equal(plain(told({}).head), "The credits explain > 99.9 %");
+  assert.equal(plain(told({}).head), "The credits explain 99.98 %");
   assert.equal(told({}).warn, false);
-  assert.equal(plain(told({ unexplained: 0.00059 }).head), "The credits explain 99.9 %");
-  assert.equal(plain(told({ unexplained: 0.0321 }).head), "The credits explain 96.7 %");
+  assert.equal(plain(told({ unexplained: 0.00059 }).head), "The credits explain 99.94 %");
+  assert.equal(plain(told({ unexplained: 0.0321 }).head), "The credits explain 96.8 %");
+  assert.equal(plain(told({ unexplained: 0.00001 }).head), "The credits explain > 99.99 %");
   assert.equal(told({ unexplained: 0 }).head, "The credits add up");
   assert.equal(told({ unexplained: null }).head, "The credits add up");
   assert.equal(told({ unexplained: null, is_large: true, remarks: ["x"] }).head, "The credits do not add up");
   assert.equal(told({ unexplained: 1.5 }).head, "The credits do not explain the change");
+});
+
+test("the layer that learned most is named, with its part of a loss that fell", () => {
+  const told = (change) => mostWords({ ...TABLE, ...change });
+  assert.equal(told({}).name, "a");
+  assert.equal(plain(told({}).words), " learned most: -3.0 (75.0 % of the loss change).");
+  assert.equal(plain(told({ true_change: 1 }).words), " learned most: -3.0.");
+  assert.equal(told({ most_helpful: { name: [], credit: [], share: [] } }), null);
+});
+
+test("what is explained and what is left over add up to all, wherever they are written", () => {
+  for (const unexplained of [0.00006, 0.00099, 0.001, 0.0010001, 0.0099, 0.00999, 0.0321, 0.2, 0.99]) {
+    const table = { ...TABLE, unexplained };
+    const { head, detail } = trustWords(table, 0);
+    const [, explained] = plain(head).match(/explain ([\d.]+) %/);
+    const [, left] = plain(detail).match(/^residuals ([\d.]+) % of all credit/);
+    const [, noted] = plain(ledgerWords(table)).match(/are ([\d.]+) % of all credit/);
+    assert.equal(left, noted);
+    assert.equal((Number(explained) + Number(left)).toFixed(6), "100.000000");
+  }
+  assert.match(told({ unexplained: 0.00001 }).detail, /^residuals < 0.01/);
+  assert.match(told({ unexplained: 0.02, closes: true }).detail, /^raw residuals 2.0/);
 });
 
 test("whether a residual is large is the server's to say, and so is the remedy", () => {

@@ -6,11 +6,17 @@ import { FONT } from "../lib/theme.js";
 export const FONT_SMALL = `11px ${FONT}`;
 export const FONT_BOLD = `bold 11px ${FONT}`;
 
+/** Whether a page is that of a phone. */
+export function isNarrow(width) {
+  return width < 520;
+}
+
 /** The margins of every plot in a page of this width, in CSS pixels. */
 export function margins(width) {
+  const [left, right] = isNarrow(width) ? [94, 100] : [104, 112];
   return {
-    left: Math.round(Math.min(168, Math.max(104, width * 0.14))),
-    right: Math.round(Math.min(156, Math.max(112, width * 0.13))),
+    left: Math.round(Math.min(168, Math.max(left, width * 0.14))),
+    right: Math.round(Math.min(156, Math.max(right, width * 0.13))),
   };
 }
 
@@ -61,10 +67,9 @@ export function sideLabels(context, items, { x, width, top, bottom, gap = 14 }) 
     context.globalAlpha = 1;
     context.fillStyle = item.ink ?? item.color;
     context.font = item.bold ? FONT_BOLD : FONT_SMALL;
-    context.fillText(
-      elide(item.text, width - 18, (t) => context.measureText(t).width),
-      x + 15,
-      at[i],
-    );
+    const measure = (t) => context.measureText(t).width;
+    const texts = [item.text, ...(item.short ?? [])];
+    const text = texts.find((t) => measure(t) <= width - 18) ?? texts.at(-1);
+    context.fillText(elide(text, width - 18, measure), x + 15, at[i]);
   });
 }

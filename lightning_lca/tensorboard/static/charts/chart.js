@@ -15,7 +15,8 @@ const AIR = 8; // Above a plot, and below one without a step axis.
 /**
  * A chart. `update` takes a view: {x, lines: [{values, color, width, dash, alpha}], low, high (steps),
  * y: [low, high], title (of the y axis), labels ([y] -> [text]), below: [draw(chart)], above:
- * [draw(chart)], names: [{text, value, color, bold, rank}], describe(position) -> [title, rows],
+ * [draw(chart)], names: [{text, short: [texts for less room], value, color, bold,
+ * rank}], describe(position) -> [title, rows],
  * axis: whether the step axis has numbers}.
  */
 export class Chart {

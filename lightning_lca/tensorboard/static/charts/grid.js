@@ -9,7 +9,7 @@ import { FONT_BOLD, FONT_SMALL, margins } from "./axes.js";
 import { hideTooltip, showTooltip } from "./tooltip.js";
 import { cursor, zoomable } from "./zoom.js";
 
-const TOP = 26; // The strip with the legend.
+export const TOP = 26; // The strip with the legend.
 const TICKS = 20;
 const TITLE = 18;
 const INDENT = 9; // Of what lies within a block, in CSS pixels.
@@ -18,7 +18,7 @@ const INDENT = 9; // Of what lies within a block, in CSS pixels.
  * A canvas with rows. Subclasses paint cells.
  *
  * `update` takes a view: {rows: [{name, label}], low, high, rowHeight, selected, axis}, and what the
- * subclass needs. Rows of a tree also have `depth` and `open`: true or false for a block, null for
+ * subclass needs; `label`, where the list of rows has another one now. Rows of a tree also have `depth` and `open`: true or false for a block, null for
  * another row. `act` has onRange(start, stop), onWhole(), onWheel(kind, turn, step), onSelect(name)
  * where rows can be chosen, and onToggle(name) where there are blocks.
  */
@@ -82,8 +82,9 @@ export class Grid {
     const { rows, rowHeight, low, high, axis = true, selected } = this.view;
     const { left, right } = margins(width);
     const height = rows.length * rowHeight;
-    this.plot = { left, top: TOP, width: width - left - right, height, right };
-    const full = TOP + height + (axis ? TICKS + TITLE : 8);
+    const top = this.strip(width);
+    this.plot = { left, top, width: width - left - right, height, right };
+    const full = top + height + (axis ? TICKS + TITLE : 8);
     const ratio = window.devicePixelRatio || 1;
     this.root.style.height = `${full}px`;
     this.canvas.style.width = `${width}px`;
@@ -97,7 +98,7 @@ export class Grid {
     if (axis) this.drawAxis(context);
     context.strokeStyle = colors.frame;
     context.lineWidth = 1;
-    context.strokeRect(left - 0.5, TOP - 0.5, this.plot.width + 1, height + 1);
+    context.strokeRect(left - 0.5, top - 0.5, this.plot.width + 1, height + 1);
     this.place();
     Object.assign(this.root.dataset, {
       start: low + 1,
@@ -105,10 +106,15 @@ export class Grid {
       layers: JSON.stringify(rows.map((row) => row.name)),
       selected: selected ?? "",
       plotLeft: left,
-      plotTop: TOP,
+      plotTop: top,
       plotWidth: this.plot.width,
       rowHeight,
     });
+  }
+
+  /** The height of what stands above the rows. */
+  strip(_width) {
+    return TOP;
   }
 
   /** Paints the cells: a subclass's own. */
@@ -208,6 +214,7 @@ export class Grid {
     }
     const isTree = this.isTree();
     this.list.setAttribute("role", isTree ? "tree" : this.act.onSelect ? "listbox" : "list");
+    if (this.view.label) this.list.setAttribute("aria-label", this.view.label);
     const entry = Math.max(
       0,
       rows.findIndex((row) => row.name === selected),
@@ -222,7 +229,7 @@ export class Grid {
       node.style.height = `${rowHeight}px`;
       node.title = row.name;
       node.dataset.name = row.name;
-      node.setAttribute("aria-label", row.name);
+      node.setAttribute("aria-label", this.spoken(row));
       if (!this.act.onSelect) return;
       node.setAttribute("aria-selected", row.name === selected);
       // One stop of the Tab key; the arrows move within.
@@ -230,6 +237,11 @@ export class Grid {
     });
     if (this.act.onSelect && !this.list.querySelector("[tabindex='0']"))
       this.list.children[entry].tabIndex = 0;
+  }
+
+  /** What a screen reader says of a row. */
+  spoken({ name }) {
+    return name;
   }
 
   select(row) {

@@ -3,8 +3,10 @@
 import { binAt } from "../lib/edges.js";
 import { count, elide, number, percent, signed, steps } from "../lib/format.js";
 import { colors, diverging, rgb } from "../lib/theme.js";
-import { FONT_BOLD, FONT_SMALL } from "./axes.js";
-import { Grid } from "./grid.js";
+import { el } from "../lib/dom.js";
+import { FONT_BOLD, FONT_SMALL, isNarrow } from "./axes.js";
+import { Grid, TOP } from "./grid.js";
+import { hideTooltip, showTooltip } from "./tooltip.js";
 
 /** Rows of a heatmap with their sums; [L], [L][B], [L], and each one's part of the loss change. */
 export function heatRows(rows, credit, totals, shares = {}) {
@@ -16,18 +18,78 @@ export function heatRows(rows, credit, totals, shares = {}) {
   }));
 }
 
+/** The lowest and the highest value of some cells, and how many lie beyond the ends of a scale. */
+export function extremes(rows, limit) {
+  let [low, high, beyond, cells] = [0, 0, 0, 0];
+  for (const { values } of rows) {
+    for (const v of values) {
+      if (v === null) continue;
+      cells += 1;
+      if (v < low) low = v;
+      if (v > high) high = v;
+      if (Math.abs(v) > limit) beyond += 1;
+    }
+  }
+  return { low, high, beyond, cells };
+}
+
+/** Draws slanting lines over areas of a box. */
+function hatch(context, areas, { left, top, width, height }, color, every) {
+  context.save();
+  context.clip(areas);
+  context.strokeStyle = color;
+  context.lineWidth = 1;
+  context.beginPath();
+  for (let x = left - height; x < left + width; x += every) {
+    context.moveTo(x, top + height);
+    context.lineTo(x + height, top);
+  }
+  context.stroke();
+  context.restore();
+}
+
 /**
  * Beside a grid's view it takes: rows with `values` [B], `total` and maybe `share` (of the true loss
  * change), `edges` [B + 1], `measured` [B] or null, `notFinite` [B] or null, `limit`, `unit` (what a
  * cell holds), `words` (of the two ends), `title` (where a page has several).
  */
 export class Heatmap extends Grid {
+  constructor(host, { testid, label, act }) {
+    super(host, { testid, label, act });
+    const beside = () => {
+      const { left, bottom } = this.scaleBox.getBoundingClientRect();
+      return { clientX: left, clientY: bottom };
+    };
+    this.scaleBox = el("div", {
+      class: "scale",
+      role: "img",
+      tabindex: 0,
+      "data-testid": `${testid}-scale`,
+      on: {
+        pointermove: (event) => this.tellScale(event),
+        pointerleave: hideTooltip,
+        focus: () => this.tellScale(beside()),
+        blur: hideTooltip,
+      },
+    });
+    this.root.append(this.scaleBox);
+  }
+
+  spoken({ name, total }) {
+    return `${name}: ${total < 0 ? "helps" : total > 0 ? "hurts" : "LCA"} ${signed(total, 2)}`;
+  }
+
+  /** On a phone a title has a line of its own. */
+  strip(width) {
+    return isNarrow(width) && this.view.title ? TOP + 18 : TOP;
+  }
+
   paint(context, ratio) {
     const { rows, rowHeight, edges, measured, limit, low, high } = this.view;
     const { left, top, width, height } = this.plot;
     context.fillStyle = colors.background;
     context.fillRect(left, top, width, height);
-    if (measured) this.hatch(context, measured);
+    if (measured) this.hatchGaps(context, measured);
 
     const columns = Math.round(width * ratio);
     const pack = ([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
@@ -48,6 +110,7 @@ export class Heatmap extends Grid {
     small.getContext("2d").putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, left, top, width, height);
+    if (colors.hatch) this.hatchHurting(context);
     if (rowHeight >= 9) {
       context.fillStyle = colors.background;
       for (let i = 1; i < rows.length; i++)
@@ -60,45 +123,59 @@ export class Heatmap extends Grid {
   }
 
   /** Marks bins without a measured step. */
-  hatch(context, measured) {
+  hatchGaps(context, measured) {
     const { edges } = this.view;
     const { top, height } = this.plot;
-    context.save();
-    context.beginPath();
+    const areas = new Path2D();
     measured.forEach((n, k) => {
-      if (!n) context.rect(this.x(edges[k]), top, this.x(edges[k + 1]) - this.x(edges[k]), height);
+      if (!n) areas.rect(this.x(edges[k]), top, this.x(edges[k + 1]) - this.x(edges[k]), height);
     });
-    context.clip();
-    context.strokeStyle = colors.empty;
-    context.lineWidth = 1;
-    context.beginPath();
-    for (let x = this.plot.left - height; x < this.plot.left + this.plot.width; x += 6) {
-      context.moveTo(x, top + height);
-      context.lineTo(x + height, top);
-    }
-    context.stroke();
-    context.restore();
+    hatch(context, areas, this.plot, colors.empty, 6);
+  }
+
+  /** Marks cells that hurt by more than a paleness, where colours may be gray. */
+  hatchHurting(context) {
+    const { rows, rowHeight, edges, limit } = this.view;
+    const areas = new Path2D();
+    rows.forEach(({ values }, i) =>
+      values.forEach((v, k) => {
+        if (v === null || v < limit / 50) return;
+        const x = this.x(edges[k]);
+        areas.rect(x, this.plot.top + i * rowHeight, this.x(edges[k + 1]) - x, rowHeight);
+      }),
+    );
+    hatch(context, areas, this.plot, colors.hatch, 4);
   }
 
   drawLegend(context) {
     const { limit, unit, title, words = ["helps", "hurts"] } = this.view;
     const { left, top, width } = this.plot;
-    const bar = 132;
     const y = top - 18;
     context.font = FONT_SMALL;
     context.textBaseline = "middle";
     context.fillStyle = colors.muted;
     context.textAlign = "right";
-    const ends = [`${words[0]}  ${number(-limit, 2)}`, `${signed(limit, 2)}  ${words[1]}`];
-    const rightText = context.measureText(ends[1]).width + 8;
-    const x = Math.round(left + width - rightText - bar);
+    const measure = (text) => context.measureText(text).width;
+    const [lowEnd, highEnd] = this.scaleEnds();
+    const barRoom = (ends) => left + width - 24 - measure(ends[0]) - measure(ends[1]);
+    const worded = [`${words[0]}  ${lowEnd}`, `${highEnd}  ${words[1]}`];
+    const ends = barRoom(worded) >= 40 ? worded : [lowEnd, highEnd];
+    const bar = Math.floor(Math.max(20, Math.min(132, barRoom(ends))));
+    const x = Math.round(left + width - measure(ends[1]) - 8 - bar);
+    this.placeScale(x - 8 - measure(ends[0]), y, left + width, worded);
     for (let i = 0; i < bar; i++) {
       const at = (2 * i) / (bar - 1) - 1;
       const [r, g, b] = diverging(at * Math.abs(at), 1);
       context.fillStyle = `rgb(${r}, ${g}, ${b})`;
       context.fillRect(x + i, y, 1, 10);
     }
+    if (colors.hatch) {
+      const hurts = new Path2D();
+      hurts.rect(x + bar * 0.57, y, bar * 0.43, 10);
+      hatch(context, hurts, { left: x, top: y, width: bar, height: 10 }, colors.hatch, 4);
+    }
     context.strokeStyle = colors.frame;
+    context.lineWidth = 1;
     context.strokeRect(x - 0.5, y - 0.5, bar + 1, 11);
     context.fillStyle = colors.muted;
     context.fillText(ends[0], x - 8, y + 5.5);
@@ -108,21 +185,55 @@ export class Heatmap extends Grid {
     if (title) {
       context.font = FONT_BOLD;
       context.fillStyle = colors.text;
-      const name = elide(title, width * 0.4, (t) => context.measureText(t).width);
-      context.fillText(name, left, y + 5.5);
-      from += context.measureText(name).width + 14;
+      const isAbove = top > TOP;
+      const name = elide(title, isAbove ? left + width : width * 0.4, measure);
+      context.fillText(name, isAbove ? 0 : left, isAbove ? y - 12.5 : y + 5.5);
+      if (!isAbove) from += measure(name) + 14;
       context.font = FONT_SMALL;
       context.fillStyle = colors.muted;
     }
-    const room = x - 16 - context.measureText(ends[0]).width - from;
+    const room = x - 16 - measure(ends[0]) - from;
     const texts = [
       `LCA ${unit}, in units of the loss; square-root scale`,
       `LCA ${unit}; square-root scale`,
       `LCA ${unit}`,
     ];
-    const fits = texts.find((text) => context.measureText(text).width < room);
+    const fits = texts.find((text) => measure(text) < room);
     if (fits) context.fillText(fits, from, y + 5.5);
     context.fillText("sum", left + width + 14, y + 5.5);
+  }
+
+  /** The ends of the scale; where cells lie beyond one, it says so. */
+  scaleEnds() {
+    const { rows, limit } = this.view;
+    const { low, high } = extremes(rows, limit);
+    return [
+      `${low < -limit ? "≤ " : ""}${number(-limit, 2)}`,
+      `${high > limit ? "≥ " : ""}${signed(limit, 2)}`,
+    ];
+  }
+
+  /** Lays what tells of the scale over its drawing. */
+  placeScale(x, y, right, ends) {
+    Object.assign(this.scaleBox.style, {
+      left: `${x}px`,
+      top: `${y - 4}px`,
+      width: `${right - x}px`,
+      height: "18px",
+    });
+    this.scaleBox.setAttribute("aria-label", `Colours: ${ends.join(" to ")}`.replaceAll("  ", " "));
+  }
+
+  /** Tells where the colours end, and how far the cells go. */
+  tellScale(event) {
+    const { rows, limit, unit } = this.view;
+    const { low, high, beyond, cells } = extremes(rows, limit);
+    showTooltip(event, `LCA ${unit}, in units of the loss; square-root scale`, [
+      ["colours end at", `±${number(limit)}`],
+      ["lowest cell", signed(low)],
+      ["highest cell", signed(high)],
+      ["cells beyond the ends", `${count(beyond)} of ${count(cells)}`],
+    ]);
   }
 
   /** Bars of each row's sum at the right. */
@@ -175,6 +286,8 @@ export class Heatmap extends Grid {
           ? "not finite"
           : `${signed(value)} ${value < 0 ? "helps" : value > 0 ? "hurts" : ""}`,
       ]);
+    if (Math.abs(value ?? 0) > this.view.limit)
+      lines.push(["colours end at", `±${number(this.view.limit)}`]);
     if (measured?.[bin] > 1) lines.push(["measured steps", count(measured[bin])]);
     if (notFinite?.[bin]) lines.push(["left out, not finite", count(notFinite[bin])]);
     lines.push(["in the whole view", signed(row.total)]);

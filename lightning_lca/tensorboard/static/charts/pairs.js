@@ -18,7 +18,8 @@ const ink = (verdict) =>
 
 /**
  * Beside a grid's view it takes `edges` [B + 1], and rows with `train` and `val` [B + 1], `verdict`,
- * `detail` (in words), and `since` (the step from which the layer overfits, or null).
+ * `detail` (in words; `short` where they have no room), and `since` (the step from which the layer
+ * overfits, or null).
  */
 export class Pairs extends Grid {
   paint(context) {
@@ -85,6 +86,10 @@ export class Pairs extends Grid {
     context.fillRect(Math.round(this.x(since)), top + 1, 1, rowHeight - 1);
   }
 
+  spoken({ name, verdict, detail }) {
+    return `${name}: ${verdict}, ${detail}`;
+  }
+
   drawLegend(context) {
     const roomy = this.plot.width > 290;
     const line = { width: 14, height: 2 };
@@ -96,7 +101,7 @@ export class Pairs extends Grid {
     ]);
   }
 
-  drawVerdict(context, { verdict, detail }, y) {
+  drawVerdict(context, { verdict, detail, short }, y) {
     const { left, width, right } = this.plot;
     const x = left + width + 14;
     const write = (text, at, font, color) => {
@@ -111,7 +116,9 @@ export class Pairs extends Grid {
     context.textAlign = "left";
     context.textBaseline = "middle";
     write(verdict, y - 7, FONT_BOLD, ink(verdict));
-    write(detail, y + 8, FONT_SMALL, colors.muted);
+    context.font = FONT_SMALL;
+    const fits = context.measureText(detail).width <= right - 16;
+    write(fits ? detail : short, y + 8, FONT_SMALL, colors.muted);
   }
 
   describe(i, at) {

@@ -42,6 +42,10 @@ export class Raster extends Grid {
     this.root.dataset.moments = moments.length;
   }
 
+  spoken({ name, shared, all }) {
+    return `${name}: ${shared} of ${plural(all, "moment")} shared`;
+  }
+
   drawLegend(context) {
     const { left, width } = this.plot;
     const roomy = width > 290;

@@ -15,6 +15,13 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** A name that breaks after its dots, and nowhere else. */
+export function breakable(name) {
+  return name
+    .split(/(?<=\.)/)
+    .flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
+}
+
 /** Replaces the options of a select, [[value, text]], unless they are the same; keeps focus. */
 export function fill(select, options, value) {
   const key = JSON.stringify(options);

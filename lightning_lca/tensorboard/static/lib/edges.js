@@ -49,6 +49,20 @@ export function sumsOf(bins, sinceRun) {
   };
 }
 
+/**
+ * Means over `width` values around each, an odd number; fewer at the ends and beside gaps, which stay.
+ * @param {(number | null)[]} values
+ * @param {number} width
+ */
+export function smoothed(values, width) {
+  const reach = Math.floor(width / 2);
+  return values.map((value, k) => {
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, k - reach), k + reach + 1).filter((v) => v !== null);
+    return near.reduce((sum, v) => sum + v, 0) / near.length;
+  });
+}
+
 /** Puts lists of one sign on top of each other: where each one's far side is; [L][n] -> [L][n]. */
 export function stacked(lists) {
   const tops = [];

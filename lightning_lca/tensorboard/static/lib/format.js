@@ -25,14 +25,26 @@ export function count(value) {
   return value === null || value === undefined ? "–" : grouped.format(value);
 }
 
+/** The decimals of a percentage: 0.10, 36.8, 120. */
+function placesOf(value) {
+  const size = Math.abs(value);
+  return size < 1 ? 2 : size < 100 ? 1 : 0;
+}
+
 /** A fraction as a percentage: 0.10 %, 36.8 %, 120 %. */
 export function percent(fraction, digits = null) {
   if (fraction === null || fraction === undefined || !Number.isFinite(fraction)) return "–";
   const value = fraction * 100;
-  const size = Math.abs(value);
-  if (size > 0 && size < 0.005 && digits === null) return `< 0.01${NARROW}%`;
-  const places = digits ?? (size < 1 ? 2 : size < 100 ? 1 : 0);
-  return `${value.toFixed(places).replace("-", MINUS)}${NARROW}%`;
+  if (value && Math.abs(value) < 0.005 && digits === null) return `< 0.01${NARROW}%`;
+  return `${value.toFixed(digits ?? placesOf(value)).replace("-", MINUS)}${NARROW}%`;
+}
+
+/** What a fraction leaves of all, so that the two add up as they are written: 0.10 % and 99.90 %. */
+export function restOf(fraction) {
+  const value = fraction * 100;
+  if (value && Math.abs(value) < 0.005) return `> 99.99${NARROW}%`;
+  const places = placesOf(value);
+  return percent(1 - Number(value.toFixed(places)) / 100, places);
 }
 
 /** Ticks of fractions as percentages with the places that their distance needs. */
@@ -54,7 +66,8 @@ export function steps(first, last) {
 
 /**
  * Shortens a name until it fits: first the words of its path to their initials, from the left, as
- * numbers and the end tell layers apart (e.l.10.self_attn); then by an ellipsis in the middle.
+ * numbers and the end tell layers apart (e.l.10.self_attn); then without what stands before the first
+ * number (…10.self_attn); then by an ellipsis in the middle.
  */
 export function elide(text, width, measure) {
   const words = text.split(".");
@@ -63,6 +76,11 @@ export function elide(text, width, measure) {
   }
   text = words.join(".");
   if (measure(text) <= width) return text;
+  const first = words.findIndex((word) => /^\d+$/.test(word));
+  for (let i = 1; i <= first; i++) {
+    const end = `…${words.slice(i).join(".")}`;
+    if (measure(end) <= width) return end;
+  }
   let low = 1;
   let high = text.length;
   const cut = (n) =>

@@ -1,5 +1,7 @@
 /** Rows of many layers: blocks that are open or folded. */
 
+import { inOrder } from "./order.js";
+
 export const MANY = 40; // Layers; of more, blocks are rows.
 
 /** Whether a name may be that of a block: "module.*" or "first … last". */
@@ -41,6 +43,25 @@ export function treeRows({ layers, depth, inside, open }) {
     const label = open[i] === null ? short : `${short} (${inside[i]})`;
     return { name, label, depth: depth[i], open: open[i] };
   });
+}
+
+/**
+ * The places of rows by their sums, the most helpful first; what lies within a block stays below it.
+ * @param {number[]} depth
+ * @param {(number | null)[]} totals
+ */
+export function placesByCredit(depth, totals) {
+  const order = (first, stop) => {
+    const starts = [];
+    for (let i = first; i < stop; i++) if (depth[i] === depth[first]) starts.push(i);
+    const spans = starts.map((start, k) => [start, starts[k + 1] ?? stop]);
+    spans.sort(([a], [b]) => inOrder(totals[a], totals[b]));
+    return spans.flatMap(([start, end]) => [
+      start,
+      ...(start + 1 < end ? order(start + 1, end) : []),
+    ]);
+  };
+  return depth.length ? order(0, depth.length) : [];
 }
 
 /** Leaves out open blocks, whose layers follow: the places of the rows that add up. */

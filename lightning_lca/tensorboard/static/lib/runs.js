@@ -12,6 +12,8 @@ export class Runs {
   constructor(isLive, onAnswer) {
     /** @type {RunsAnswer["runs"] | null} */
     this.all = null;
+    /** @type {string | null} */
+    this.directory = null; // What TensorBoard reads.
     this.isLive = isLive;
     this.onAnswer = onAnswer;
     this.listing = new Source("runs", ({ data, error }) => this.take(data, error));
@@ -40,6 +42,7 @@ export class Runs {
       return;
     }
     const before = JSON.stringify(this.all);
+    this.directory = data.directory;
     this.all = [...data.runs].sort((a, b) => natural(a.name, b.name));
     this.onAnswer(null, JSON.stringify(this.all) !== before);
   }
@@ -56,7 +59,7 @@ export class Runs {
       .filter((p) => p !== probe)
       .map((p) => choice(run, p, `probe ${p || "–"}`));
     const others = this.all
-      .filter((r) => r !== run && !r.error)
+      .filter((r) => r !== run && !r.error && r.rows)
       .flatMap((r) =>
         r.probes.map((p) => choice(r, p, r.probes.length > 1 ? `${r.name} · ${p}` : r.name)),
       );

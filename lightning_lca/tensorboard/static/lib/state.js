@@ -14,11 +14,13 @@ const DEFAULTS = {
   origin: null, // "run": cumulative LCA since the run's start, not the range's.
   toggle: null, // Blocks that are open where they would be folded, or the other way: a list in JSON.
   find: null, // Only layers whose names have these words.
+  sort: null, // "credit": rows by their sums, not in network order.
+  smooth: null, // Bins over which the share of helping weights is smoothed.
   every: null, // "1": a row for every layer, however many.
   tall: null, // "1": a label for every layer, however many.
   live: null, // "0": no polling.
 };
-const NUMBERS = new Set(["start", "stop", "strongest"]);
+const NUMBERS = new Set(["start", "stop", "strongest", "smooth"]);
 
 /** The window whose address the user sees: TensorBoard's, or our own when opened alone. */
 export function addressWindow() {

@@ -17,7 +17,10 @@ const LIGHT = {
   band: "rgba(95, 105, 118, 0.17)",
   faint: "#a9b1ba",
   warn: "#9a6700",
+  hatch: "", // Of cells that hurt.
 };
+/** On paper, which may be gray: light, and what hurts is hatched. */
+const PAPER = { ...LIGHT, hatch: "#1d2126" };
 const DARK = {
   ...shared.DARK,
   hurtsText: shared.DARK.hurts,
@@ -32,6 +35,7 @@ const DARK = {
   band: "rgba(190, 198, 208, 0.2)",
   faint: "#7d838a",
   warn: "#f0b429",
+  hatch: "",
 };
 
 export const FONT = '"Roboto", "Helvetica Neue", Arial, "Liberation Sans", sans-serif';
@@ -46,11 +50,16 @@ function isDark() {
 /** The colours of now. */
 export let colors = LIGHT;
 
-/** Sets the colours, and calls back whenever they change. */
+/**
+ * Sets the colours, and calls back whenever they change: `onChange(whether there is no time)`, as the
+ * browser takes what stands there when it prints.
+ */
 export function followTheme(onChange) {
+  const paper = window.matchMedia("print");
+  let printing = paper.matches;
   const apply = () => {
-    const dark = isDark();
-    colors = dark ? DARK : LIGHT;
+    const dark = isDark() && !printing;
+    colors = printing ? PAPER : dark ? DARK : LIGHT;
     document.documentElement.dataset.theme = dark ? "dark" : "light";
     for (const [name, value] of Object.entries(colors)) {
       document.documentElement.style.setProperty(`--${name}`, value);
@@ -60,8 +69,15 @@ export function followTheme(onChange) {
   const changed = () => {
     const before = colors;
     apply();
-    if (colors !== before) onChange();
+    if (colors !== before) onChange(printing);
   };
+  const print = (now) => {
+    printing = now;
+    changed();
+  };
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
+  paper.addEventListener("change", ({ matches }) => print(matches));
   const host = addressWindow();
   if (host === window) {
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", changed);

@@ -1,6 +1,6 @@
 /** Sentences: what the numbers say, for the band on top and the notes below the plots. */
 
-import { count, number, percent, plural, signed, steps } from "./format.js";
+import { count, number, percent, plural, restOf, signed, steps } from "./format.js";
 
 /** What tells two measurements apart: the probe within a run, else the run (and probe). */
 export function pairNames({ run, probe }, { run: otherRun, probe: otherProbe }) {
@@ -51,7 +51,7 @@ export function layerWords(table) {
   const told = ({ name: names, credit, share }) =>
     names
       .map((name, i) => {
-        const part = change < 0 && credit[i] < 0 ? ` (${percent(share[i], 0)})` : "";
+        const part = change < 0 && credit[i] < 0 ? ` (${percent(share[i])})` : "";
         return `${name} ${signed(credit[i], 2)}${part}`;
       })
       .join(", ");
@@ -64,6 +64,16 @@ export function layerWords(table) {
 }
 
 /**
+ * The layer that learned most: {name, words} that follow it; null where none did.
+ * @param {TableAnswer} table
+ */
+export function mostWords({ most_helpful: most, true_change: change }) {
+  if (!most.name.length) return null;
+  const share = change < 0 ? ` (${percent(most.share[0])} of the loss change)` : "";
+  return { name: most.name[0], words: ` learned most: ${signed(most.credit[0], 2)}${share}.` };
+}
+
+/**
  * How far the credits explain what happened: by the residuals of all steps against all credit.
  * @param {TableAnswer} table
  */
@@ -71,13 +81,11 @@ function explainedWords({ unexplained, is_large: large, closes }) {
   if (unexplained === null) return large ? "The credits do not add up" : "The credits add up";
   if (unexplained === 0) return "The credits add up";
   if (closes && Number.isFinite(unexplained)) {
-    return `The rule explains ${percent(Math.floor((1 - unexplained) * 1000) / 1000, 1)}, the rest is shared out`;
+    return `The rule explains ${restOf(unexplained)}, the rest is shared out`;
   }
-  const explained = 1 - unexplained;
-  if (explained <= 0) return "The credits do not explain the change";
-  // Never rounded up to all of it.
-  if (explained >= 0.9995) return "The credits explain > 99.9\u202f%";
-  return `The credits explain ${percent(Math.floor(explained * 1000) / 1000, 1)}`;
+  return unexplained < 1
+    ? `The credits explain ${restOf(unexplained)}`
+    : "The credits do not explain the change";
 }
 
 /** "3 steps were not finite and are left out". */
@@ -93,10 +101,15 @@ export function leftOut(steps) {
  * @param {number} lost
  */
 export function trustWords(table, lost) {
-  const { rows, residual, drift, not_finite: broken, beyond_tolerance: beyond } = table;
+  const { rows, residual, drift, unexplained, closes, not_finite: broken, beyond_tolerance: beyond } =
+    table;
   if (!rows) return { head: "Nothing to add up", detail: "" };
   const head = broken === rows ? "No step is finite" : explainedWords(table);
-  const details = [`residual ${signed(residual)}`];
+  const details = [];
+  const share = unexplained === null ? "" : `${percent(unexplained)} of all credit`;
+  // What a rule shares out is next to nothing afterwards: the raw ones tell.
+  if (share && closes) details.push(`raw residuals ${share}`);
+  details.push(share && !closes ? `residuals ${share}, sum ${signed(residual)}` : `residual ${signed(residual)}`);
   if (drift) details.push(`drift ${signed(drift)}`);
   if (broken) details.push(leftOut(broken));
   if (beyond) details.push(`${count(beyond)} of ${plural(rows, "step")} beyond the tolerance`);
@@ -258,8 +271,8 @@ function smallP(p) {
 export function sureWords({ kind, steps: measured, least, level }) {
   if (measured < least)
     return `Findings need ${count(least)} finite measured steps or more; here are ${count(measured)}.`;
-  const tests = `noise gives a finding in about ${percent(level, 0)} of runs, over all tests`;
+  const tests = `noise gives a finding in about ${percent(level, 0)} of runs`;
   return kind.length
-    ? `From ${count(measured)} measured steps; ${tests}.`
+    ? `From ${count(measured)} measured steps. Each p is corrected for all tests: ${tests}.`
     : `Nothing in these ${count(measured)} measured steps is beyond chance (${tests}).`;
 }

@@ -13,6 +13,7 @@ import { channelsView } from "./channels.js";
 import { compareView } from "./compare.js";
 import { cumulativeView } from "./cumulative.js";
 import { findingsView } from "./findings.js";
+import { firstRun } from "./firstrun.js";
 import { generalizationView } from "./generalization.js";
 import { helpingView } from "./helping.js";
 import { layersView } from "./layers.js";
@@ -44,6 +45,11 @@ function rowOf(layer, run, bins) {
   return bins.layers[bins.row_of[run.layers.indexOf(layer)]] ?? layer;
 }
 
+/** Whether a run has layers that are looked for; it has where none are. */
+function hasFound({ layers }, find) {
+  return find === undefined || layers.some((name) => isFound(name, find));
+}
+
 /** The blocks that the address says are the other way than at first. */
 function toggledOf({ toggle }) {
   try {
@@ -73,16 +79,27 @@ export class App {
       onToggle: (block) => this.toggle(block),
     };
     this.waiting = new Set(); // Views to be drawn.
-    this.main = el("main");
-    const head = el("div", { id: "head" });
+    this.main = el("main", { tabindex: -1 });
+    const head = el(
+      "header",
+      { id: "head" },
+      el("h1", { class: "offscreen" }, "Loss Change Allocation"),
+      el(
+        "button",
+        { type: "button", class: "skip", on: { click: () => this.main.focus() } },
+        "Skip to the results",
+      ),
+    );
     this.topbar = new TopBar(head, this);
     this.banner = el("div", {
       id: "banner",
       class: "message",
+      role: "status",
       "data-testid": "banner",
       hidden: true,
     });
-    parent.append(head, this.banner, this.main);
+    this.footer = el("footer");
+    parent.append(head, this.banner, this.main, this.footer);
     this.verdict = new Verdict(this.main);
     this.views = [
       findingsView,
@@ -102,7 +119,10 @@ export class App {
 
   /** Starts: the theme, the size, the first look for runs, and the next ones. */
   start() {
-    followTheme(() => this.draw());
+    followTheme((atOnce) => {
+      this.draw();
+      while (atOnce && this.waiting.size) this.drawNext();
+    });
     this.store.listeners.push(() => this.refresh());
     new ResizeObserver(() => {
       clearTimeout(this.resizing);
@@ -181,7 +201,7 @@ export class App {
       return;
     }
     this.banner.hidden = true;
-    this.main.hidden = false;
+    this.main.hidden = this.footer.hidden = false;
     const probe = run.probes.includes(state.probe) ? state.probe : run.probes[0];
     const folding = this.folding();
     const isThere = run.layers.includes(state.layer) || ("fold" in folding && isBlock(state.layer));
@@ -220,7 +240,9 @@ export class App {
     if (run.layers.includes(layer) && run.channels) want("channels", Math.min(fitting, 500), { layer });
     else this.sources.channels.reset();
     const other = state.vs_run === null ? null : this.runs.find(state.vs_run);
-    if (other?.probes.includes(state.vs_probe ?? "")) {
+    const isComparable =
+      other?.rows && other.probes.includes(state.vs_probe ?? "") && hasFound(other, folding.find);
+    if (isComparable) {
       const pair = { run_b: other.name, probe_b: state.vs_probe };
       const version = `${settled} ${other.stamp}`;
       want("compare", Math.min(fitting, 600), pair, version, folding);
@@ -235,6 +257,8 @@ export class App {
     const table = sources.table.data;
     const bins = sources.bins.data;
     const choices = run && !run.error ? this.runs.others(run, state.probe) : [];
+    const other =
+      choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null;
     return {
       state,
       run,
@@ -246,8 +270,8 @@ export class App {
       shares: Object.fromEntries((table?.layers ?? []).map(({ name, share }) => [name, share])),
       choices,
       own: { run: state.run, probe: state.probe },
-      other:
-        choices.find((c) => c.run === state.vs_run && c.probe === (state.vs_probe ?? "")) ?? null,
+      other,
+      isFoundInOther: !other || hasFound(this.runs.find(other.run), this.folding().find),
     };
   }
 
@@ -296,10 +320,12 @@ export class App {
 
   /** Shows words in place of the whole page. */
   say(text, error = false, ...children) {
-    this.main.hidden = true;
+    this.main.hidden = this.footer.hidden = true;
     this.banner.hidden = false;
     this.banner.classList.toggle("error", error);
     this.banner.replaceChildren(el("p", {}, text), ...children);
+    this.waiting.clear(); // Nothing of it is shown.
+    clearTimeout(this.drawing);
     document.documentElement.dataset.ready = "true";
     this.topbar.draw(this.context());
   }
@@ -318,13 +344,10 @@ export class App {
       );
     else {
       this.say(
-        "No run with LCA data yet. TensorBoard may still be reading the logs; otherwise add the callback to a Trainer that logs to this directory:",
+        `No run with LCA data in ${this.runs.directory ?? "the log directory"} yet. TensorBoard may still be reading it. ` +
+          "Otherwise add LCACallback() to the callbacks of a Trainer that logs there, or run this to see a first one:",
         false,
-        el(
-          "pre",
-          {},
-          "from lightning_lca import LCACallback\n\ntrainer = pl.Trainer(callbacks=[LCACallback()])",
-        ),
+        el("pre", { tabindex: 0, "data-testid": "snippet" }, firstRun(this.runs.directory)),
       );
     }
   }
@@ -347,14 +370,10 @@ export class App {
   }
 
   showKeys() {
-    this.main.append(
-      el(
-        "footer",
-        {},
-        "Drag: zoom · double click: whole run · Ctrl + wheel: zoom · Shift + wheel: move · " +
-          "on a layer's name: ↑ ↓ to go, Enter to select, ← → to move, + − to zoom, 0 for the whole run. " +
-          "LCA: the loss change that a layer's motion caused, in units of the loss; negative helped.",
-      ),
+    this.footer.append(
+      "Drag: zoom · double click: whole run · Ctrl + wheel: zoom · Shift + wheel: move · " +
+        "on a layer's name: ↑ ↓ to go, Enter to select, ← → to move, + − to zoom, 0 for the whole run. " +
+        "LCA: the loss change that a layer's motion caused, in units of the loss; negative helped.",
     );
   }
 }

@@ -11,6 +11,12 @@ import { pairNames } from "../lib/words.js";
 import { rowHeight } from "./layers.js";
 import { Section } from "./section.js";
 
+/** Why there is nothing to compare. */
+function noneInCommon(nameA, nameB, find) {
+  const what = find === null ? "layer" : `layer with “${find}” in its name`;
+  return `${nameA} and ${nameB} have no ${what} in common. Choose another one above.`;
+}
+
 export function compareView(app) {
   const section = new Section(app.main, {
     id: "compare",
@@ -38,8 +44,9 @@ export function compareView(app) {
     section,
     source: "compare",
     also: "table",
-    blocked({ other, choices }) {
+    blocked({ own, other, choices, state, isFoundInOther }) {
       section.heading.textContent = "Comparison";
+      if (!isFoundInOther) return noneInCommon(...pairNames(own, other), state.find);
       if (other) return null;
       if (!choices.length)
         return 'Nothing to compare with yet: another run, or a second probe such as probe={"train": "train", "val": "val"}, appears here.';
@@ -58,9 +65,13 @@ export function compareView(app) {
     draw(data, { state, row, own, other, shares }) {
       const { edges, layers, measured_a: measuredA, measured_b: measuredB } = data;
       const [nameA, nameB] = pairNames(own, other);
+      section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
+      if (!layers.length) {
+        section.say(noneInCommon(nameA, nameB, state.find));
+        return;
+      }
       const rows = treeRows(data);
       const isTree = rows.some(({ open }) => open !== null);
-      section.heading.textContent = `Comparison: ${nameA} and ${nameB}`;
       const common = {
         edges,
         low: edges[0],

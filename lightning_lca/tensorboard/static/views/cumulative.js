@@ -165,6 +165,7 @@ function asAreas({ edges, layers }, sums, total, truth, chosen) {
       ),
       {
         text: "true loss change",
+        short: ["true change"],
         value: end(truth),
         color: colors.text,
         bold: true,

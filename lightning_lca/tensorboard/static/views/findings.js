@@ -18,7 +18,7 @@ export function findingsView(app) {
   const first = el("ol", { class: "findings", "data-testid": "findings-list" });
   const rest = el("ol", { class: "findings", start: FIRST + 1 });
   const summary = el("summary");
-  const more = el("details", { "data-testid": "findings-more" }, summary, rest);
+  const more = el("details", { "data-testid": "findings-more", hidden: true }, summary, rest);
   section.plot.append(first, more);
   /** @type {FindingsAnswer} */
   let shown = null;

@@ -49,6 +49,7 @@ export function generalizationView(app) {
             val: data.val[i],
             since: data.since[i],
             verdict: data.verdict[i],
+            short: signed(data.since[i] === null ? data.total_val[i] : data.given_back[i], 2),
             detail:
               data.since[i] === null
                 ? `val ${signed(data.total_val[i], 2)}`

@@ -110,7 +110,7 @@ function drawResidual(chart, { edges, closes, drift, beyond_tolerance: beyond, .
       bars(edges, residual, (i) => (beyond[i] ? colors.warn : colors.muted)),
       rule(0, colors.frame),
     ],
-    names: missed ? [{ text: "amber: over tolerance", value: 0, color: colors.warn, rank: 1 }] : [],
+    names: missed ? [{ text: "amber: over tolerance", short: ["over tolerance"], value: 0, color: colors.warn, rank: 1 }] : [],
     describe(at) {
       const k = binAt(edges, at);
       const rows = [

@@ -10,7 +10,7 @@ export class Section {
     this.title = title;
     this.tools = el("div", { class: "tools" });
     this.plot = el("div", { class: "plot" });
-    this.note = el("p", { class: "note", "data-testid": `${id}-note` });
+    this.note = el("p", { id: `${id}-note`, class: "note", "data-testid": `${id}-note` });
     this.message = el("div", { class: "message", "data-testid": `${id}-message`, hidden: true });
     this.onRetry = onRetry;
     this.heading = el("h2", { id: `${id}-title` }, title);
@@ -61,6 +61,9 @@ export class Section {
     this.message.hidden = true;
     this.plot.hidden = this.note.hidden = false;
     this.png.disabled = false;
+    // A picture is told by its label, and by the words below it.
+    for (const picture of this.plot.querySelectorAll(".chart"))
+      picture.setAttribute("aria-describedby", this.note.id);
   }
 
   /** Shows words in place of the plot, with buttons, [[text, click, test id]]. */

@@ -1,8 +1,10 @@
 /** What the credit of every layer is made of: the shares of a breakdown, side by side. */
 
-import { el } from "../lib/dom.js";
+import { breakable, el } from "../lib/dom.js";
 import { count, signed } from "../lib/format.js";
 import { placesThatAddUp, treeRows } from "../lib/rows.js";
+import { fitting } from "./fitting.js";
+import { sortToggle } from "./layers.js";
 import { Section } from "./section.js";
 
 const WORDS = {
@@ -18,6 +20,7 @@ export function sharesView(app) {
       "Shares add up to the LCA in the last column. All bars have one scale; blue helped, red hurt.",
     ...app.sectionHooks("shares"),
   });
+  const drawOrder = sortToggle(app, section);
   section.png.remove();
   let chosen = null;
   /** @type {[SharesAnswer, object]} */
@@ -30,14 +33,22 @@ export function sharesView(app) {
   section.tools.append(el("label", { class: "field" }, "by ", choice));
   const head = el("thead");
   const body = el("tbody");
-  section.plot.append(el("table", { "data-testid": "shares-table" }, head, body));
+  const table = el(
+    "table",
+    { "data-testid": "shares-table", "aria-labelledby": "shares-title" },
+    head,
+    body,
+  );
+  section.plot.append(table);
   section.plot.classList.add("scroll");
+  const fit = fitting(table);
 
-  function cell(value, most, bold = false) {
+  function cell(value, title, scale) {
     const bar = el("span", { class: value < 0 ? "bar helps" : "bar hurts" });
-    bar.style.width = `${Math.min(48, (46 * Math.abs(value ?? 0)) / most)}%`;
-    const text = el(bold ? "b" : "span", {}, signed(value));
-    return el("td", { class: "credit" }, el("span", { class: "track" }, bar), text);
+    bar.style.width = `${46 * Math.abs(value ?? 0) * scale}%`;
+    const text = el(title === "LCA" ? "b" : "span", {}, signed(value));
+    const track = el("span", { class: "track" }, bar);
+    return el("td", { class: "credit", "data-title": title }, track, text);
   }
 
   /** @param {SharesAnswer} data */
@@ -62,25 +73,32 @@ export function sharesView(app) {
       el(
         "tr",
         {},
-        el("th", { scope: "col" }, "layer"),
+        el("th", { scope: "col", "data-key": "name" }, "layer"),
         ...titles.map((title) => el("th", { scope: "col" }, title)),
       ),
     );
     body.replaceChildren(
-      ...data.layers.map((name, i) => {
+      ...drawOrder(context.state, data.depth, data.credit).map((i) => {
+        const name = data.layers[i];
         const pressed = name === context.row;
         const { label, depth } = rows[i];
-        const select = el("button", { type: "button", "aria-pressed": pressed, title: name }, label);
+        const select = el(
+          "button",
+          { type: "button", "aria-pressed": pressed, title: name },
+          ...breakable(label),
+        );
+        // An open block has no bar: what it holds would be too small to be seen beside it.
+        const scale = data.open[i] === true ? 0 : 1 / most;
         select.addEventListener("click", () => app.act.onSelect(name));
         return el(
           "tr",
           { "data-name": name, "data-selected": pressed },
           el("th", { scope: "row", style: `padding-left: ${8 + 14 * depth}px` }, select),
-          ...credit[i].map((value) => cell(value, most)),
-          cell(data.credit[i], most, true),
+          ...[...credit[i], data.credit[i]].map((value, k) => cell(value, titles[k], scale)),
         );
       }),
     );
+    fit();
     const sums = shares.map((share, k) => `${share.replaceAll("_", " ")} ${signed(total[k])}`);
     section.note.textContent =
       `${WORDS[chosen] ?? chosen}, over ${count(measured)} measured steps: ` + sums.join(", ") + ".";

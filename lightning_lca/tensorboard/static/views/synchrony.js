@@ -124,7 +124,7 @@ function perStep({ edges, layers, coincidences, band, expected }) {
         coincidences[i] > band[i] && coincidences[i] > 1 ? colors.helps : colors.faint,
       ),
     ],
-    names: [{ text: "grey: within chance", value: 0.5, color: colors.muted, rank: 1 }],
+    names: [{ text: "grey: within chance", short: ["grey: chance"], value: 0.5, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);
       return [
@@ -162,7 +162,7 @@ function perBin({ edges, rate, rate_null: chance, rate_high: high }) {
       bars(edges, rate, (i) => (rate[i] > high[i] ? colors.helps : colors.faint)),
       rule(0, colors.frame),
     ],
-    names: [{ text: "grey: within chance", value: 0, color: colors.muted, rank: 1 }],
+    names: [{ text: "grey: within chance", short: ["grey: chance"], value: 0, color: colors.muted, rank: 1 }],
     describe(at) {
       const k = binAt(edges, at);
       return [

@@ -1,9 +1,10 @@
 /** The layers of the range as a table, sorted by any column. */
 
-import { el } from "../lib/dom.js";
+import { breakable, el } from "../lib/dom.js";
 import { count, percent, signed } from "../lib/format.js";
 import { inOrder } from "../lib/order.js";
 import { isBlock, treeRows } from "../lib/rows.js";
+import { fitting } from "./fitting.js";
 import { Section } from "./section.js";
 
 /** The button that opens or folds a block; none for a layer. */
@@ -74,10 +75,15 @@ export function tableView(app) {
     return el("th", { scope: "col", "data-key": key }, button);
   });
   const body = el("tbody");
-  section.plot.append(
-    el("table", { "data-testid": "layer-table" }, el("thead", {}, el("tr", {}, ...heads)), body),
+  const table = el(
+    "table",
+    { "data-testid": "layer-table", "aria-labelledby": "table-title" },
+    el("thead", {}, el("tr", {}, ...heads)),
+    body,
   );
+  section.plot.append(table);
   section.plot.classList.add("scroll");
+  const fit = fitting(table);
 
   /** @param {TableAnswer} data */
   function draw(data, context) {
@@ -105,26 +111,26 @@ export function tableView(app) {
     body.replaceChildren(
       ...rows.map((row) => {
         const chosen = row.name === context.row;
-        const cells = COLUMNS.map(({ key, text }) => {
+        const cells = COLUMNS.map(({ key, title, text }) => {
           if (key === "name") {
             const select = el(
               "button",
               { type: "button", "aria-pressed": chosen, title: row.name },
-              row.label,
+              ...breakable(row.label),
             );
             select.addEventListener("click", () => app.act.onSelect(row.name));
             const head = el("th", { scope: "row" }, ...blockToggle(app, row), select);
             head.style.paddingLeft = `${8 + (isTree ? 14 * row.depth : 0)}px`;
             return head;
           }
-          if (key !== "credit") return el("td", {}, text(row));
+          if (key !== "credit") return el("td", { "data-title": title }, text(row));
           const bar = el("span", { class: row.credit < 0 ? "bar helps" : "bar hurts" });
           // An open block has none: what it holds would be too small to be seen beside it.
           const size = row.open === true ? 0 : Math.abs(row.credit ?? 0);
           bar.style.width = `${(46 * size) / most}%`;
           return el(
             "td",
-            { class: "credit" },
+            { class: "credit", "data-title": title },
             el("span", { class: "track" }, bar),
             el("span", {}, text(row)),
           );
@@ -132,6 +138,7 @@ export function tableView(app) {
         return el("tr", { "data-name": row.name, "data-selected": chosen }, ...cells);
       }),
     );
+    fit();
     if (focused) {
       const [name, kind] = focused;
       [...body.querySelectorAll("button")]

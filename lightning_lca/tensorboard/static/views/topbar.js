@@ -109,7 +109,7 @@ export class TopBar {
     this.probeField = field("Probe", this.probe);
     this.root = el(
       "div",
-      { id: "topbar", role: "toolbar", "aria-label": "What to show" },
+      { id: "topbar", role: "group", "aria-label": "What to show" },
       field("Run", this.run),
       this.probeField,
       el("span", { class: "field" }, el("span", {}, "Steps"), this.start, "–", this.stop),

@@ -30,8 +30,10 @@ export class Verdict {
 
   put(key, { head, detail, warn = false }) {
     const cell = this.cells[key];
-    cell.head.textContent = warn ? `⚠ ${head}` : head;
-    cell.detail.textContent = detail;
+    const text = warn ? `⚠ ${head}` : head;
+    // What is the same need not be read out again.
+    if (cell.head.textContent !== text) cell.head.textContent = text;
+    if (cell.detail.textContent !== detail) cell.detail.textContent = detail;
     cell.root.title = detail;
     cell.root.dataset.warn = warn;
   }
