@@ -5,8 +5,10 @@ resemble those before (`statistics.Mean`)? Every kind of finding is a question. 
 the p-values of the layers are corrected by Holm's rule, and then multiplied by the number of
 questions (Bonferroni), so that a run of pure noise has a finding with a p in about 5 % of cases (up
 to 10 % with 50 steps that keep 0.8 of the step before; ``tests/benchmarks/findings.py``).
-Intervals are corrected for as many tests, without Holm's gain: they hold for all layers at once,
-and may touch 0 where p is just below 5 %.
+Intervals are corrected for as many tests, so that they hold for all layers at once. They are those
+of Bonferroni's rule; where Holm's finds more than that, they end at the 0 that it excludes
+(Strassburger and Bretz 2008, "Compatible simultaneous lower confidence bounds for the Holm
+procedure and other Bonferroni-based closed tests").
 
 Another run or another seed are other questions, which the steps of one run cannot answer; every
 statement ends with what it does not show. So are other data, unless the probe has two batches or
@@ -189,6 +191,12 @@ def _answers(questions: Sequence[_Question]) -> Iterator[_Told]:
             yield question.probe, question.tell(place, float(corrected[place]), tail)
 
 
+def _above(mean: Mean, place: int, tail: float) -> tuple[float, float]:
+    """Returns the interval of a mean that was found to lie above 0."""
+    low, high = (float(end[place]) for end in mean.interval(tail))
+    return max(low, 0.0), high
+
+
 def _stands(
     finding: Finding,
     probe: str,
@@ -324,7 +332,7 @@ class _Run:
 
         def tell(place: int, p: float, tail: float) -> Finding:
             layer = self.layers.names[place]
-            low, high = (float(end[place]) for end in mean.interval(tail))
+            low, high = _above(mean, place, tail)
             effect = float(mean.mean[place])
             numbers = f"{effect:+.2g} a step (95% interval {low:+.2g} to {high:+.2g}, {_p(p)})"
             said, advice = words(_name(layer), numbers, effect * len(self), self)
@@ -547,7 +555,7 @@ def _overfits(train: _Run, val: _Run) -> Iterator[_Question]:
 
     def tell(place: int, p: float, tail: float) -> Finding:
         layer, effect = both[place], float(on_val.mean[place])
-        low, high = (float(end[place]) for end in on_val.interval(tail))
+        low, high = _above(on_val, place, tail)
         limits = val.limits("that it overfits in another run", "that it does on other data")
         statement = (
             f"{_name(layer)} overfits: on train it lowers the loss ({on_train.mean[place]:+.2g} a "

@@ -120,6 +120,14 @@ def test_a_layer_that_hurts_is_found_and_one_that_hurts_by_chance_is_not():
     assert noisy(planted=once).findings() == []
 
 
+def test_an_interval_never_holds_what_its_p_excludes():
+    found = [f for seed in range(40) for f in noisy(seed, planted=np.full(L, 0.5)).findings()]
+    hurts = [f for f in found if f.kind == "hurts"]
+    assert all(0 <= f.interval[0] < f.effect < f.interval[1] for f in hurts)
+    assert any(f.interval[0] == 0 for f in hurts), "Holm's rule finds more than Bonferroni's"
+    assert sum(f.interval[0] > 0 for f in hurts) > len(hurts) / 2
+
+
 def test_a_layer_that_helps_is_no_finding():
     assert noisy(planted=at(2, -0.8)).findings() == []
 
