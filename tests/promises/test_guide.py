@@ -233,7 +233,7 @@ def test_a_recipe_prints_what_its_page_says(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_logger_of_another_package_runs_or_says_what_is_missing(name, tmp_path):
     script = ROOT / "examples" / "recipes" / "loggers.py"
     done = subprocess.run(
