@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_lca.measure.quadrature import SIMPSON, TRAPEZOID, Quadrature
 from lightning_lca.measure.tensors import (
+    ALIGNED,
     CHUNK,
     DeferredBool,
     Flat,
@@ -36,6 +37,7 @@ from lightning_lca.measure.tensors import (
 )
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+_Room = tuple[Tensor, Tensor] | None
 _ROUNDING = 1e-6  # Of a loss; single precision leaves less.
 _SETTLED = 0.1  # A change of the integral this small beside what is left shows that it converges.
 
@@ -174,6 +176,7 @@ class Buffer:
     terms: Sequence[Weights] = ()
     is_cut: bool = False
     _spare: Flat | None = None
+    _scratch: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, segment: Segment, terms: int = 0) -> Buffer:
@@ -217,6 +220,13 @@ class Buffer:
             self._spare = Flat(sums)
         torch._foreach_copy_(list(self._spare.values()), [gradient[n] for n in self._spare])
         return self._spare
+
+    def scratch(self) -> _Room:
+        """Returns room for work on two pieces [elements]; on accelerators it is not needed."""
+        some = next(iter(self.sums.values()))
+        if self._scratch is None and not on_accelerator(some):
+            self._scratch = some.new_empty(CHUNK), some.new_empty(CHUNK)
+        return self._scratch
 
     def take_first(self) -> Sample | None:
         """Returns the sample at the start away, so that its memory can be freed."""
@@ -278,23 +288,6 @@ def mean_gradient(
     return buffer.sums, Ends(loss_before, last)
 
 
-@dataclass(frozen=True)
-class _Bend:
-    """Some tensors, or a piece of one, along a segment.
-
-    Attributes:
-        part: Which of all tensors.
-        mean: Their mean gradient.
-        motion: How far they moved.
-        change: From the mean gradient to that at the stop.
-    """
-
-    part: slice
-    mean: list[Tensor]
-    motion: list[Tensor]
-    change: list[Tensor]
-
-
 def closed_gradient(
     field: Field,
     segment: Segment,
@@ -320,14 +313,15 @@ def closed_gradient(
     buffer = Buffer.of(segment) if buffer is None else buffer
     gradient, ends = mean_gradient(field, segment, TRAPEZOID, buffer)
     last = buffer.side_by_side(_gradient(ends.last), segment)
-    explained, bent = (buffer.add_up(s) for s in _explained_and_bent(gradient, last, segment))
+    room = buffer.scratch()
+    explained, bent = (buffer.add_up(s) for s in _explained_and_bent(gradient, last, segment, room))
     left = ends.last.loss - ends.loss_before - explained
     if is_much is not None and is_much(left):
         buffer.add(buffer.as_sample(), 1 / 3, fresh=True)
         buffer.add(field(segment.at(0.5)), 2 / 3)
         return gradient, ends
     # Where no gradient changes, nobody takes a share.
-    _share_out(gradient, last, segment, torch.where(bent > 0, left / bent, 0.0))
+    _share_out(gradient, last, segment, torch.where(bent > 0, left / bent, 0.0), room)
     return gradient, replace(ends, shared=left)
 
 
@@ -557,49 +551,89 @@ def _gradient(sample: Sample) -> Weights:
     return sample.gradient
 
 
-def _bends(gradient: Weights, last: Weights, segment: Segment) -> Iterator[_Bend]:
-    """Yields where gradients change along the motion, of some tensors after the other."""
+_Tensors = list[Tensor]
+_Bend = tuple[slice, _Tensors, _Tensors, _Tensors]  # Which, mean gradient, motion, change.
+
+
+def _bends(gradient: Weights, last: Weights, segment: Segment, room: _Room) -> Iterator[_Bend]:
+    """Yields where gradients change along the motion, of some tensors after the other.
+
+    Which of all tensors, their mean gradient, how far they moved, and the change from the mean
+    gradient to that at the stop. In a room it is one tensor, or a piece of it, until the next.
+    """
     means, lasts, starts, stops = together(gradient, last, segment.start, segment.stop)
-    for part in bundles(means):
-        for some in side_by_side(means[part], lasts[part], starts[part], stops[part]):
-            mean, end, start, stop = some
-            # Exact in the wider type: half-precision weights would round their own motion.
-            stop = [w.to(m.dtype) for w, m in zip(stop, mean, strict=True)]
-            yield _Bend(
-                part,
-                mean,
-                list(torch._foreach_sub(stop, start)),
-                list(torch._foreach_sub(end, mean)),
-            )
+    if room is None:
+        for part in bundles(means):
+            some = side_by_side(means[part], lasts[part], starts[part], stops[part])
+            for of_mean, of_end, of_start, of_stop in some:
+                # Exact in the wider type: half-precision weights would round their own motion.
+                to = [w.to(m.dtype) for w, m in zip(of_stop, of_mean, strict=True)]
+                moved, changed = (
+                    torch._foreach_sub(to, of_start),
+                    torch._foreach_sub(of_end, of_mean),
+                )
+                yield part, of_mean, list(moved), list(changed)
+        return
+    for i, tensors in enumerate(zip(means, lasts, starts, stops, strict=True)):
+        for mean, end, start, stop in pieces(*tensors):
+            if _fit(room[0], mean, end, start, stop):
+                motion, change = (r[: mean.numel()].view(mean.shape) for r in room)
+                torch.sub(stop, start, out=motion)
+                torch.sub(end, mean, out=change)
+            else:
+                motion, change = stop.to(mean.dtype) - start, end - mean
+            yield slice(i, i + 1), [mean], [motion], [change]
 
 
 @torch.no_grad()
 def _explained_and_bent(
-    gradient: Weights, last: Weights, segment: Segment
+    gradient: Weights, last: Weights, segment: Segment, room: _Room
 ) -> tuple[Tensor, Tensor]:
     """Sums d · ḡ and Σ |d (g₁ − ḡ)| of every tensor, or of what lies side by side: [tensors] each.
 
     d is the motion.
     """
     (means,) = together(gradient) if isinstance(last, Flat) else ([*gradient.values()],)
-    sums = torch.zeros(2, len(means), dtype=wide(means[0]), device=means[0].device)
-    for bend in _bends(gradient, last, segment):
-        torch._foreach_mul_(bend.change, bend.motion)
-        torch._foreach_mul_(bend.motion, bend.mean)
-        found = [t.sum(dtype=sums.dtype) for t in bend.motion]
-        found += [t.abs_().sum(dtype=sums.dtype) for t in bend.change]
-        sums[:, bend.part] += torch.stack([f.to(sums.device) for f in found]).view(2, -1)
-    return sums[0], sums[1]
+    found: list[Tensor] = []
+    places: list[int] = []
+    for part, mean, motion, change in _bends(gradient, last, segment, room):
+        torch._foreach_mul_(change, motion)
+        torch._foreach_abs_(change)
+        torch._foreach_mul_(motion, mean)
+        found += [t for pair in zip(motion, change, strict=True) for t in map(_summed, pair)]
+        places += range(len(means))[part]
+    table = torch.stack([f.to(found[0]) for f in found]).view(-1, 2)
+    sums = table.new_zeros(len(means), 2)
+    sums.index_add_(0, torch.tensor(places, device=table.device), table)
+    return sums[:, 0], sums[:, 1]
+
+
+def _summed(values: Tensor) -> Tensor:
+    """Sums all elements, those of blocks in their own type: exact enough, and much faster."""
+    if values.numel() % ALIGNED or not values.is_contiguous():
+        return values.sum(dtype=wide(values))
+    return values.view(-1, ALIGNED).sum(1).sum(dtype=wide(values))
 
 
 @torch.no_grad()
-def _share_out(gradient: Weights, last: Weights, segment: Segment, share: Tensor) -> None:
+def _share_out(
+    gradient: Weights, last: Weights, segment: Segment, share: Tensor, room: _Room
+) -> None:
     """Adds share · sign(d) |g₁ − ḡ| to a mean gradient {name: [*shape]}, in place."""
-    for bend in _bends(gradient, last, segment):
-        torch._foreach_abs_(bend.change)
-        torch._foreach_mul_(bend.change, torch._foreach_sign(bend.motion))
-        torch._foreach_mul_(bend.change, [share.to(m) for m in bend.mean])
-        torch._foreach_add_(bend.mean, bend.change)
+    known = None if on_accelerator(share) else float(share)
+    for _, mean, motion, change in _bends(gradient, last, segment, room):
+        torch._foreach_abs_(change)
+        torch._foreach_sign_(motion)
+        if known is None:
+            torch._foreach_mul_(change, [share.to(m) for m in mean])
+        torch._foreach_addcmul_(mean, change, motion, value=1.0 if known is None else known)
+
+
+def _fit(room: Tensor, *tensors: Tensor) -> bool:
+    """Whether tensors of one shape are of the type of some room, and no longer than it."""
+    if tensors[0].numel() > len(room):
+        return False
+    return all([(t.dtype, t.device) == (room.dtype, room.device) for t in tensors])
 
 
 @torch.no_grad()

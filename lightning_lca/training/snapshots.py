@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -162,11 +164,16 @@ def _some(weights: dict[str, Tensor], names: list[str]) -> Weights:
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> DeferredBool | bool:
     """Compares values; off the CPU the answer is on its way, so that nothing waits for it."""
     x, y = together(a, b)
-    if not on_accelerator(x[0]):
-        return all(map(torch.equal, x, y))
+    if not on_accelerator(x[0]):  # Bit by bit, by what is several times as fast as torch.equal.
+        return all(map(np.array_equal, map(_bits, x), map(_bits, y)))
     return DeferredBool(
         torch.stack([(p == q).all().to(x[0].device) for p, q in zip(x, y, strict=True)]).all()
     )
+
+
+def _bits(memory: Tensor) -> npt.NDArray[np.int64]:
+    """Shows a memory of a `Flat` on the CPU as integers of eight bytes."""
+    return memory.view(torch.int64).numpy()
 
 
 @without_graph
