@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_lca import LCACallback
 
+PICTURES = {"long_run": "what grows with the length of a run"}  # That the guide shows, by --out.
 LOOKS = 50
 MIB = 2**20
 

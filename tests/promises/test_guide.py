@@ -287,10 +287,11 @@ def test_every_link_of_what_github_shows_leads_somewhere(name):
 
 
 def made():
-    """The names of the pictures that the scripts of the site make."""
+    """The names of the pictures that the scripts of the site make, and one benchmark."""
     found = set()
-    for script in ("pictures", "screens", "trust"):
-        for node in ast.walk(ast.parse((SITE / f"{script}.py").read_text())):
+    scripts = [SITE / f"{name}.py" for name in ("pictures", "screens", "trust")]
+    for script in (*scripts, ROOT / "tests" / "benchmarks" / "long_run.py"):
+        for node in ast.walk(ast.parse(script.read_text())):
             target = getattr(node, "target", None) or next(iter(getattr(node, "targets", [])), None)
             if getattr(target, "id", "") == "PICTURES":
                 found |= {key.value for key in node.value.keys}
