@@ -4,8 +4,9 @@
 
 For networks of several sizes and probes: t is the time of one gradient of the probe, B the bytes
 that a copy of all weights moves per second from memory that is in no cache, p what passes per
-weight (26 and 40 reads or writes of four bytes), as in ``lightning_lca/docs/scale.md``. Beside it stands
-what a training step takes longer with the callback. One thread, the processor's time, medians.
+weight (26 and 40 reads or writes of four bytes), as in ``lightning_lca/docs/scale.md``. Beside it
+stands what a training step takes longer with the callback. One thread, the processor's time,
+medians.
 """
 
 from __future__ import annotations
