@@ -167,6 +167,7 @@ def report(looks: list[Look]) -> None:
 def draw(looks: list[Look], tensors: int, file: Path) -> None:
     """Draws it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     steps = [look.step for look in looks]
@@ -187,6 +188,8 @@ def draw(looks: list[Look], tensors: int, file: Path) -> None:
         for label, name in lines.items():
             axes.plot(steps, [getattr(look, name) for look in looks], label=label)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel(unit)
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
