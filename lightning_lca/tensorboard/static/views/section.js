@@ -59,7 +59,7 @@ export class Section {
   /** Shows the plot. */
   show() {
     this.message.hidden = true;
-    this.plot.hidden = this.note.hidden = false;
+    this.plot.hidden = this.note.hidden = this.tools.hidden = false;
     this.png.disabled = false;
     // A picture is told by its label, and by the words below it.
     for (const picture of this.plot.querySelectorAll(".chart"))
@@ -68,7 +68,7 @@ export class Section {
 
   /** Shows words in place of the plot, with buttons, [[text, click, test id]]. */
   say(text, { error = false, buttons = [] } = {}) {
-    this.plot.hidden = this.note.hidden = true;
+    this.plot.hidden = this.note.hidden = this.tools.hidden = true;
     this.png.disabled = true;
     this.message.hidden = false;
     const said = JSON.stringify([text, error, buttons]);
