@@ -531,10 +531,7 @@ class Meter:
 
     def _make_room(self, segment: Segment) -> None:
         """Makes tensors for a segment's gradients, unless those of the one before fit."""
-        sums = self._buffer.sums
-        if isinstance(sums, Flat) and sums.goes_with(segment.start):
-            return
-        if not alike(sums, segment.start):
+        if not alike(self._buffer.sums, segment.start):
             self._buffer = Buffer.of(segment, self._terms)
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
             self._buffer.is_cut = not self._grouping.is_whole
