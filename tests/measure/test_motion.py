@@ -125,7 +125,10 @@ def test_parts_are_those_of_the_step_that_the_probes_gradient_would_have_made(ca
         assert step.is_known
         motion = weight.detach() - start
         moments = {name: step.state[name] for name in step.moments}
-        found = parts(step, moments, weight.grad, probe, start, motion)
+        given = (moments, weight.grad, probe, start, motion)
+        before = copy.deepcopy(given)
+        found = parts(step, *given)
+        torch.testing.assert_close(given, before, rtol=0, atol=0)  # The state is the optimizer's.
         split = dict(zip(PARTS, found, strict=True))
         tight = {"rtol": 1e-9, "atol": 1e-12}
         by_probe = split["signal"] + split["momentum"] + split["weight_decay"]

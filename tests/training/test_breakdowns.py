@@ -13,6 +13,7 @@ from support.training import fit, make_trainer
 from torch import nn
 
 from lightning_lca import History, LCACallback
+from lightning_lca.measure.stretches import Stretch
 from lightning_lca.runtime.lightnings import MisconfigurationException
 from lightning_lca.training.meter import Meter
 
@@ -314,6 +315,45 @@ def test_no_motion_is_left_over_however_a_step_is_measured(tmp_path, how, monkey
     assert np.abs(part.allocated[:, :, 4]).max() < 1e-12 * size
     assert np.abs(part.allocated[:, :, :4]).max() > 0.1 * size
     np.testing.assert_allclose(order.allocated.sum(2), history.allocated, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.01),
+        lambda p: torch.optim.NAdam(p, 0.01),
+        lambda p: torch.optim.RAdam(p, 0.01),
+        lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True),
+        lambda p: torch.optim.Adagrad(p, 0.01),
+    ],
+    ids=["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"],
+)
+def test_the_state_of_an_optimizer_is_read_where_it_lies_and_stays(
+    tmp_path, optimizer, monkeypatch
+):
+    """Large tensors come in pieces, and these are not copied."""
+    shown, look = [], Stretch._where_it_lies
+    monkeypatch.setattr(Stretch, "_where_it_lies", lambda *a: shown.append(look(*a)) or shown[-1])
+
+    def trained(measured):
+        net = nn.Sequential(nn.Linear(12, 512), nn.Tanh(), nn.Linear(512, 300))
+        run = fit(
+            tmp_path / str(measured),
+            model=Classifier(net, optimizer),
+            steps=6,
+            measured=measured,
+            **({"breakdown": True, "figures": False} if measured else {}),
+        )
+        return run.module.state_dict(), run.trainer.optimizers[0].state_dict()
+
+    torch.manual_seed(0)
+    plain = trained(False)
+    assert not shown
+    torch.manual_seed(0)
+    assert_same(plain, trained(True))
+    assert any(piece is not None for piece in shown)
 
 
 def test_an_optimizer_without_a_form_has_one_part_and_a_line_says_so(tmp_path, capsys, caplog):
