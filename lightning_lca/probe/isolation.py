@@ -565,7 +565,7 @@ class _Memory:
         whole = _memory_of(alias)
         try:
             saved = None if spare else whole.detach().clone()
-        except (RuntimeError, NotImplementedError):  # Of a kind that cannot be copied.
+        except (RuntimeError, NotImplementedError):  # torch cannot copy it: a change is refused.
             self._watch(tensor, path)
             return
         gradient = tensor.grad if tensor.is_leaf and not spare else None
