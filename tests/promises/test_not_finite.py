@@ -135,6 +135,14 @@ def test_steps_that_are_not_finite_are_recorded_and_the_later_ones_are_right(
     assert lca.totals["fit.weight"].sum() == pytest.approx(
         history.allocated[~broken, history.groups.index("fit")].sum(), rel=1e-5
     )
+    # No window of a parameter, or of single weights, counts such a step either.
+    for windows in (history.parameters, history.weights):
+        assert windows.measured.sum() == (~broken).sum()
+        for group, parameter in (("fit", "fit.weight"), ("hazard", "hazard.w")):
+            own = [name.partition("[")[0] == parameter for name in windows.names]
+            expected = history.allocated[~broken, history.groups.index(group)].sum()
+            found = windows.allocated[:, own].sum()
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), parameter
 
 
 def every_view(history):
