@@ -595,17 +595,18 @@ def _explained_and_bent(
     """
     (means,) = together(gradient) if isinstance(last, Flat) else ([*gradient.values()],)
     found: list[Tensor] = []
-    places: list[int] = []
+    pieces_of = [0] * len(means)
     for part, mean, motion, change in _bends(gradient, last, segment, room):
         torch._foreach_mul_(change, motion)
         torch._foreach_abs_(change)
         torch._foreach_mul_(motion, mean)
         found += [t for pair in zip(motion, change, strict=True) for t in map(_summed, pair)]
-        places += range(len(means))[part]
+        for i in range(len(means))[part]:
+            pieces_of[i] += 1
     table = torch.stack([f.to(found[0]) for f in found]).view(-1, 2)
-    sums = table.new_zeros(len(means), 2)
-    sums.index_add_(0, torch.tensor(places, device=table.device), table)
-    return sums[:, 0], sums[:, 1]
+    if len(table) > len(means):
+        table = torch.stack([some.sum(0) for some in torch.split(table, pieces_of)])
+    return table[:, 0], table[:, 1]
 
 
 def _summed(values: Tensor) -> Tensor:

@@ -414,7 +414,9 @@ def _radam(settings: Mapping[str, Any], state: _Moments, moments: _Moments, own:
     longest = 2.0 / (1.0 - beta2) - 1.0
     length = longest - 2.0 * step * beta2**step / corrected2
     second = _second_moment(moments["exp_avg_sq"], own, beta2)
-    is_adapted = torch.as_tensor(length > 5.0, device=own.device)
+    is_adapted = length > 5.0
+    if not isinstance(is_adapted, Tensor):  # A fill: the host would wait for a copy.
+        is_adapted = torch.full((), is_adapted, device=own.device)
     rise = (length - 4.0) * (length - 2.0) * longest
     fall = (longest - 4.0) * (longest - 2.0) * length
     stretch = abs(rise / fall * corrected2) ** -0.5

@@ -442,6 +442,22 @@ class Probe:
         """Whether gradients are scaled for float16, by what overflowed before."""
         return self._scale is not None
 
+    def program(self) -> object | None:
+        """Returns what stands for the operations of an evaluation: one object while they are those.
+
+        None where the host takes part in them, as in float16, where it looks for what overflowed.
+        """
+        if self._scale is not None or self.watch is not None or self._ranks.processes > 1:
+            return None
+        recordings = self._recordings
+        stay = all([r.stays_on(self.device) for r in recordings.values()])
+        return recordings if recordings and stay else None
+
+    @property
+    def room(self) -> int:
+        """Bytes that all results of one recorded evaluation take."""
+        return sum(r.room for r in self._recordings.values())
+
     @property
     def is_recorded(self) -> bool:
         """Whether a recording is evaluated, and not the user's code."""

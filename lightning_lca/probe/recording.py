@@ -71,6 +71,8 @@ class Recording:
         reads_numbers: Whether numbers were read from tensors that may change: they are fixed now.
         is_random: Whether it draws random numbers from the global streams.
         live: Tensors that it reads as they are at each evaluation.
+        room: Bytes that all results of one evaluation take, and what it reads.
+        devices: Where these are.
     """
 
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -78,9 +80,15 @@ class Recording:
     reads_numbers: bool
     is_random: bool
     live: list[Tensor] = field(default_factory=list)
+    room: int = 0
+    devices: frozenset[torch.device] = frozenset()
     _refresh: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _dtype: torch.dtype = torch.float32
     _generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
+
+    def stays_on(self, device: torch.device) -> bool:
+        """Whether all of it is there, and the host decides nothing on the way."""
+        return self.devices == {device} and not (self.is_random or self._generators)
 
     def __call__(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Evaluates loss [] and gradients [*shape].
@@ -155,6 +163,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         self._operations: list[_Operation] = []
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._reads_numbers = False
+        self._room = 0
+        self._devices: set[torch.device] = set()
         self._why: str | None = None
         self._reader = _Reader(self)
         self._count = len(weights)
@@ -214,6 +224,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
     def _add(self, tensor: Tensor, memory: int | None = None) -> int:
         slot = len(self._memory_of)
         self._slots[tensor] = slot
+        self._devices.add(tensor.device)
         if memory is None and tensor.layout != torch.strided:
             memory = self._fresh()
         if memory is None:
@@ -222,6 +233,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             memory = known[1] if known else self._fresh()
             if not known:
                 self._memories[storage._cdata] = _weak(storage), memory
+                self._room += storage.nbytes()
         self._memory_of.append(memory)
         return slot
 
@@ -347,6 +359,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             self._reads_numbers,
             any(operation.is_random for operation in kept),
             [t for s, t in self._constants.items() if s in constants and self._is_read(s)],
+            self._room,
+            frozenset(self._devices),
             refresh,
             torch.get_default_dtype(),
             list(self._generators.values()),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from lightning_lca.measure.allocation import (
     mean_gradient,
     refined_gradient,
 )
+from lightning_lca.measure.captured import Repeated
 from lightning_lca.measure.groups import Grouping, GroupSums
 from lightning_lca.measure.parameters import alike
 from lightning_lca.measure.quadrature import SIMPSON
@@ -93,6 +93,16 @@ class _Sums(GroupSums):
     """Sums over groups and, where they are asked for, over neurons [neurons]."""
 
     neurons: Tensor | None
+
+
+class _Found(NamedTuple):
+    """What was found of one segment: credits, both ends, both losses [2], sums, and shares."""
+
+    values: Weights
+    ends: Ends
+    losses: Tensor
+    sums: _Sums
+    split: dict[str, Tensor]
 
 
 class Meter:
@@ -171,6 +181,9 @@ class Meter:
         self._ranks = ranks
         self._reuse = Reuse(probe, ranks)
         self._buffer = Buffer({})
+        self._repeated: Repeated[tuple[_Found, int]] = Repeated()
+        self._loss_at_start: Tensor | None = None  # Where what is launched finds it.
+        self._fits: bool | None = None  # Whether what is launched fits the device.
         self._loss: float | None = None  # At the end of the last segment, up to `collect`.
         self._pending: list[Measurement] = []
         self._counts = counts_dtype(self.history.sizes)  # A long run holds many of them.
@@ -203,23 +216,8 @@ class Meter:
         if self._shares is not None and self._shares.needs_start and not is_begun:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
-        field = self.probe if self._sampling is None else self._field
-        if self._rule.closes:
-            is_much = self._is_much if self._rule.adapts else None
-            gradient, ends = closed_gradient(field, segment, self._buffer, is_much)
-        elif self._tolerance is None:
-            gradient, ends = mean_gradient(field, segment, self._rule, self._buffer)
-        else:
-            tries = not self.is_futile or self._measured % _SELDOM == 0
-            most = self._max_splits if tries else 1
-            gradient, ends = refined_gradient(field, segment, self._tolerance, most, self._buffer)
-            if tries:
-                self._note_futile(ends.settled)
-        split = self._linear_shares(gradient, self._buffer.terms, segment)
-        values = credit(gradient, segment)
+        values, ends, losses, sums, split = self._find(segment)
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
-        losses = torch.stack([ends.loss_before, ends.last.loss])
-        sums = self._sum(values, losses)
         if self._watched and not self._grouping.leaves_out:
             self._watched -= 1
             if self._misses_all(sums, losses):
@@ -264,6 +262,70 @@ class Meter:
             )
         )
 
+    def _find(self, segment: Segment) -> _Found:
+        """Integrates the gradient along a segment, and sums what weights are credited.
+
+        Where a device can, that is one launch from the second time on.
+        """
+        program = self.probe.program() if self._can_repeat(segment) else None
+        if program is None:
+            self._repeated.forget()
+        first = self._buffer.first
+        if program is None or first is None or first.gradient is not self._buffer.sums:
+            return self._integrate(segment)[0]
+        if self._loss_at_start is None:
+            self._loss_at_start = first.loss.clone()
+        at_start = Sample(self._loss_at_start.copy_(first.loss), first.gradient, first.terms)
+
+        def integrate() -> tuple[_Found, int]:
+            self._buffer.first = at_start
+            return self._integrate(segment)
+
+        before = self.probe.gradients
+        places = (segment.start, segment.stop, self._buffer, program)
+        addresses = [w.data_ptr() for w in self.probe.live.values()]
+        found, gradients = self._repeated(integrate, places, addresses, self.probe.device)
+        self.probe.gradients = before + gradients
+        # What outlives this step must not lie where the next one writes.
+        losses = found.losses.clone()
+        last = replace(found.ends.last, loss=losses[1])
+        ends = replace(found.ends, loss_before=losses[0], last=last)
+        return found._replace(ends=ends, losses=losses)
+
+    def _can_repeat(self, segment: Segment) -> bool:
+        """Whether a segment may be integrated by the very operations of the one before."""
+        if self._fits is False or self._repeated.why_not or not self.probe.is_recorded:
+            return False
+        if self._fits is None:
+            splits = {} if self._shares is None else self._shares.names
+            decides = self._tolerance is not None or self._rule.adapts
+            passes = decides or self._sampling is not None or {"part", "term"} & {*splits}
+            weights = sum(w.nbytes for w in segment.start.values())
+            pays = Repeated.pays(self.probe.device, weights, self.probe.room)
+            self._fits = pays and not passes
+        return self._fits
+
+    def _integrate(self, segment: Segment) -> tuple[_Found, int]:
+        """Does so step by step; also returns how many gradients it took."""
+        before = self.probe.gradients
+        field = self.probe if self._sampling is None else self._field
+        if self._rule.closes:
+            is_much = self._is_much if self._rule.adapts else None
+            gradient, ends = closed_gradient(field, segment, self._buffer, is_much)
+        elif self._tolerance is None:
+            gradient, ends = mean_gradient(field, segment, self._rule, self._buffer)
+        else:
+            tries = not self.is_futile or self._measured % _SELDOM == 0
+            most = self._max_splits if tries else 1
+            gradient, ends = refined_gradient(field, segment, self._tolerance, most, self._buffer)
+            if tries:
+                self._note_futile(ends.settled)
+        split = self._linear_shares(gradient, self._buffer.terms, segment)
+        values = credit(gradient, segment)
+        losses = torch.stack([ends.loss_before, ends.last.loss])
+        found = _Found(values, ends, losses, self._sum(values, losses), split)
+        return found, self.probe.gradients - before
+
     @torch.no_grad()
     def take(self, found: Measurement) -> None:
         """Notes what this meter measured, or one like it in another process."""
@@ -275,7 +337,7 @@ class Meter:
         self._watched, self._futile, self._measured = found.panels
         self._reuse.on = found.trusts
         if found.fine or found.look is not None or found.spread:
-            found = dataclasses.replace(found, fine={}, look=None, spread={})
+            found = replace(found, fine={}, look=None, spread={})
         self._pending.append(found)
 
     @torch.no_grad()
@@ -362,11 +424,17 @@ class Meter:
     def let_go(self) -> None:
         """Lets go of the gradient that is kept, and of its memory."""
         self._buffer = Buffer({})
+        self._repeated.forget()
         self._reuse.forget()
 
     def rest(self) -> None:
         """Audits nothing any more: training is over, and what its steps read may be gone."""
         self._reuse.rests = True
+
+    @property
+    def launches_once(self) -> bool:
+        """Whether the latest segment was measured by one launch of its device."""
+        return self._repeated.is_captured
 
     @property
     def breakdowns(self) -> dict[str, tuple[str, ...]]:
@@ -532,7 +600,7 @@ class Meter:
     def _make_room(self, segment: Segment) -> None:
         """Makes tensors for a segment's gradients, unless those of the one before fit."""
         if not alike(self._buffer.sums, segment.start):
-            self._buffer = Buffer.of(segment, self._terms)
+            self._buffer, self._fits = Buffer.of(segment, self._terms), None
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
             self._buffer.is_cut = not self._grouping.is_whole
 
@@ -579,7 +647,7 @@ class Meter:
             return
         size = credit.abs().sum()
         mean = size if self._typical is None else torch.lerp(size, self._typical, _MEMORY)
-        last = size.new_tensor(math.inf) if self._typical is None else self._typical
+        last = size.new_full((), math.inf) if self._typical is None else self._typical
         self._typical = torch.where(size.isfinite(), mean, last)
 
     def _completed(

@@ -9,7 +9,10 @@
 3. cost: ResNet-50 and a transformer of 100M weights: what a measured step adds, beside two bare
    gradients of the probe, by Simpson's rule and by the closed trapezoid; kernels launched, waits
    for the device, memory at the peak in copies of the weights.
-4. largest: the widest transformer that fits with the copies that measuring holds.
+4. recording: one evaluation of the recorded loss and gradient, beside the user's code and
+   ``autograd.grad``: as it is run, compiled, and as a CUDA graph; from a network that only launches
+   to one that only computes.
+5. largest: the widest transformer that fits with the copies that measuring holds.
 
 ``--device cpu --quick`` tries the script itself, on networks of a few thousand weights.
 """
@@ -21,6 +24,7 @@ import dataclasses
 import gc
 import logging
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +32,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
@@ -35,10 +40,13 @@ import torch.nn.functional as F
 from overhead import TakeTurns, fit, machine, milliseconds, minus, over, peak_bytes, ratio, table
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
-from workloads import WORKLOADS, Model, Transformer, Workload, without_dropout
+from workloads import WORKLOADS, Model, Transformer, Workload, cross_entropy, without_dropout
 
 from lightning_lca import LCACallback
+from lightning_lca.measure.captured import Captured
+from lightning_lca.probe.recording import Recorder, Recording
 
 PRECISIONS = ["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true"]
 # How far credits of layers may be off, by what the precision computes in.
@@ -157,7 +165,7 @@ class Counted(LCACallback):
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Measures; once with the profiler on, once where a wait is an error."""
         step = trainer.global_step
-        if step == 8:
+        if step == 18:
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 super().on_train_batch_end(trainer, *args)
             names = (
@@ -165,9 +173,10 @@ class Counted(LCACallback):
                 "cudaLaunchKernelExC",
                 "cuLaunchKernel",
                 "cuLaunchKernelEx",
+                "cudaGraphLaunch",
             )
             self.launches = sum(e.count for e in profiler.key_averages() if e.key in names)
-        elif step == 9 and torch.cuda.is_available():
+        elif step == 19 and torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("error")
             try:
                 super().on_train_batch_end(trainer, *args)
@@ -180,9 +189,19 @@ class Counted(LCACallback):
             super().on_train_batch_end(trainer, *args)
 
 
-def cost(name: str, workload: Workload, device: str, *, quick: bool) -> list[list[str]]:
+class OneByOne(LCACallback):
+    """Launches kernels one by one, also where a measured step could be one launch."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Measures while nothing can be captured."""
+        with mock.patch.object(Captured, "free", staticmethod(lambda device: 0)):
+            super().on_train_batch_end(trainer, *args)
+
+
+def cost(
+    name: str, workload: Workload, device: str, seconds: float, *, quick: bool
+) -> list[list[str]]:
     """Times, counts and weighs a measured step."""
-    seconds = 3.0 if quick else 40.0
     probe = workload.probe(device)
     on_device = [x.to(device) for x in probe]
 
@@ -198,6 +217,7 @@ def cost(name: str, workload: Workload, device: str, *, quick: bool) -> list[lis
         "plain": None,
         "simpson": LCACallback(probe=[probe], figures=False),
         "closed": LCACallback(probe=[probe], figures=False, quadrature="closed_trapezoid"),
+        "one by one": OneByOne(probe=[probe], figures=False),
     }
     turns = TakeTurns(contestants, floor, 3 if device == "cpu" else 8, seconds)
     model = fit(workload, device, [turns])
@@ -209,12 +229,12 @@ def cost(name: str, workload: Workload, device: str, *, quick: bool) -> list[lis
         [f"{name}, {weights / 1e6:.3g}M", f"plain step {milliseconds(times['plain'])} ms", "", ""],
         [f"{name}, two bare gradients", f"{milliseconds(times['floor'])} ms", "", ""],
     ]
-    for rule in ("simpson", "closed"):
+    for rule in list(contestants)[1:]:
         adds = minus(times[rule], times["plain"])
         told = f"adds {milliseconds(adds)} ms, {ratio(over(adds, times['floor']))} of these"
         rows.append([f"{name}, {rule}", told, "", ""])
     counted = Counted(probe=[probe], figures=False, log_every_n_steps=1000)
-    fit(workload, device, [counted], 10)
+    fit(workload, device, [counted], 20)
     rows.append([f"{name}, launches of a measured step", f"{counted.launches:,}", "", ""])
     waits = counted.waits if device == "cuda" else "-"
     rows.append([f"{name}, waits for the device", waits, "none", _word(waits in ("none", "-"))])
@@ -229,6 +249,116 @@ def cost(name: str, workload: Workload, device: str, *, quick: bool) -> list[lis
     wanted = ["", ""] if quick else ["4", _word(peaks[1] - peaks[0] < 4.1)]
     rows.append([f"{name}, memory at the peak", told, *wanted])
     return rows
+
+
+def narrow() -> nn.Module:
+    """Makes 784-32-32-10: next to nothing to compute."""
+    sizes = [nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
+    return nn.Sequential(*sizes)
+
+
+NARROW = dataclasses.replace(SMALL, net=narrow)
+
+
+def recorded(name: str, workload: Workload, device: str) -> list[list[str]]:
+    """Times one evaluation of a loss and its gradient, four ways."""
+    net = workload.net().to(device)
+    batch = [x.to(device) for x in workload.probe(device)]
+    weights = list(net.parameters())
+
+    def bare() -> tuple[Tensor, ...]:
+        loss = cross_entropy(net, batch)
+        return (loss, *torch.autograd.grad(loss, weights))
+
+    with without_dropout(net):
+        bare()
+        with (recorder := Recorder(weights, net.buffers())):
+            loss, *gradients = bare()
+        recording = recorder.finish(loss, gradients)
+        numbers = [w.detach() for w in weights]
+        ways: dict[str, Callable[[], Any]] = {
+            "autograd.grad": bare,
+            "recorded": lambda: recording(numbers),
+        }
+        rows = []
+        kept = _flat(recording(numbers)[1])
+        more = {"CUDA graph": _graph}
+        if sum(w.numel() for w in weights) < 10**7:  # Others take minutes to compile.
+            more["compiled"] = _compiled
+        for way, make in more.items():
+            try:
+                ways[way], results = make(recording, numbers)
+                off = float((_flat(results()) - kept).norm() / kept.norm())
+                rows.append([f"{name}, {way}", f"{off:.1e} from as it is run", "", ""])
+            except Exception as error:
+                why = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                rows.append([f"{name}, {way}", why, "", ""])
+        for way, seconds in _in_turns(ways, device).items():
+            told = f"{1e3 * seconds[0]:.3f} ms, the host {1e3 * seconds[1]:.3f}"
+            rows.append([f"{name}, {way}", told, "", ""])
+    return rows
+
+
+def _flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([g.double().flatten() for g in gradients])
+
+
+_Way = tuple[Callable[[], Any], Callable[[], list[Tensor]]]
+
+
+def _graph(recording: Recording, numbers: list[Tensor]) -> _Way:
+    """Captures a recording; what it gives lies where it lay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            recording(numbers)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, gradients = recording(numbers)
+
+    def results() -> list[Tensor]:
+        graph.replay()
+        return gradients
+
+    return graph.replay, results
+
+
+def _compiled(recording: Recording, numbers: list[Tensor]) -> _Way:
+    """Compiles what a recording runs."""
+    with torch.no_grad():
+        traced = make_fx(lambda *w: recording.run(w))(*numbers)
+    run = torch.compile(traced, fullgraph=True)
+
+    def go() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            found: tuple[Tensor, ...] = run(*numbers)
+            return found
+
+    go()
+    return go, lambda: list(go()[1:])
+
+
+def _in_turns(ways: dict[str, Callable[[], Any]], device: str) -> dict[str, tuple[float, float]]:
+    """Times ways in turns: medians of {way: (seconds, of these the host's)}."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(9):
+        for way, go in ways.items():
+            for _ in range(2):
+                go()
+            wait()
+            began = time.perf_counter()
+            for _ in range(10):
+                go()
+            queued = time.perf_counter() - began
+            wait()
+            found[way].append(((time.perf_counter() - began) / 10, queued / 10))
+    return {
+        way: (statistics.median(a for a, _ in f), statistics.median(b for _, b in f))
+        for way, f in found.items()
+    }
 
 
 def largest(device: str, *, quick: bool) -> list[list[str]]:
@@ -246,29 +376,34 @@ def largest(device: str, *, quick: bool) -> list[list[str]]:
             batch_on={device: 4},
         )
         lca = LCACallback(probe=[workload.probe(device)], figures=False)
-        began = time.perf_counter()
         try:
-            model = fit(workload, device, [lca], 4)
+            with torch.device(device):  # The host would take minutes to draw so many numbers.
+                model = workload.model()
+            began = time.perf_counter()
+            peak, model = peak_bytes(device, partial(fit, workload, device, [lca], 4, model=model))
         except torch.cuda.OutOfMemoryError:
+            model = None
             width -= 256
             gc.collect()
             torch.cuda.empty_cache()
             continue
         weights = sum(w.numel() for w in model.parameters())
         each = (time.perf_counter() - began) / 4
+        size = sum(w.numel() * w.element_size() for w in model.parameters())
         ends = [
             f"largest that fits, {weights / 1e9:.3g} 10^9 weights",
-            f"four steps measured, {each:.2g} s each",
+            f"four steps measured, {each:.2g} s each, {peak / size:.2f} copies above the weights",
         ]
         return [[*ends, "", _word(len(lca.history) == 4)]]
     return [["largest that fits", "none", "", "FAILED"]]
 
 
-def run(device: str, only: list[str], *, quick: bool) -> list[list[str]]:
+def run(device: str, only: list[str], seconds: float, *, quick: bool) -> list[list[str]]:
     """Makes the rows of the table; what fails in the middle is a row, too."""
     rows: list[list[str]] = []
 
     def take(what: str, make: Callable[[], list[list[str]]]) -> None:
+        before = len(rows)
         try:
             rows.extend(make())
         except Exception as error:
@@ -276,7 +411,7 @@ def run(device: str, only: list[str], *, quick: bool) -> list[list[str]]:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-        print(f"  {rows[-1]}", flush=True)
+        print(*(f"  {row}" for row in rows[before:]), sep="\n", flush=True)
 
     precisions = PRECISIONS if device == "cuda" else ["32-true", "64-true", "bf16-mixed"]
     for precision in precisions:
@@ -284,12 +419,17 @@ def run(device: str, only: list[str], *, quick: bool) -> list[list[str]]:
             take(f"correct, {precision}", lambda p=precision: [correct(device, p)])
         if "harmless" in only:
             take(f"harmless, {precision}", lambda p=precision: [harmless(device, p)])
-    workloads = (
-        {"small": SMALL} if quick else {n: WORKLOADS[n] for n in ("resnet50", "transformer100m")}
-    )
+    large = ("transformer", "resnet50", "transformer100m")
+    workloads = {"narrow": NARROW, "small": SMALL}
+    if not quick:
+        workloads |= {n: WORKLOADS[n] for n in large}
+    if "recording" in only:
+        for name, workload in workloads.items():
+            take(name, lambda n=name, w=workload: recorded(n, w, device))
     if "cost" in only:
         for name, workload in workloads.items():
-            take(name, lambda n=name, w=workload: cost(n, w, device, quick=quick))
+            is_small = name in ("narrow", "small")
+            take(name, lambda n=name, w=workload, q=is_small: cost(n, w, device, seconds, quick=q))
     if "largest" in only:
         take("largest that fits", lambda: largest(device, quick=quick))
     return rows
@@ -297,18 +437,20 @@ def run(device: str, only: list[str], *, quick: bool) -> list[list[str]]:
 
 def main() -> None:
     """Reads the command line."""
-    parts = ["correct", "harmless", "cost", "largest"]
+    parts = ["correct", "harmless", "recording", "cost", "largest"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a network of a few thousand weights")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--seconds", type=float, help="of each network of the table of costs")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("No card is there: torch.cuda.is_available() is False. Try --device cpu.")
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     began = time.perf_counter()
-    rows = run(arguments.device, arguments.only, quick=arguments.quick)
+    seconds = arguments.seconds or (3.0 if arguments.quick else 20.0)
+    rows = run(arguments.device, arguments.only, seconds, quick=arguments.quick)
     title = f"{machine(arguments.device)}; {time.perf_counter() - began:.0f} s"
     print(table(title, ["what", "found", "wanted", ""], rows))
     if any(row[-1] == "FAILED" for row in rows):

@@ -157,9 +157,12 @@ def fit(
     callbacks: list[pl.Callback],
     steps: int = NO_LIMIT,
     precision: Any = None,
+    model: Model | None = None,
 ) -> Model:
-    """Trains a fresh model with a TensorBoard logger in a directory that goes away."""
-    model = workload.model()
+    """Trains a model, by default a fresh one, with a TensorBoard logger in a directory that goes
+    away.
+    """
+    model = workload.model() if model is None else model
     with tempfile.TemporaryDirectory() as root:
         trainer = pl.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",

@@ -12,6 +12,7 @@ from support.training import Guarded, Trail, fit
 from torch import nn
 
 from lightning_lca import LCACallback
+from lightning_lca.measure import captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"]
@@ -48,13 +49,15 @@ def _deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def train(path, *callbacks, net=convnet, steps=12, samples=96, dtype=torch.float32, **trainer):
+def train(
+    path, *callbacks, net=convnet, steps=12, samples=96, dtype=torch.float32, kind=Steady, **trainer
+):
     data = toy_loader(samples=samples, dtype=dtype)
     on_gpu = {"accelerator": "gpu", "devices": 1} | trainer
     run = {"data": data, "steps": steps, "run_seed": 11, "measured": False, "trainer": on_gpu}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fit(path, *callbacks, model=lambda: Steady(net()), **run).module
+        return fit(path, *callbacks, model=lambda: kind(net()), **run).module
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -78,6 +81,69 @@ def test_training_on_a_gpu_is_bitwise_the_same(tmp_path, precision):
     assert np.isfinite(history.allocated).all()
     change = history.loss_after - history.loss_before
     assert np.allclose(history.allocated.sum(1) + history.residual, change, rtol=0, atol=1e-12)
+
+
+class Counts(captured.Captured):
+    """Counts what is launched as one."""
+
+    launches = 0
+
+    def launch(self):
+        Counts.launches += 1
+        return super().launch()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    monkeypatch.setattr(captured, "Captured", Counts)
+    monkeypatch.setattr(Counts, "launches", 0)
+    return Counts
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"quadrature": "closed_trapezoid", "neurons": True},
+        {"track_parameters": True, "breakdown": "order", "oscillation": True},
+    ],
+    ids=str,
+)
+def test_one_launch_finds_what_many_do(tmp_path, monkeypatch, launches, precision, arguments):
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    histories = []
+    for way in ("one", "many"):
+        lca = LCACallback(figures=False, **arguments)
+        train(tmp_path / way, lca, steps=24, precision=precision, dtype=dtype)
+        histories.append(lca.history)
+        if way == "one":
+            assert launches.launches >= 12
+            monkeypatch.setattr(Counts, "free", staticmethod(lambda device: 0))
+            launches.launches = 0
+    assert launches.launches == 0
+    one, many = (h.rows.arrays for h in histories)
+    for name in one:
+        if name != "seconds":
+            assert np.array_equal(one[name], many[name], equal_nan=True), name
+
+
+def test_what_cannot_be_captured_is_measured_as_before(tmp_path, launches):
+    class Masks(Steady):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            mask = y > 0  # How many there are, the host asks the device.
+            return nn.functional.cross_entropy(self.net(x)[mask], y[mask])
+
+    paths, lca = [], LCACallback(figures=False)
+    for callbacks in ([], [lca]):
+        trail = Trail()
+        train(tmp_path, *callbacks, trail, kind=Masks)
+        paths.append(trail.points)
+    assert launches.launches == 0
+    assert len(lca.history) == 12
+    for a, b in zip(*paths, strict=True):
+        assert all(map(torch.equal, a.values(), b.values()))
 
 
 @pytest.mark.parametrize("rule", ["simpson", "midpoint", "trapezoid"])
@@ -114,7 +180,16 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("arguments", [{}, {"neurons": True, "track_parameters": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"neurons": True, "track_parameters": True},
+        {"quadrature": "closed_trapezoid"},
+        {"breakdown": True, "oscillation": True, "probe_batches": 4},
+    ],
+    ids=str,
+)
 def test_nothing_waits_for_the_device_between_logs(tmp_path, arguments):
     lca = Guarded(no_waiting, log_every_n_steps=30, figures=False, **arguments)
     # In one epoch: at the start of each the user's code runs to audit the recording.
