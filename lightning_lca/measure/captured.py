@@ -7,8 +7,10 @@ price of one launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -43,17 +45,12 @@ class Captured(Generic[T]):
         Raises:
             NotCapturableError: The host takes part in it, or there is no memory for it.
         """
-        graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, such as those that load data, do what they like meanwhile.
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
+            with _capturing(self._graph, device):
                 self.results: T = function()
         except RuntimeError as error:
             raise NotCapturableError(str(error).strip().partition("\n")[0]) from error
-        self._graph = graph
 
     def launch(self) -> T:
         """Computes the results anew."""
@@ -63,7 +60,49 @@ class Captured(Generic[T]):
     @staticmethod
     def free(device: torch.device) -> int:
         """Returns how many bytes nobody has taken on a device; 0 where nothing can be captured."""
-        return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+        if device.type != "cuda" or not hasattr(torch.Generator, "graphsafe_set_state"):
+            return 0
+        return int(torch.cuda.mem_get_info(device)[0])
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Captures what is launched within; one that fails leaves nothing behind.
+
+    torch's own `torch.cuda.graph` does, up to 2.13: training would go on on another stream, with a
+    random stream that cannot draw, and memory that is never freed.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    random: Any = torch.cuda.default_generators[index]
+    own = random.graphsafe_get_state()
+    pool = torch.cuda.graph_pool_handle()
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # A capture takes hold of the random stream: it gets one that nobody draws from.
+    random.graphsafe_set_state(own.clone_state())
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            # Other threads, such as those that load data, do what they like meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+    except BaseException:
+        cuda: Any = torch._C
+        for tidy in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with suppress(RuntimeError, AttributeError):
+                getattr(cuda, tidy)(index, pool)
+        raise
+    finally:
+        random.graphsafe_set_state(own)
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Makes one stream for all captures: libraries keep memory for each that they ran on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Repeated(Generic[T]):

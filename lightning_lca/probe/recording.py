@@ -13,6 +13,7 @@ refused here. All else is found by comparing with the user's code now and then (
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,13 @@ _REPLACES = ("resize_", "set_", "resize_as_", "_resize_output_")
 # They write to running statistics (arguments 3 and 4) where they normalise by the batch (5).
 _NORMS = tuple(f"aten.{n}_batch_norm.default" for n in ("native", "cudnn", "miopen"))
 _NORMS_BACKWARD = tuple(n.replace(".default", "_backward.default") for n in _NORMS)
+# They may ask the device for a number; so may what is not torch's own.
+_WAITS = re.compile(
+    r"linalg|cholesky|svd|eigh|lu_|qr|solve|inverse|det|ctc|unique|nonzero|masked_select"
+    r"|embedding_bag|embedding_renorm|bincount|histc|item|scalar_dense|sparse|sort|segment"
+)
+_MASKS = (torch.bool, torch.uint8)
+_WAITING = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 _COLLECTIVE = ("c10d", "_c10d_functional", "_dtensor")
 _GOES_PAST = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 
@@ -60,6 +68,7 @@ class _Operation:
     gives: set[int]  # Memories of its results.
     writes: set[int]  # Memories that it writes to.
     is_random: bool
+    waits: bool
 
 
 @dataclass
@@ -73,6 +82,7 @@ class Recording:
         live: Tensors that it reads as they are at each evaluation.
         room: Bytes that all results of one evaluation take, and what it reads.
         devices: Where these are.
+        waits: Whether the host may wait for the device on the way.
     """
 
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -82,13 +92,15 @@ class Recording:
     live: list[Tensor] = field(default_factory=list)
     room: int = 0
     devices: frozenset[torch.device] = frozenset()
+    waits: bool = False
     _refresh: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _dtype: torch.dtype = torch.float32
     _generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
 
     def stays_on(self, device: torch.device) -> bool:
         """Whether all of it is there, and the host decides nothing on the way."""
-        return self.devices == {device} and not (self.is_random or self._generators)
+        decides = self.is_random or self.waits or bool(self._generators)
+        return self.devices == {device} and not decides
 
     def __call__(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Evaluates loss [] and gradients [*shape].
@@ -332,7 +344,17 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             self._varies |= gives | writes
         is_random = torch.Tag.nondeterministic_seeded in tags
         self._operations.append(
-            _Operation(func, template, named, outputs, reads, gives, writes, is_random)
+            _Operation(
+                func,
+                template,
+                named,
+                outputs,
+                reads,
+                gives,
+                writes,
+                is_random,
+                _waits(name, tags, args),
+            )
         )
 
     def _depends_on(self, tensor: Tensor) -> bool:
@@ -361,6 +383,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             [t for s, t in self._constants.items() if s in constants and self._is_read(s)],
             self._room,
             frozenset(self._devices),
+            any(operation.waits for operation in kept),
             refresh,
             torch.get_default_dtype(),
             list(self._generators.values()),
@@ -566,11 +589,19 @@ def _replace(value: Any, slot: Callable[[Tensor], int], *, keep: bool = True) ->
 def _shaping(name: str, tags: Any, args: Any) -> list[Tensor]:
     """Lists the tensors whose values, and not only their shapes, shape the result."""
     if name.startswith("aten.index."):
-        return [t for t in _tensors(args[1]) if t.dtype in (torch.bool, torch.uint8)]
+        return [t for t in _tensors(args[1]) if t.dtype in _MASKS]
     if torch.Tag.dynamic_output_shape not in tags:
         return []
     by_the_rest = name.startswith(("aten.masked_select", "aten._ctc_loss"))
     return _tensors(args[1:] if by_the_rest else args)
+
+
+def _waits(name: str, tags: Any, args: Any) -> bool:
+    """Whether the host may wait for the device in an operation."""
+    if not name.startswith("aten.") or _WAITS.search(name) or {*tags}.intersection(_WAITING):
+        return True
+    by_mask = name.startswith(("aten.index.", "aten.index_put", "aten._index_put"))
+    return by_mask and any(t.dtype in _MASKS for t in _tensors(args[1]))
 
 
 def _is_plain(tensor: Tensor) -> bool:

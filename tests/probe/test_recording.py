@@ -1022,3 +1022,32 @@ def test_a_loss_that_is_another_every_time_runs_by_the_users_code(tmp_path, caps
     assert grown == pytest.approx(factors, rel=1e-6)
     assert np.abs(history.residual).sum() < 0.02 * np.abs(history.allocated).sum()
     assert_ledger_closes(history, 1e-6)
+
+
+# -- what a device runs without its host ----------------------------------------------------------
+
+
+MASK = torch.tensor([True, False, True, True])
+ROWS = torch.tensor([0, 2])
+WAITING = {
+    "a mask": lambda w: w[MASK].square().sum(),
+    "a mask of what is computed": lambda w: w[ROWS.bincount(minlength=4) > 0].square().sum(),
+    "a system": lambda w: torch.linalg.solve(torch.eye(4) + w.outer(w), w).square().sum(),
+    "a dice": lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(),
+}
+ALONE = {
+    "products": lambda w: (w.outer(w) @ w).square().sum(),
+    "chosen rows": lambda w: w[ROWS].square().sum(),
+    "norms": lambda w: torch.nn.functional.layer_norm(w, (4,)).exp().sum(),
+}
+
+
+@pytest.mark.parametrize("name", [*WAITING, *ALONE])
+def test_a_recording_knows_whether_the_host_takes_part(name):
+    weight = torch.randn(4, requires_grad=True)
+    with (recorder := Recorder([weight])):
+        value = (WAITING | ALONE)[name](weight)
+        gradients = torch.autograd.grad(value, weight)
+    recording = recorder.finish(value, gradients)
+    assert recording.stays_on(weight.device) == (name in ALONE)
+    assert not recording.stays_on(torch.device("meta"))
