@@ -36,8 +36,8 @@ _NORMS = tuple(f"aten.{n}_batch_norm.default" for n in ("native", "cudnn", "miop
 _NORMS_BACKWARD = tuple(n.replace(".default", "_backward.default") for n in _NORMS)
 # They may ask the device for a number; so may what is not torch's own.
 _WAITS = re.compile(
-    r"linalg|cholesky|svd|eigh|lu_|qr|solve|inverse|det|ctc|unique|nonzero|masked_select"
-    r"|embedding_bag|embedding_renorm|bincount|histc|item|scalar_dense|sparse|sort|segment"
+    r"(?<![a-z])(linalg|cholesky|svd|eigh|lu|qr|solve|inverse|det|ctc|unique2?|nonzero|sparse"
+    r"|masked_select|embedding_bag|embedding_renorm|bincount|histc|item|sort|segment)(?![a-z])"
 )
 _MASKS = (torch.bool, torch.uint8)
 _WAITING = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)

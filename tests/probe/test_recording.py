@@ -1038,6 +1038,7 @@ WAITING = {
 ALONE = {
     "products": lambda w: (w.outer(w) @ w).square().sum(),
     "chosen rows": lambda w: w[ROWS].square().sum(),
+    "in place": lambda w: (w * 2).relu_().square().sum(),
     "norms": lambda w: torch.nn.functional.layer_norm(w, (4,)).exp().sum(),
 }
 
