@@ -598,10 +598,10 @@ def _shaping(name: str, tags: Any, args: Any) -> list[Tensor]:
 
 def _waits(name: str, tags: Any, args: Any) -> bool:
     """Whether the host may wait for the device in an operation."""
-    if not name.startswith("aten.") or _WAITS.search(name) or {*tags}.intersection(_WAITING):
-        return True
-    by_mask = name.startswith(("aten.index.", "aten.index_put", "aten._index_put"))
-    return by_mask and any(t.dtype in _MASKS for t in _tensors(args[1]))
+    if name.startswith(("aten.index.", "aten.index_put", "aten._index_put")):
+        return any(t.dtype in _MASKS for t in _tensors(args[1]))
+    is_known = name.startswith("aten.") and not _WAITS.search(name)
+    return not is_known or bool({*tags}.intersection(_WAITING))
 
 
 def _is_plain(tensor: Tensor) -> bool:
