@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lca.measure.tensors import ALIGNED, CHUNK, wide
+from lightning_lca.measure.tensors import ALIGNED, BUSY, CHUNK, wide
 
 Columns = tuple[Tensor, Tensor, Tensor]  # Sum, balance, and count above 0.
 
@@ -57,9 +57,7 @@ def in_few_kernels(rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]
     for bundle, lengths, into in pieces:
         matrices = rows[bundle]
         if len(matrices) == 1:
-            (r,) = matrices
-            total, balance = r.sum(1, dtype=wide(r)), torch.sign(r).sum(1)
-            parts.append(torch.stack([total, balance.to(total), (r > 0).sum(1).to(total)]))
+            parts.append(_of_large(matrices[0]))
             continue
         count = sum(map(len, matrices))
         flat = torch.cat([r.reshape(-1) for r in matrices])
@@ -68,6 +66,19 @@ def in_few_kernels(rows: list[Tensor], pieces: list[tuple[slice, Tensor, Tensor]
         parts.append(torch.stack([_reduce(c, lengths, into, count) for c in columns]))
     first, second, third = torch.cat(parts, 1)
     return first, second, third
+
+
+def _of_large(rows: Tensor) -> Tensor:
+    """Returns the three numbers of rows, of so many elements at once that need little room."""
+    found = []
+    for some in torch.split(rows, max(1, BUSY // max(1, rows.shape[1]))):
+        total = torch.zeros(3, len(some), dtype=wide(some), device=some.device)
+        for part in torch.split(some, BUSY, 1):
+            total[0] += part.sum(1, dtype=total.dtype)
+            total[1] += torch.sign(part).sum(1)
+            total[2] += (part > 0).sum(1)
+        found.append(total)
+    return torch.cat(found, 1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ T = TypeVar("T")
 HALF = (torch.float16, torch.bfloat16)
 CHUNK = 2**17  # Elements that stay in a processor's cache while several kernels go over them.
 LARGE = 2**20  # Elements that keep an accelerator busy.
+BUSY = 2**24  # Elements that it works on at once: results of more would take too much room.
 ALIGNED = 256  # Elements; as kernels like it, and so that blocks of them can be summed.
 
 
@@ -178,10 +179,10 @@ def times_motion(
     """Multiplies by stop − start, in place; the motion is never a whole copy."""
     starts, stops, sums = together(begin, end, values)
     if on_accelerator(sums[0]):
-        for part in bundles(sums):
+        for some, of_start, of_stop in side_by_side(sums, starts, stops):
             # Exact in the wider type: half-precision weights would round their own motion.
-            ends = [w.to(s.dtype) for w, s in zip(stops[part], sums[part], strict=True)]
-            torch._foreach_mul_(sums[part], torch._foreach_sub(ends, starts[part]))
+            ends = [w.to(s.dtype) for w, s in zip(of_stop, some, strict=True)]
+            torch._foreach_mul_(some, torch._foreach_sub(ends, of_start))
         return
     # One buffer for all pieces: fresh ones would cost more in page faults than the work itself.
     buffer = values.scratch() if isinstance(values, Flat) else starts[0].new_empty(CHUNK)
@@ -195,8 +196,11 @@ def times_motion(
 
 
 def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cuts large tensors of one shape alike, so that on a CPU each piece stays in its cache."""
-    size = LARGE if on_accelerator(tensors[0]) else CHUNK
+    """Cuts large tensors of one shape alike, so that results of a piece are small.
+
+    On a CPU it stays in its cache.
+    """
+    size = BUSY if on_accelerator(tensors[0]) else CHUNK
     if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         return [tensors]
     return zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.accelerator import take_the_cpu_for_one
 from support.models import Classifier, mlp, toy_loader
 from support.training import Guarded, fit
 from torch import nn
@@ -16,10 +17,7 @@ WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """Every room takes the CPU for an accelerator."""
-    rooms = ("tensors", "allocation", "groups", "stretches")
-    for room in ("training.snapshots", *(f"measure.{name}" for name in rooms)):
-        monkeypatch.setattr(f"lightning_lca.{room}.on_accelerator", lambda tensor: True)
+    take_the_cpu_for_one(monkeypatch)
 
 
 def convnet():

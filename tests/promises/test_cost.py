@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from support.accelerator import take_the_cpu_for_one
 from support.models import Classifier, pl, toy_loader
 from support.training import fit, make_trainer
 from torch import nn
@@ -198,7 +199,14 @@ def test_shares_take_no_further_evaluation_of_the_probe(tmp_path, name, monkeypa
 
 
 @pytest.mark.slow
-def test_three_copies_of_the_weights_are_held_between_steps_and_four_at_the_peak(tmp_path):
+@pytest.mark.parametrize("on", ["the CPU", "an accelerator"])
+def test_three_copies_of_the_weights_are_held_between_steps_and_four_at_the_peak(
+    tmp_path, monkeypatch, on
+):
+    if on == "an accelerator":
+        take_the_cpu_for_one(monkeypatch)
+        for room in ("tensors", "sums"):
+            monkeypatch.setattr(f"lightning_lca.measure.{room}.BUSY", CHUNK)
     held, peak, _ = memory(tmp_path / "plain")
     lca = LCACallback(figures=False)
     held_with, peak_with, pieces = memory(tmp_path / "lca", lca)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.captured import Played
+from support.accelerator import Played, take_the_cpu_for_one
 from support.models import Classifier, toy_loader
 from support.training import Trail, fit
 from torch import nn
@@ -19,9 +19,7 @@ from lightning_lca.measure import captured
 @pytest.fixture
 def device(monkeypatch):
     """The CPU captures, and goes the ways of an accelerator."""
-    rooms = ("tensors", "allocation", "groups", "stretches")
-    for room in ("training.snapshots", *(f"measure.{name}" for name in rooms)):
-        monkeypatch.setattr(f"lightning_lca.{room}.on_accelerator", lambda tensor: True)
+    take_the_cpu_for_one(monkeypatch)
 
     class Device(Played):
         pass

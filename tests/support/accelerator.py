@@ -1,4 +1,4 @@
-"""A device that captures, played by the CPU: addresses, decisions and numbers are fixed, too."""
+"""An accelerator, played by the CPU."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_lca.measure.captured import NotCapturableError
+
+
+def take_the_cpu_for_one(monkeypatch):
+    """Every room goes the ways of an accelerator."""
+    rooms = ("tensors", "allocation", "groups", "stretches")
+    for room in ("training.snapshots", *(f"measure.{name}" for name in rooms)):
+        monkeypatch.setattr(f"lightning_lca.{room}.on_accelerator", lambda tensor: True)
+
 
 HOST = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique")
 
@@ -49,7 +57,7 @@ class _Capture(TorchDispatchMode):
 
 
 class Played:
-    """Stands in for `Captured`."""
+    """Stands in for `Captured`: operations, addresses and numbers are fixed when it captures."""
 
     launches = 0
     captures = 0
