@@ -621,7 +621,10 @@ def _share_out(
     gradient: Weights, last: Weights, segment: Segment, share: Tensor, room: _Room
 ) -> None:
     """Adds share · sign(d) |g₁ − ḡ| to a mean gradient {name: [*shape]}, in place."""
-    known = None if on_accelerator(share) else float(share)
+    # Where all of it is small, one more product costs less than what a number on the host forbids:
+    # to go straight through the operations.
+    is_small = sum(g.numel() for g in gradient.values()) <= CHUNK
+    known = None if is_small or on_accelerator(share) else float(share)
     for _, mean, motion, change in _bends(gradient, last, segment, room):
         torch._foreach_abs_(change)
         torch._foreach_sign_(motion)

@@ -7,6 +7,7 @@ weights.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -445,18 +446,21 @@ class Probe:
     def program(self) -> object | None:
         """Returns what stands for the operations of an evaluation: one object while they are those.
 
-        None where the host takes part in them, as in float16, where it looks for what overflowed.
+        None where more than these takes part, as in float16, where the host looks for what
+        overflowed, or where random streams are seeded.
         """
         if self._scale is not None or self.watch is not None or self._ranks.processes > 1:
             return None
         recordings = self._recordings
-        stay = all([r.stays_on(self.device) for r in recordings.values()])
-        return recordings if recordings and stay else None
+        is_alone = all([r.is_alone for r in recordings.values()])
+        return recordings if recordings and is_alone else None
 
     @property
-    def room(self) -> int:
-        """Bytes that all results of one recorded evaluation take."""
-        return sum(r.room for r in self._recordings.values())
+    def room(self) -> float:
+        """Bytes that all results of a recorded evaluation take; infinite if the host takes part."""
+        found = self._recordings.values()
+        stay = bool(found) and all(r.stays_on(self.device) for r in found)
+        return sum(r.room for r in found) if stay else math.inf
 
     @property
     def is_recorded(self) -> bool:

@@ -12,7 +12,6 @@ refused here. All else is found by comparing with the user's code now and then (
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_lca.measure.program import (
+    Operation,
+    Slot,
+    slots_in,
+    tensors_in,
+    with_slots,
+    written,
+)
 
 _ALIASES = ("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default")
 _FLIPS = ("aten.t.default", "aten.transpose.int")  # Done twice, they undo themselves.
@@ -49,21 +57,10 @@ class NotRecordableError(Exception):
     """Why a loss cannot be recorded, in a few words."""
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """Stands for a tensor among the arguments of an operation."""
-
-    number: int
-
-
 @dataclass
-class _Operation:
-    """One operation, its arguments with slots in place of tensors."""
+class _Operation(Operation):
+    """What else is known of one."""
 
-    function: Any
-    args: Any
-    kwargs: dict[str, Any]
-    outputs: Any  # As the operation gives them: slots, or None for what is no tensor.
     reads: set[int]  # Memories of its arguments.
     gives: set[int]  # Memories of its results.
     writes: set[int]  # Memories that it writes to.
@@ -83,6 +80,7 @@ class Recording:
         room: Bytes that all results of one evaluation take, and what it reads.
         devices: Where these are.
         waits: Whether the host may wait for the device on the way.
+        dtype: torch's default while it is evaluated.
     """
 
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -94,13 +92,18 @@ class Recording:
     devices: frozenset[torch.device] = frozenset()
     waits: bool = False
     _refresh: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
     _generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing but its operations takes part: no random stream, no other default."""
+        is_random = self.is_random or bool(self._generators)
+        return not is_random and self.dtype == torch.get_default_dtype()
+
     def stays_on(self, device: torch.device) -> bool:
-        """Whether all of it is there, and the host decides nothing on the way."""
-        decides = self.is_random or self.waits or bool(self._generators)
-        return self.devices == {device} and not decides
+        """Whether all of it is there, and the host takes no part."""
+        return self.devices == {device} and self.is_alone and not self.waits
 
     def __call__(self, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Evaluates loss [] and gradients [*shape].
@@ -108,8 +111,8 @@ class Recording:
         Random numbers are drawn from the global streams as they are: whoever calls seeds them.
         """
         default = torch.get_default_dtype()
-        if default != self._dtype:
-            torch.set_default_dtype(self._dtype)
+        if default != self.dtype:
+            torch.set_default_dtype(self.dtype)
         states = [(g, g.get_state()) for g, _ in self._generators]
         try:
             # Straight to the kernels that were recorded, where no graph is made. Some of them ask
@@ -123,7 +126,7 @@ class Recording:
         finally:
             for generator, state in states:
                 generator.set_state(state)
-            if default != self._dtype:
+            if default != self.dtype:
                 torch.set_default_dtype(default)
         return loss, gradients
 
@@ -296,7 +299,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         named += [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]
         for argument, value in named:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors(value):
+                for tensor in tensors_in(value):
                     slot = self._slot(tensor)
                     memory = self._memory_of[slot]
                     if memory in self._trained:
@@ -314,7 +317,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, written: set[int]) -> None:
         name = str(func)
-        slots = [self._slot(t) for t in _tensors([args, kwargs])]
+        slots = [self._slot(t) for t in tensors_in([args, kwargs])]
         reads = {self._memory_of[s] for s in slots}
         depends, varies = bool(reads & self._depends), bool(reads & self._varies)
         if isinstance(result, _Number):
@@ -323,8 +326,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         tags = func.tags
         if any(self._depends_on(t) for t in _shaping(name, tags, args)):
             raise NotRecordableError(f"a shape follows from the weights ({name})")
-        template = _replace(args, self._slot)
-        named = {k: _replace(v, self._slot) for k, v in kwargs.items()}
+        template = with_slots(args, self._slot)
+        named = {k: with_slots(v, self._slot) for k, v in kwargs.items()}
         gives: set[int] = set()
 
         def place(tensor: Tensor) -> int:
@@ -336,7 +339,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             gives.add(self._memory_of[slot])
             return slot
 
-        outputs = _replace(result, place, keep=False)
+        outputs = with_slots(result, place, keep=False)
         writes = {self._memory_of[s] for s in written}
         if depends:
             self._depends |= gives | writes
@@ -373,10 +376,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         turned = {s for s, memory in enumerate(self._memory_of) if memory in self._turned}
         kept, outputs = _shortened(kept, outputs, turned)
         refresh, constants = self._scratch(kept)
-        source, names = _write(kept, outputs, constants, self._count)
-        exec(compile(source, "<recorded loss>", "exec"), names)
         return Recording(
-            names["run"],
+            written(kept, outputs, constants, self._count),
             len(kept),
             self._reads_numbers,
             any(operation.is_random for operation in kept),
@@ -397,7 +398,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         self, kept: list[_Operation]
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Tensor]]:
         """Finds the constants that are left; those that are written to become scratch copies."""
-        used = {slot for o in kept for slot in _slots([o.args, o.kwargs])}
+        used = {slot for o in kept for slot in slots_in([o.args, o.kwargs])}
         constants = {s: t for s, t in self._constants.items() if s in used}
         written = set().union(*(o.writes for o in kept)) if kept else set()
         norms = (*_NORMS, *_NORMS_BACKWARD)
@@ -458,7 +459,7 @@ def _shortened(
     for operation in operations:
         name, result = str(operation.function), operation.outputs
         args, kwargs = _renamed(operation.args, same), _renamed(operation.kwargs, same)
-        if isinstance(result, _Slot) and name in (*_ALIASES, *_FLIPS):
+        if isinstance(result, Slot) and name in (*_ALIASES, *_FLIPS):
             source, how = args[0].number, (name, args[1:])
             if result.number != source and not turned & {source, result.number}:
                 before = flipped.get(source)
@@ -474,16 +475,16 @@ def _shortened(
     used = set(outputs)
     needed: list[_Operation] = []
     for operation in reversed(left):
-        if operation.is_random or operation.writes or used & {*_slots(operation.outputs)}:
+        if operation.is_random or operation.writes or used & {*slots_in(operation.outputs)}:
             needed.append(operation)
-            used |= {*_slots([operation.args, operation.kwargs])}
+            used |= {*slots_in([operation.args, operation.kwargs])}
     return needed[::-1], outputs
 
 
 def _renamed(value: Any, same: dict[int, int]) -> Any:
     """Puts other slots in the place of some."""
-    if isinstance(value, _Slot):
-        return _Slot(same.get(value.number, value.number))
+    if isinstance(value, Slot):
+        return Slot(same.get(value.number, value.number))
     if isinstance(value, list | tuple):
         items = [_renamed(v, same) for v in value]
         return items if isinstance(value, list) else tuple(items)
@@ -492,114 +493,20 @@ def _renamed(value: Any, same: dict[int, int]) -> Any:
     return value
 
 
-def _write(
-    operations: list[_Operation],
-    outputs: list[int],
-    constants: dict[int, Tensor],
-    weights: int,
-) -> tuple[str, dict[str, Any]]:
-    """Writes a function that runs the operations, each result dropped after its last use."""
-    names: dict[str, Any] = {f"v{slot}": tensor for slot, tensor in constants.items()}
-    lines: list[str] = []
-    used: list[list[int]] = []
-    pool: dict[str, Any] = {}
-
-    def value(argument: Any) -> str:
-        if isinstance(argument, _Slot):
-            used[-1].append(argument.number)
-            return f"v{argument.number}"
-        if isinstance(argument, list | tuple):
-            inner = ", ".join(value(a) for a in argument)
-            return f"[{inner}]" if isinstance(argument, list) else f"({inner},)"
-        if argument is None or isinstance(argument, bool | int | str):
-            return repr(argument)
-        if isinstance(argument, float) and math.isfinite(argument):
-            return repr(argument)
-        name = f"k{len(pool)}"
-        pool[name] = argument
-        return name
-
-    for i, operation in enumerate(operations):
-        used.append([])
-        function = f"f{i}"
-        names[function] = getattr(operation.function, "_op", operation.function)
-        arguments = [value(a) for a in operation.args]
-        arguments += [f"{k}={value(v)}" for k, v in operation.kwargs.items()]
-        call = f"{function}({', '.join(arguments)})"
-        own = set(_slots([operation.args, operation.kwargs]))
-        targets = _targets(operation.outputs, own)
-        lines.append(f"{targets} = {call}" if targets else call)
-        used[-1] += [s for s in _slots(operation.outputs) if s not in own]
-    keep = {*outputs, *range(weights), *constants}
-    last = {slot: i for i, slots in enumerate(used) for slot in slots if slot not in keep}
-    dead: dict[int, list[int]] = {}
-    for slot, i in last.items():
-        dead.setdefault(i, []).append(slot)
-    body = ["def run(w):"]
-    if weights:
-        body.append(f"    {''.join(f'v{i}, ' for i in range(weights))}= w")
-    for i, line in enumerate(lines):
-        body.append(f"    {line}")
-        if i in dead:
-            body.append(f"    {' = '.join(f'v{s}' for s in dead[i])} = None")
-    body.append(f"    return ({''.join(f'v{s}, ' for s in outputs)})")
-    return "\n".join(body), names | pool
-
-
-def _targets(outputs: Any, own: set[int]) -> str:
-    """Writes the left side of an assignment; what an operation returns of its arguments stays."""
-    if isinstance(outputs, _Slot):
-        return "" if outputs.number in own else f"v{outputs.number}"
-    if isinstance(outputs, list | tuple) and outputs:
-        inner = [_targets(o, own) or "_" for o in outputs]
-        return f"({', '.join(inner)},)" if any(t != "_" for t in inner) else ""
-    return ""
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [t for v in value for t in _tensors(v)]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    return []
-
-
-def _slots(value: Any) -> list[int]:
-    if isinstance(value, _Slot):
-        return [value.number]
-    if isinstance(value, list | tuple):
-        return [s for v in value for s in _slots(v)]
-    if isinstance(value, dict):
-        return [s for v in value.values() for s in _slots(v)]
-    return []
-
-
-def _replace(value: Any, slot: Callable[[Tensor], int], *, keep: bool = True) -> Any:
-    """Puts slots in place of tensors; other values stay, or become None."""
-    if isinstance(value, Tensor):
-        return _Slot(slot(value))
-    if isinstance(value, list | tuple):
-        items = [_replace(v, slot, keep=keep) for v in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value if keep else None
-
-
 def _shaping(name: str, tags: Any, args: Any) -> list[Tensor]:
     """Lists the tensors whose values, and not only their shapes, shape the result."""
     if name.startswith("aten.index."):
-        return [t for t in _tensors(args[1]) if t.dtype in _MASKS]
+        return [t for t in tensors_in(args[1]) if t.dtype in _MASKS]
     if torch.Tag.dynamic_output_shape not in tags:
         return []
     by_the_rest = name.startswith(("aten.masked_select", "aten._ctc_loss"))
-    return _tensors(args[1:] if by_the_rest else args)
+    return tensors_in(args[1:] if by_the_rest else args)
 
 
 def _waits(name: str, tags: Any, args: Any) -> bool:
     """Whether the host may wait for the device in an operation."""
     if name.startswith(("aten.index.", "aten.index_put", "aten._index_put")):
-        return any(t.dtype in _MASKS for t in _tensors(args[1]))
+        return any(t.dtype in _MASKS for t in tensors_in(args[1]))
     is_known = name.startswith("aten.") and not _WAITS.search(name)
     return not is_known or bool({*tags}.intersection(_WAITING))
 

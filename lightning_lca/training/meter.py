@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,14 +95,47 @@ class _Sums(GroupSums):
     neurons: Tensor | None
 
 
-class _Found(NamedTuple):
-    """What was found of one segment: credits, both ends, both losses [2], sums, and shares."""
+@dataclass(frozen=True)
+class _Found:
+    """What was found of one segment.
+
+    Attributes:
+        values: Credits {name: [*shape]}.
+        ends: Both ends.
+        losses: There [2].
+        sums: Of the credits.
+        split: What shares are credited.
+        gradients: How many were taken.
+    """
 
     values: Weights
     ends: Ends
     losses: Tensor
     sums: _Sums
     split: dict[str, Tensor]
+    gradients: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Lists what is new in it."""
+        some = [self.losses, self.sums.numbers, self.sums.neurons, self.ends.shared]
+        gradient = self.ends.last.gradient or {}
+        return tuple(t for t in (*some, *gradient.values()) if t is not None)
+
+    def of(self, tensors: Sequence[Tensor]) -> _Found:
+        """Makes one like it, of other tensors in the same order."""
+        losses, numbers, *others = tensors
+        rest = iter(others)
+        neurons = None if self.sums.neurons is None else next(rest)
+        shared = None if self.ends.shared is None else next(rest)
+        names = self.ends.last.gradient
+        gradient = None if names is None else dict(zip(names, rest, strict=True))
+        last = Sample(losses[1], gradient)
+        return replace(
+            self,
+            ends=replace(self.ends, loss_before=losses[0], last=last, shared=shared),
+            losses=losses,
+            sums=replace(self.sums, numbers=numbers, neurons=neurons),
+        )
 
 
 class Meter:
@@ -181,9 +214,10 @@ class Meter:
         self._ranks = ranks
         self._reuse = Reuse(probe, ranks)
         self._buffer = Buffer({})
-        self._repeated: Repeated[tuple[_Found, int]] = Repeated()
+        self._repeated = Repeated()
+        self._like: _Found | None = None  # What is found again and again, without its numbers.
         self._loss_at_start: Tensor | None = None  # Where what is launched finds it.
-        self._fits: bool | None = None  # Whether what is launched fits the device.
+        self._at_once: bool | None = None  # Whether one launch fits the device.
         self._loss: float | None = None  # At the end of the last segment, up to `collect`.
         self._pending: list[Measurement] = []
         self._counts = counts_dtype(self.history.sizes)  # A long run holds many of them.
@@ -216,7 +250,10 @@ class Meter:
         if self._shares is not None and self._shares.needs_start and not is_begun:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
-        values, ends, losses, sums, split = self._find(segment)
+        found = self._find(segment)
+        values, ends, losses, sums, split = (
+            *(found.values, found.ends, found.losses, found.sums, found.split),
+        )
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         if self._watched and not self._grouping.leaves_out:
             self._watched -= 1
@@ -265,48 +302,56 @@ class Meter:
     def _find(self, segment: Segment) -> _Found:
         """Integrates the gradient along a segment, and sums what weights are credited.
 
-        Where a device can, that is one launch from the second time on.
+        From the third segment on that goes the same way, no Python takes part in it.
         """
-        program = self.probe.program() if self._can_repeat(segment) else None
+        program = self.probe.program() if self._goes_straight else None
         if program is None:
             self._repeated.forget()
         first = self._buffer.first
         if program is None or first is None or first.gradient is not self._buffer.sums:
-            return self._integrate(segment)[0]
+            return self._integrate(segment)
+        if self._at_once is None:
+            weights = sum(w.nbytes for w in segment.start.values())
+            self._at_once = Repeated.pays(self.probe.device, weights, self.probe.room)
         if self._loss_at_start is None:
             self._loss_at_start = first.loss.clone()
         at_start = Sample(self._loss_at_start.copy_(first.loss), first.gradient, first.terms)
 
-        def integrate() -> tuple[_Found, int]:
+        def integrate() -> tuple[Tensor, ...]:
             self._buffer.first = at_start
-            return self._integrate(segment)
+            found = self._integrate(segment)
+            self._like = found.of([torch.empty(2)] * len(found.tensors()))
+            return found.tensors()
 
-        before = self.probe.gradients
-        places = (segment.start, segment.stop, self._buffer, program)
-        addresses = [w.data_ptr() for w in self.probe.live.values()]
-        found, gradients = self._repeated(integrate, places, addresses, self.probe.device)
-        self.probe.gradients = before + gradients
-        # What outlives this step must not lie where the next one writes.
-        losses = found.losses.clone()
-        last = replace(found.ends.last, loss=losses[1])
-        ends = replace(found.ends, loss_before=losses[0], last=last)
-        return found._replace(ends=ends, losses=losses)
+        self._buffer.first = None
+        before, live = self.probe.gradients, list(self.probe.live.values())
+        places = (segment.start, segment.stop, self._buffer, program, self._rule)
+        addresses = [w.data_ptr() for w in live]
+        try:
+            tensors = self._repeated(
+                integrate, places, addresses, self.probe.device, at_once=self._at_once
+            )
+        except BaseException:  # The middle of the segment may lie where its stop was kept.
+            torch._foreach_copy_(list(segment.stop.values()), live)
+            raise
+        if self._repeated.overwrites:  # What outlives this step must lie elsewhere.
+            tensors = (tensors[0].clone(), *tensors[1:])
+        assert self._like is not None
+        found = self._like.of(tensors)
+        self.probe.gradients = before + found.gradients
+        return found
 
-    def _can_repeat(self, segment: Segment) -> bool:
+    @property
+    def _goes_straight(self) -> bool:
         """Whether a segment may be integrated by the very operations of the one before."""
-        if self._fits is False or self._repeated.why_not or not self.probe.is_recorded:
+        decides = self._tolerance is not None or self._rule.adapts
+        if decides or self._sampling is not None or not self.probe.is_recorded:
             return False
-        if self._fits is None:
-            splits = {} if self._shares is None else self._shares.names
-            decides = self._tolerance is not None or self._rule.adapts
-            passes = decides or self._sampling is not None or {"part", "term"} & {*splits}
-            weights = sum(w.nbytes for w in segment.start.values())
-            pays = Repeated.pays(self.probe.device, weights, self.probe.room)
-            self._fits = pays and not passes
-        return self._fits
+        splits = {} if self._shares is None else self._shares.names
+        return not (self._repeated.why_not or "part" in splits or "term" in splits)
 
-    def _integrate(self, segment: Segment) -> tuple[_Found, int]:
-        """Does so step by step; also returns how many gradients it took."""
+    def _integrate(self, segment: Segment) -> _Found:
+        """Does so step by step."""
         before = self.probe.gradients
         field = self.probe if self._sampling is None else self._field
         if self._rule.closes:
@@ -323,8 +368,8 @@ class Meter:
         split = self._linear_shares(gradient, self._buffer.terms, segment)
         values = credit(gradient, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
-        found = _Found(values, ends, losses, self._sum(values, losses), split)
-        return found, self.probe.gradients - before
+        sums = self._sum(values, losses)
+        return _Found(values, ends, losses, sums, split, self.probe.gradients - before)
 
     @torch.no_grad()
     def take(self, found: Measurement) -> None:
@@ -430,11 +475,6 @@ class Meter:
     def rest(self) -> None:
         """Audits nothing any more: training is over, and what its steps read may be gone."""
         self._reuse.rests = True
-
-    @property
-    def launches_once(self) -> bool:
-        """Whether the latest segment was measured by one launch of its device."""
-        return self._repeated.is_captured
 
     @property
     def breakdowns(self) -> dict[str, tuple[str, ...]]:
@@ -600,7 +640,7 @@ class Meter:
     def _make_room(self, segment: Segment) -> None:
         """Makes tensors for a segment's gradients, unless those of the one before fit."""
         if not alike(self._buffer.sums, segment.start):
-            self._buffer, self._fits = Buffer.of(segment, self._terms), None
+            self._buffer, self._at_once = Buffer.of(segment, self._terms), None
             self._buffer.add_up = functools.partial(self._add_up, list(segment.start))
             self._buffer.is_cut = not self._grouping.is_whole
 

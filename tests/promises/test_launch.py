@@ -1,6 +1,7 @@
-"""A measured step as one launch of its device: the same numbers, or the way it went before.
+"""A measured step without its Python: the same numbers, or the way it went before.
 
-A CPU plays the device: operations, addresses and numbers are fixed when it captures, as there.
+On a CPU it goes straight through its operations; on a device it is one launch, which a CPU plays
+here: operations, addresses and numbers are fixed when it captures, as there.
 """
 
 import numpy as np
@@ -8,17 +9,38 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support.accelerator import Played, take_the_cpu_for_one
-from support.models import Classifier, toy_loader
+from support.models import Classifier, mlp, toy_loader
 from support.training import Trail, fit
 from torch import nn
 
 from lightning_lca import LCACallback
 from lightning_lca.measure import captured
+from lightning_lca.measure.captured import Repeated, Straight
+from lightning_lca.training.meter import Meter
 
 
-@pytest.fixture
-def device(monkeypatch):
-    """The CPU captures, and goes the ways of an accelerator."""
+class Counted(Straight):
+    """Counts."""
+
+    launches = 0
+    captures = 0
+
+    def __init__(self, function):
+        super().__init__(function)
+        Counted.captures += not self.why_not
+
+    def launch(self):
+        Counted.launches += 1
+        return super().launch()
+
+
+@pytest.fixture(params=["straight", "at once"])
+def way(request, monkeypatch):
+    """Counts what goes without Python."""
+    if request.param == "straight":
+        monkeypatch.setattr(captured, "Straight", Counted)
+        Counted.launches = Counted.captures = 0
+        return Counted
     take_the_cpu_for_one(monkeypatch)
 
     class Device(Played):
@@ -28,6 +50,10 @@ def device(monkeypatch):
     return Device
 
 
+def step_by_step(monkeypatch):
+    monkeypatch.setattr(Repeated, "__call__", lambda self, function, *_, **__: function())
+
+
 def convnet():
     return nn.Sequential(
         *(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU()),
@@ -35,12 +61,16 @@ def convnet():
     )
 
 
-def train(path, *callbacks, steps=24, net=convnet, **arguments):
+def train(path, *callbacks, steps=24, net=convnet, precision="32-true", **arguments):
     lca = LCACallback(figures=False, **arguments)
-    trail = Trail()
-    data = toy_loader(samples=16 * 8, dtype=torch.float32)
-    fit(path, lca, *callbacks, trail, model=lambda: Classifier(net()), data=data, steps=steps)
-    return lca, trail.points
+    trail, keeps = Trail(), Keeps(lca)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    data, trainer = toy_loader(samples=16 * 8, dtype=dtype), {"precision": precision}
+    fit(
+        *(path, lca, *callbacks, trail, keeps),
+        **{"model": lambda: Classifier(net()), "data": data, "steps": steps, "trainer": trainer},
+    )
+    return lca, trail.points, keeps
 
 
 def same(a, b):
@@ -71,6 +101,29 @@ class Renews(pl.Callback):
         module.net[2].train(trainer.global_step < 12)
 
 
+class Stumbles(pl.Callback):
+    """Moves weights between two steps, and back: the next start is evaluated."""
+
+    def on_train_batch_start(self, trainer, module, *args):
+        if trainer.global_step in (8, 9):
+            factor = 30 if trainer.global_step == 8 else 1 / 30
+            with torch.no_grad():
+                module.net[-1].weight.mul_(factor)
+
+
+class Keeps(pl.Callback):
+    """Keeps what is told of single steps, and counts gradients."""
+
+    def __init__(self, lca):
+        self.lca, self.last, self.gradients = lca, [], []
+
+    def on_train_batch_end(self, *args):
+        if self.lca._settings.track_parameters:
+            self.last.append((self.lca.last.loss_before, self.lca.last.loss_after))
+        meters = self.lca._training.meters.values()
+        self.gradients.append([meter.gradients for meter in meters])
+
+
 @pytest.mark.parametrize(
     ("callback", "arguments", "captures"),
     [
@@ -78,10 +131,13 @@ class Renews(pl.Callback):
         (None, {"quadrature": "closed_trapezoid", "neurons": True, "group_by": "parameter"}, 1),
         (None, {"track_parameters": True, "breakdown": "order", "oscillation": True}, 1),
         (None, {"every_n_steps": 2}, 1),
-        (None, {"group_by": "neuron"}, 1),
+        (None, {"group_by": "neuron", "precision": "64-true"}, 1),
+        (None, {"precision": "bf16-mixed"}, 1),
+        (None, {"probe": {"a": "train", "b": "train"}}, 2),
         (Swaps, {}, 3),
         (Freezes, {}, 3),
         (Renews, {}, 2),
+        (Stumbles, {}, 1),
         (None, {"quadrature": "adaptive"}, 0),
         (None, {"tolerance": 1e-4}, 0),
         (None, {"probe_batches": 4}, 0),
@@ -90,20 +146,91 @@ class Renews(pl.Callback):
     ],
     ids=str,
 )
-def test_one_launch_finds_what_many_do(
-    tmp_path, device, monkeypatch, callback, arguments, captures
+def test_without_python_it_finds_the_same(
+    tmp_path, way, monkeypatch, callback, arguments, captures
 ):
     callbacks = [] if callback is None else [callback()]
-    lca, path = train(tmp_path / "one", *callbacks, **arguments)
-    assert device.captures == captures
+    lca, path, keeps = train(tmp_path / "one", *callbacks, **arguments)
+    assert way.captures == captures
     steps = len(lca.history)
-    launches, device.launches = device.launches, 0
-    assert captures == 0 or steps - 4 - 4 * captures <= launches < steps
-    monkeypatch.setattr(device, "free", staticmethod(lambda device: 0))
-    many, other = train(tmp_path / "many", *callbacks, **arguments)
-    assert device.launches == 0
-    same(lca.history, many.history)
+    launches, way.launches = way.launches, 0
+    if captures:
+        probes = len(lca.histories)
+        assert probes * steps - 6 * captures <= launches < probes * steps
+    with monkeypatch.context() as patch:
+        step_by_step(patch)
+        many, other, kept = train(tmp_path / "many", *callbacks, **arguments)
+    assert way.launches == 0
+    for name, history in lca.histories.items():
+        same(history, many.histories[name])
+    assert keeps.gradients == kept.gradients
     if arguments.get("track_parameters"):
+        assert keeps.last == kept.last
         assert all(map(torch.equal, lca.totals.values(), many.totals.values()))
     for one, two in zip(path, other, strict=True):
         assert all(map(torch.equal, one.values(), two.values()))
+
+
+def test_a_step_that_breaks_off_in_the_middle_leaves_the_weights_where_they_are(
+    tmp_path, way, monkeypatch
+):
+    class Weights(pl.Callback):
+        """Comes before the one that measures."""
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.seen = [p.detach().clone() for p in module.parameters()]
+
+        def on_exception(self, trainer, module, error):
+            self.left = [p.detach().clone() for p in module.parameters()]
+
+    launch = way.launch
+
+    def breaks_off(self):
+        if way.launches == 5:
+            stop = spans[-1].stop
+            for memory in stop.wholes:  # As if it had been moved to the middle.
+                memory.mul_(2.0)
+            raise RuntimeError("no memory")
+        return launch(self)
+
+    spans = []
+    find = Meter._find
+    monkeypatch.setattr(Meter, "_find", lambda self, s: spans.append(s) or find(self, s))
+    monkeypatch.setattr(way, "launch", breaks_off)
+    weights = Weights()
+    lca = LCACallback(figures=False)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fit(tmp_path, weights, lca, model=lambda: Classifier(mlp()), data=toy_loader(), steps=12)
+    assert all(map(torch.equal, weights.seen, weights.left))
+
+
+def test_what_reads_a_number_is_run_as_it_is():
+    x = torch.ones(3)
+
+    def function():
+        return (x * float(x.sum()),)
+
+    repeated = Repeated()
+    for scale in (1.0, 2.0, 3.0, 4.0):
+        x.fill_(scale)
+        (found,) = repeated(function, (x,), (), x.device)
+        assert found.tolist() == [3 * scale**2] * 3
+    assert "a number is read" in repeated.why_not
+
+
+def test_operations_that_nobody_needs_are_left_out_and_views_are_made_once():
+    x, y = torch.arange(6.0).view(2, 3), torch.zeros(3)
+
+    def function():
+        x.t().exp()  # Nobody needs it.
+        y.add_(x.t()[:, 0])
+        return (y * 2, x.sum())
+
+    straight = Straight(function)
+    with torch.no_grad():
+        for _ in range(3):
+            doubled, total = straight.launch()
+    assert y.tolist() == [0.0, 4.0, 8.0]
+    assert doubled.tolist() == [0.0, 8.0, 16.0]
+    assert total.item() == 15.0
+    assert len(straight._run.__code__.co_names) == 3 + 3  # add_, mul, sum; x's view, y, x.
