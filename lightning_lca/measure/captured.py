@@ -116,7 +116,6 @@ class Straight:
     What holds for `Captured` holds here, but that results are new every time.
 
     Attributes:
-        results: What the function returned.
         why_not: Why its operations alone are not the function; "" if they are.
     """
 
@@ -127,10 +126,17 @@ class Straight:
             function: It must have run before, so that what it makes once is made.
         """
         with (noting := _Noting()):
-            self.results = function()
+            results = function()
         self.why_not = noting.why_not
         if not self.why_not:
-            self._run = noting.written(self.results)
+            self._run = noting.written(results)
+        self._results: Tensors | None = results
+
+    def first(self) -> Tensors:
+        """Returns what the function returned, once: it is not kept."""
+        results, self._results = self._results, None
+        assert results is not None
+        return results
 
     def launch(self) -> Tensors:
         """Computes the results anew."""
@@ -261,7 +267,7 @@ class Repeated:
             self.why_not = straight.why_not
             if not self.why_not:
                 self._captured = straight
-            return straight.results
+            return straight.first()
         return self._captured.launch()
 
     @staticmethod

@@ -1027,17 +1027,17 @@ def test_a_loss_that_is_another_every_time_runs_by_the_users_code(tmp_path, caps
 # -- what a device runs without its host ----------------------------------------------------------
 
 
-MASK = torch.tensor([True, False, True, True])
-ROWS = torch.tensor([0, 2])
+SOME = torch.tensor([True, False, True, True])
+CHOSEN = torch.tensor([0, 2])
 WAITING = {
-    "a mask": lambda w: w[MASK].square().sum(),
-    "a mask of what is computed": lambda w: w[ROWS.bincount(minlength=4) > 0].square().sum(),
+    "a mask": lambda w: w[SOME].square().sum(),
+    "a mask of what is computed": lambda w: w[CHOSEN.bincount(minlength=4) > 0].square().sum(),
     "a system": lambda w: torch.linalg.solve(torch.eye(4) + w.outer(w), w).square().sum(),
     "a dice": lambda w: torch.nn.functional.dropout(w, 0.5).square().sum(),
 }
 ALONE = {
     "products": lambda w: (w.outer(w) @ w).square().sum(),
-    "chosen rows": lambda w: w[ROWS].square().sum(),
+    "chosen rows": lambda w: w[CHOSEN].square().sum(),
     "in place": lambda w: (w * 2).relu_().square().sum(),
     "norms": lambda w: torch.nn.functional.layer_norm(w, (4,)).exp().sum(),
 }
