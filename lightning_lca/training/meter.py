@@ -105,6 +105,7 @@ class _Found:
         losses: There [2].
         sums: Of the credits.
         split: What shares are credited.
+        by_batch: What shares of the loss are credited, where that is kept apart [K, groups].
         gradients: How many were taken.
     """
 
@@ -113,13 +114,15 @@ class _Found:
     losses: Tensor
     sums: _Sums
     split: dict[str, Tensor]
+    by_batch: Tensor | None
     gradients: int
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Lists what is new in it."""
-        some = [self.losses, self.sums.numbers, self.sums.neurons, self.ends.shared]
-        gradient = self.ends.last.gradient or {}
-        return tuple(t for t in (*some, *gradient.values()) if t is not None)
+        last = self.ends.last
+        some = [self.losses, self.sums.numbers, self.sums.neurons, self.ends.shared, self.by_batch]
+        gradients = [g for of in (last.gradient or {}, *last.terms) for g in of.values()]
+        return tuple(t for t in (*some, *self.split.values(), *gradients) if t is not None)
 
     def of(self, tensors: Sequence[Tensor]) -> _Found:
         """Makes one like it, of other tensors in the same order."""
@@ -127,14 +130,23 @@ class _Found:
         rest = iter(others)
         neurons = None if self.sums.neurons is None else next(rest)
         shared = None if self.ends.shared is None else next(rest)
-        names = self.ends.last.gradient
-        gradient = None if names is None else dict(zip(names, rest, strict=True))
-        last = Sample(losses[1], gradient)
+        by_batch = None if self.by_batch is None else next(rest)
+        split = {name: next(rest) for name in self.split}
+        last = self.ends.last
+        gradient = None if last.gradient is None else {n: next(rest) for n in last.gradient}
+        terms = [{n: next(rest) for n in term} for term in last.terms]
         return replace(
             self,
-            ends=replace(self.ends, loss_before=losses[0], last=last, shared=shared),
+            ends=replace(
+                self.ends,
+                loss_before=losses[0],
+                last=Sample(losses[1], gradient, terms),
+                shared=shared,
+            ),
             losses=losses,
             sums=replace(self.sums, numbers=numbers, neurons=neurons),
+            split=split,
+            by_batch=by_batch,
         )
 
 
@@ -278,10 +290,9 @@ class Meter:
             look = torch.stack([change - sums.credit.sum(), change - by_ends])
         self._reuse.keep(ends.last, self._buffer)
         row = self._with_shares(row, split, segment, ends.last)
-        if self._sampling is not None:
-            by_batch = self._sampling.take(sums.credit)
-            self._ranks.sum([by_batch])
-            row = torch.cat([row, by_batch.reshape(-1)])
+        if found.by_batch is not None:
+            self._ranks.sum([found.by_batch])
+            row = torch.cat([row, found.by_batch.reshape(-1)])
         self.forget_chord()
         self.sink(
             Measurement(
@@ -308,7 +319,10 @@ class Meter:
         if program is None:
             self._repeated.forget()
         first = self._buffer.first
-        if program is None or first is None or first.gradient is not self._buffer.sums:
+        is_kept = first is not None and first.gradient is (
+            self._buffer.sums if self._rule.first_is_start else None
+        )
+        if program is None or first is None or not is_kept:
             return self._integrate(segment)
         if self._at_once is None:
             weights = sum(w.nbytes for w in segment.start.values())
@@ -344,11 +358,11 @@ class Meter:
     @property
     def _goes_straight(self) -> bool:
         """Whether a segment may be integrated by the very operations of the one before."""
-        decides = self._tolerance is not None or self._rule.adapts
-        if decides or self._sampling is not None or not self.probe.is_recorded:
+        if self._tolerance is not None or self._rule.adapts or self._repeated.why_not:
             return False
+        # What steps were made of, the host reads from the optimizer's state.
         splits = {} if self._shares is None else self._shares.names
-        return not (self._repeated.why_not or "part" in splits or "term" in splits)
+        return self.probe.is_recorded and "part" not in splits
 
     def _integrate(self, segment: Segment) -> _Found:
         """Does so step by step."""
@@ -369,7 +383,8 @@ class Meter:
         values = credit(gradient, segment)
         losses = torch.stack([ends.loss_before, ends.last.loss])
         sums = self._sum(values, losses)
-        return _Found(values, ends, losses, sums, split, self.probe.gradients - before)
+        by_batch = None if self._sampling is None else self._sampling.take(sums.credit)
+        return _Found(values, ends, losses, sums, split, by_batch, self.probe.gradients - before)
 
     @torch.no_grad()
     def take(self, found: Measurement) -> None:

@@ -19,6 +19,11 @@ from lightning_lca.measure.captured import Repeated, Straight
 from lightning_lca.training.meter import Meter
 
 
+def two_terms(module, batch):
+    decay = 1e-3 * sum(p.square().sum() for p in module.parameters())
+    return {"loss": nn.functional.cross_entropy(module.net(batch[0]), batch[1]), "decay": decay}
+
+
 class Counted(Straight):
     """Counts."""
 
@@ -140,7 +145,9 @@ class Keeps(pl.Callback):
         (Stumbles, {}, 1),
         (None, {"quadrature": "adaptive"}, 0),
         (None, {"tolerance": 1e-4}, 0),
-        (None, {"probe_batches": 4}, 0),
+        (None, {"probe_batches": 4}, 1),
+        (None, {"probe_batches": 2, "quadrature": "midpoint"}, 1),
+        (None, {"breakdown": "term", "loss_fn": two_terms, "probe_batches": 2}, 1),
         (None, {"breakdown": "part"}, 0),
         (None, {"probe_mode": "train"}, 0),
     ],
