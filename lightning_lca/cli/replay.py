@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lca.cli.terminal import InputError, say
+from lightning_lca.runtime.nursery import Nursery
 
 _EPILOG = """\
 example:
@@ -130,6 +131,8 @@ def given(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]
 
 def _run(typed: argparse.Namespace) -> None:
     sys.path.insert(0, "")  # Where the user is, as with `python -m`.
+    if typed.workers > 1:  # Theirs are imported while this process imports its own.
+        Nursery()
     model = resolve(typed.model, "--model")
     data = typed.data and resolve(typed.data, "--data")
     if typed.given.get("data") and not callable(data):

@@ -194,7 +194,9 @@ class _Noting(_Dispatched):  # type: ignore[misc]
             if operation.function._schema.is_mutable or needed & {*slots_in(operation.outputs)}:
                 kept.append(operation)
                 needed |= {*slots_in([operation.args, operation.kwargs])}
-        return written(kept[::-1], outputs, {s: t for s, t in self._fixed.items() if s in needed})
+        # Views of parameters are no part of anybody's graph.
+        fixed = {s: t.detach() for s, t in self._fixed.items() if s in needed}
+        return written(kept[::-1], outputs, fixed)
 
     def _given(self, tensor: Tensor) -> int:
         slot: int | None = self._slots.get(tensor)

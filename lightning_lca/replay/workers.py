@@ -38,6 +38,7 @@ from lightning_lca.replay.recipe import Recipe
 from lightning_lca.reporting.distributions import Distribution
 from lightning_lca.reporting.reporter import x_axis
 from lightning_lca.runtime.lightnings import AnyTrainer, LightningModule
+from lightning_lca.runtime.nursery import Nursery
 from lightning_lca.runtime.signals import defer_signals
 from lightning_lca.training.meter import Measurement
 from lightning_lca.training.training import Training
@@ -71,7 +72,7 @@ def unpack(data: bytes) -> Message:
 class Line:
     """A worker's end of its connection."""
 
-    def __init__(self, ends_at: Any, parent: int | None) -> None:
+    def __init__(self, ends_at: Any, parent: BaseProcess | None) -> None:
         """Takes the connection, and the process that started this one, where one did."""
         self._connection = ends_at
         self._parent = parent
@@ -110,7 +111,7 @@ class Line:
         Raises:
             EOFError: It is not.
         """
-        if self._parent is not None and os.getppid() != self._parent:
+        if self._parent is not None and not self._parent.is_alive():
             raise EOFError("The process that deals segments out has ended.")
 
 
@@ -381,10 +382,11 @@ def _serve_run(line: Line, run: Message, recipe: Recipe, heard: list[str], devic
         is_spoiled = player.is_spoiled
 
 
-def start(ends_at: Any, parent: int, recipe: bytes, threads: int | None, device: int) -> None:
+def start(ends_at: Any, recipe: bytes, threads: int | None, device: int) -> None:
     """The body of a process that was started for this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Whoever started it ends it.
-    serve(Line(ends_at, parent), pickle.loads(recipe), threads, device)
+    line = Line(ends_at, multiprocessing.parent_process())
+    serve(line, pickle.loads(recipe), threads, device)
 
 
 # -- where they are dealt with --------------------------------------------------------------------
@@ -460,7 +462,7 @@ class Pool:
         self._threads = threads
         self._first = group.local_rank if group is not None else 0
         self._gate = None if group is None else _Gate(group.meeting, self.members)
-        self._context = multiprocessing.get_context("spawn")
+        self._nursery = Nursery()
         for number in range(workers):
             self._start(number)
 
@@ -513,13 +515,9 @@ class Pool:
             self._start(member.number)
 
     def _start(self, number: int) -> None:
-        here, there = self._context.Pipe()
-        process = self._context.Process(
-            target=start,
-            args=(there, os.getpid(), self._recipe, self._threads, self._first + number),
-            daemon=False,  # Its data may start processes of their own.
-        )
-        process.start()
+        here, there = self._nursery.pipe()
+        device = self._first + number
+        process = self._nursery.start(start, there, self._recipe, self._threads, device)
         there.close()
         self.members.append(Member(number, here, process))
 
