@@ -50,3 +50,9 @@ def tensorboard(log_dir, *arguments, launch="from tensorboard.main import run_ma
         port = free.getsockname()[1]
     command = [sys.executable, "-c", launch, "--logdir", str(log_dir), "--port", str(port)]
     return [*command, "--reload_interval", "1", *arguments], port
+
+
+def tell_around(connection, names):
+    """Tells what a process finds in its environment."""
+    connection.send([os.environ.get(name) for name in names])
+    connection.close()
