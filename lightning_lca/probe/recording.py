@@ -42,6 +42,8 @@ _REPLACES = ("resize_", "set_", "resize_as_", "_resize_output_")
 # They write to running statistics (arguments 3 and 4) where they normalise by the batch (5).
 _NORMS = tuple(f"aten.{n}_batch_norm.default" for n in ("native", "cudnn", "miopen"))
 _NORMS_BACKWARD = tuple(n.replace(".default", "_backward.default") for n in _NORMS)
+_LIKE = re.compile(r"aten\.(ones_like|zeros_like|full_like|new_zeros|new_ones|new_full)\.")
+_LITTLE = 2**16  # Bytes of a result that is kept in place of the operations that gave it.
 # They may ask the device for a number; so may what is not torch's own.
 _WAITS = re.compile(
     r"(?<![a-z])(linalg|cholesky|svd|eigh|lu|qr|solve|inverse|det|ctc|unique2?|nonzero|sparse"
@@ -169,6 +171,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         self._memory_of: list[int] = []  # Of every slot.
         self._constants: dict[int, Tensor] = {}  # By slot.
         self._originals: dict[int, Tensor] = {}  # What was in those that were written to.
+        self._settled: dict[int, Tensor] = {}  # Results, by slot, that are the same every time.
         self._live = {id(t) for t in live}
         self._kept_live = list(live)  # An id is unique while its owner lives.
         self._depends: set[int] = set()  # Memories that descend from the weights.
@@ -234,7 +237,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
 
     def _give_up(self, why: str) -> None:
         self._why = why
-        self._operations, self._constants, self._originals = [], {}, {}
+        self._operations, self._constants, self._originals, self._settled = [], {}, {}, {}
 
     def _add(self, tensor: Tensor, memory: int | None = None) -> int:
         slot = len(self._memory_of)
@@ -320,6 +323,8 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         slots = [self._slot(t) for t in tensors_in([args, kwargs])]
         reads = {self._memory_of[s] for s in slots}
         depends, varies = bool(reads & self._depends), bool(reads & self._varies)
+        if _LIKE.match(name):  # Whatever is in what they are like.
+            depends = varies = False
         if isinstance(result, _Number):
             self._reads_numbers |= depends or varies
             return
@@ -346,6 +351,10 @@ class Recorder(_Dispatched):  # type: ignore[misc]
         if varies:
             self._varies |= gives | writes
         is_random = torch.Tag.nondeterministic_seeded in tags
+        if not (depends or varies or is_random or writes or kwargs.get("generator")):
+            fresh = tensors_in(result)
+            if all(t.layout == torch.strided and _storage(t).nbytes() <= _LITTLE for t in fresh):
+                self._settled.update((self._slot(t), t) for t in fresh)
         self._operations.append(
             _Operation(
                 func,
@@ -372,7 +381,7 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             if operation.is_random or (operation.gives | operation.writes) & needed:
                 kept.append(operation)
                 needed |= operation.reads
-        kept.reverse()
+        kept = self._unsettled(kept[::-1], outputs)
         turned = {s for s, memory in enumerate(self._memory_of) if memory in self._turned}
         kept, outputs = _shortened(kept, outputs, turned)
         refresh, constants = self._scratch(kept)
@@ -389,6 +398,21 @@ class Recorder(_Dispatched):  # type: ignore[misc]
             torch.get_default_dtype(),
             list(self._generators.values()),
         )
+
+    def _unsettled(self, operations: list[_Operation], outputs: list[int]) -> list[_Operation]:
+        """Leaves out those whose results are the same every time: these become constants."""
+        touched = self._turned.union(*(o.writes for o in operations))
+        touched |= {self._memory_of[slot] for slot in outputs}
+        left = []
+        for operation in operations:
+            slots = slots_in(operation.outputs)
+            is_settled = bool(slots) and all(slot in self._settled for slot in slots)
+            if not is_settled or touched & (operation.reads | operation.gives):
+                left.append(operation)
+            else:
+                self._constants.update((slot, self._settled[slot]) for slot in slots)
+        self._settled = {}
+        return left
 
     def _is_read(self, slot: int) -> bool:
         """Whether a recording reads a live tensor; what it is normalised by is no such."""

@@ -1052,3 +1052,31 @@ def test_a_recording_knows_whether_the_host_takes_part(name):
     recording = recorder.finish(value, gradients)
     assert recording.stays_on(weight.device) == (name in ALONE)
     assert not recording.stays_on(torch.device("meta"))
+
+
+def test_what_is_the_same_every_time_is_computed_once():
+    weight, batch = torch.randn(4, requires_grad=True), torch.randn(4)
+    counter = torch.zeros(4)
+
+    def loss():
+        positions = torch.arange(4) * 2.0  # Nothing of these three follows from the weights.
+        mask = (batch > 0).float() + positions.softmax(0)
+        counter.add_(1.0)
+        seen = counter * 0.5  # It is written to: what was seen then is no constant of it.
+        room = torch.zeros(4).add_(weight)  # As is what results are added to.
+        return ((weight * mask).exp() * seen).sum() + room.sum()
+
+    with (recorder := Recorder([weight])):
+        value = loss()
+        gradients = torch.autograd.grad(value, weight)
+    recording = recorder.finish(value, gradients)
+    for _ in range(2):
+        other = torch.randn(4)
+        found, (gradient,) = recording([other])
+        mask = (batch > 0).float() + (torch.arange(4) * 2.0).softmax(0)
+        expected = (other * mask).exp() * 0.5
+        torch.testing.assert_close(found, expected.sum() + other.sum())
+        torch.testing.assert_close(gradient, expected * mask + 1)
+    kept = [k for k in recording.run.__code__.co_names if k.startswith("f")]
+    assert len(kept) == recording.operations
+    assert recording.operations <= 13, "of 28"
