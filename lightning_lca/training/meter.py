@@ -487,6 +487,10 @@ class Meter:
         self._repeated.forget()
         self._reuse.forget()
 
+    def forget_places(self) -> None:
+        """Lets go of the live weights, and of what an accelerator keeps for a launch."""
+        self._repeated.forget()
+
     def rest(self) -> None:
         """Audits nothing any more: training is over, and what its steps read may be gone."""
         self._reuse.rests = True

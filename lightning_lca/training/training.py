@@ -483,12 +483,18 @@ class Training:
         self._note_halving()
         if self._is_prepared or self._told_of:
             self._note_ways()
+        self._leave_places()
         self.reporter.end(x, done)
+
+    def _leave_places(self) -> None:
+        for meter in self.meters.values():
+            meter.forget_places()
 
     def abort(self) -> None:
         """Writes what was measured, after an error that is none of ours; raises nothing."""
         self._counter.leave()
         self._steps.leave()
+        self._leave_places()
         try:
             self.reporter.close()
         except Exception as error:

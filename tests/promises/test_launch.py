@@ -4,6 +4,9 @@ On a CPU it goes straight through its operations; on a device it is one launch, 
 here: operations, addresses and numbers are fixed when it captures, as there.
 """
 
+import gc
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -209,6 +212,25 @@ def test_a_step_that_breaks_off_in_the_middle_leaves_the_weights_where_they_are(
     with pytest.raises(RuntimeError, match="no memory"):
         fit(tmp_path, weights, lca, model=lambda: Classifier(mlp()), data=toy_loader(), steps=12)
     assert all(map(torch.equal, weights.seen, weights.left))
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_after_training_nobody_holds_the_memory_of_the_weights(tmp_path, way, breaks_off):
+    class Ends(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if breaks_off and trainer.global_step == 10:
+                raise RuntimeError("enough")
+
+    lca = LCACallback(figures=False)
+    model = Classifier(mlp())
+    with pytest.raises(RuntimeError, match="enough") if breaks_off else nullcontext():
+        fit(tmp_path, lca, Ends(), model=model, data=toy_loader(), steps=12)
+    assert way.launches > 0
+    gc.collect()
+    places = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+    assert not [t for t in tensors if t.untyped_storage().data_ptr() in places]
+    assert len(lca.history) >= 9
 
 
 def test_what_reads_a_number_is_run_as_it_is():
