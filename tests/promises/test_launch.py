@@ -132,30 +132,32 @@ class Keeps(pl.Callback):
         self.gradients.append([meter.gradients for meter in meters])
 
 
-@pytest.mark.parametrize(
-    ("callback", "arguments", "captures"),
-    [
-        (None, {}, 1),
-        (None, {"quadrature": "closed_trapezoid", "neurons": True, "group_by": "parameter"}, 1),
-        (None, {"track_parameters": True, "breakdown": "order", "oscillation": True}, 1),
-        (None, {"every_n_steps": 2}, 1),
-        (None, {"group_by": "neuron", "precision": "64-true"}, 1),
-        (None, {"precision": "bf16-mixed"}, 1),
-        (None, {"probe": {"a": "train", "b": "train"}}, 2),
-        (Swaps, {}, 3),
-        (Freezes, {}, 3),
-        (Renews, {}, 2),
-        (Stumbles, {}, 1),
-        (None, {"quadrature": "adaptive"}, 0),
-        (None, {"tolerance": 1e-4}, 0),
-        (None, {"probe_batches": 4}, 1),
-        (None, {"probe_batches": 2, "quadrature": "midpoint"}, 1),
-        (None, {"breakdown": "term", "loss_fn": two_terms, "probe_batches": 2}, 1),
-        (None, {"breakdown": "part"}, 0),
-        (None, {"probe_mode": "train"}, 0),
-    ],
-    ids=str,
-)
+# A callback, arguments, and how often a way is settled on.
+WAYS = {
+    "plain": (None, {}, 1),
+    "one gradient": (
+        *(None, {"quadrature": "closed_trapezoid", "neurons": True, "group_by": "parameter"}, 1),
+    ),
+    "shares": (None, {"track_parameters": True, "breakdown": "order", "oscillation": True}, 1),
+    "chords": (None, {"every_n_steps": 2}, 1),
+    "double": (None, {"group_by": "neuron", "precision": "64-true"}, 1),
+    "mixed": (None, {"precision": "bf16-mixed"}, 1),
+    "two probes": (None, {"probe": {"a": "train", "b": "train"}}, 2),
+    "four batches": (None, {"probe_batches": 4}, 1),
+    "no start": (None, {"probe_batches": 2, "quadrature": "midpoint"}, 1),
+    "terms": (None, {"breakdown": "term", "loss_fn": two_terms, "probe_batches": 2}, 1),
+    "swaps": (Swaps, {}, 3),
+    "freezes": (Freezes, {}, 3),
+    "renews": (Renews, {}, 2),
+    "stumbles": (Stumbles, {}, 1),
+    "adaptive": (None, {"quadrature": "adaptive"}, 0),
+    "refined": (None, {"tolerance": 1e-4}, 0),
+    "parts": (None, {"breakdown": "part"}, 0),
+    "dropout": (None, {"probe_mode": "train"}, 0),
+}
+
+
+@pytest.mark.parametrize(("callback", "arguments", "captures"), WAYS.values(), ids=WAYS)
 def test_without_python_it_finds_the_same(
     tmp_path, way, monkeypatch, callback, arguments, captures
 ):
