@@ -262,7 +262,7 @@ class Meter:
         if self._shares is not None and self._shares.needs_start and not is_begun:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
-        found = self._find(segment)
+        found = self._repeat(segment) or self._integrate(segment)
         values, ends, losses, sums, split = (
             *(found.values, found.ends, found.losses, found.sums, found.split),
         )
@@ -310,10 +310,10 @@ class Meter:
             )
         )
 
-    def _find(self, segment: Segment) -> _Found:
-        """Integrates the gradient along a segment, and sums what weights are credited.
+    def _repeat(self, segment: Segment) -> _Found | None:
+        """Does what `_integrate` does, where a segment may go the same way as others before.
 
-        From the third segment on that goes the same way, no Python takes part in it.
+        From the third of these on, no Python takes part in it.
         """
         program = self.probe.program() if self._goes_straight else None
         if program is None:
@@ -323,7 +323,7 @@ class Meter:
             self._buffer.sums if self._rule.first_is_start else None
         )
         if program is None or first is None or not is_kept:
-            return self._integrate(segment)
+            return None
         if self._at_once is None:
             weights = sum(w.nbytes for w in segment.start.values())
             self._at_once = Repeated.pays(self.probe.device, weights, self.probe.room)
@@ -365,7 +365,7 @@ class Meter:
         return self.probe.is_recorded and "part" not in splits
 
     def _integrate(self, segment: Segment) -> _Found:
-        """Does so step by step."""
+        """Integrates the gradient along a segment, and sums what weights are credited."""
         before = self.probe.gradients
         field = self.probe if self._sampling is None else self._field
         if self._rule.closes:

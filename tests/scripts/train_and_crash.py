@@ -34,8 +34,8 @@ from support.training import make_trainer
 
 import lightning_lca.record.writer as board
 from lightning_lca import LCACallback
-from lightning_lca.probe.probe import Probe
 from lightning_lca.reporting.figures import Gallery
+from lightning_lca.training.meter import Meter
 from lightning_lca.training.snapshots import Snapshots as WeightPath
 
 STEPS = 24  # Of batches of 16 in 96 samples: epochs of 6 steps.
@@ -180,7 +180,7 @@ def train(directory, resume, aim, logger, full=None, measured=True):
     sniper = None if aim is None else Sniper(pulse, **aim)
     for owner, name, phase in (
         (WeightPath, "open", "snapshot"),
-        (Probe, "__call__", "probe"),
+        (Meter, "measure", "probe"),
         (board.RecordWriter, "_try", "record"),
         (pl.Trainer, "save_checkpoint", "checkpoint"),
         (pl.LightningModule, "transfer_batch_to_device", "transfer"),  # Given, not counted yet.
