@@ -263,9 +263,8 @@ class Meter:
             first = self._begin_shares(self._shares, first, segment)
         self._buffer.first, first = first, None
         found = self._repeat(segment) or self._integrate(segment)
-        values, ends, losses, sums, split = (
-            *(found.values, found.ends, found.losses, found.sums, found.split),
-        )
+        values, ends, losses = found.values, found.ends, found.losses
+        sums, split = found.sums, found.split
         at_stop = None if at_start is None else self._foretold(ends.last, segment)
         if self._watched and not self._grouping.leaves_out:
             self._watched -= 1

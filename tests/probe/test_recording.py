@@ -1052,6 +1052,12 @@ def test_a_recording_knows_whether_the_host_takes_part(name):
     recording = recorder.finish(value, gradients)
     assert recording.stays_on(weight.device) == (name in ALONE)
     assert not recording.stays_on(torch.device("meta"))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # Others than it was noted under.
+    try:
+        assert not recording.is_alone
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_what_is_the_same_every_time_is_computed_once():
