@@ -208,10 +208,13 @@ def test(name: str, cell: Cell, python: Path, arguments: list[str]) -> tuple[str
 
 def main() -> int:
     """Builds and tests cell by cell; fails if any test did."""
-    asked, _, rest = " ".join(sys.argv[1:]).partition("--")
+    asked, rest = sys.argv[1:], []
+    if "--" in asked:
+        at = asked.index("--")
+        asked, rest = asked[:at], asked[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="*", help=", ".join(CELLS))
-    names = parser.parse_args(asked.split()).cells or list(CELLS)
+    names = parser.parse_args(asked).cells or list(CELLS)
     if unknown := set(names) - set(CELLS):
         parser.error(f"No such cell: {', '.join(sorted(unknown))}. Cells: {', '.join(CELLS)}.")
     WHERE.mkdir(exist_ok=True)
@@ -221,7 +224,7 @@ def main() -> int:
         try:
             python = build(name, cell)
             found = versions(python)
-            result, passed = test(name, cell, python, rest.split() or CORE)
+            result, passed = test(name, cell, python, rest or CORE)
         except RuntimeError as error:
             found, result, passed = ["?"] * len(SHOWN), f"not built: {error}", False
         good &= passed
