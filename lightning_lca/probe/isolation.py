@@ -1,6 +1,6 @@
 """Side effects contained: whatever evaluating a loss may change is put back, bit for bit.
 
-`fence` saves the random streams and everything that the held values reach, seeds the streams, and
+A `Fence` saves the random streams and everything that the held values reach, seeds the streams, and
 restores all of it on the way out, whether the body succeeds or raises.
 """
 
@@ -25,7 +25,7 @@ import types
 import weakref
 from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -91,18 +91,12 @@ _MISSING = object()
 _DEEPEST = 9  # Tuples within tuples that are searched for what cannot be put back.
 
 
-@contextmanager
-def fence(
-    *held: Any,
-    seed: int,
-    spare: Iterable[Tensor] = (),
-    devices: Iterable[torch.device] = (),
-    apart: Iterable[Any] = (),
-) -> Iterator[None]:
-    """Runs the body on seeded random streams and undoes what it does to all that is reached.
+class Fence:
+    """Runs one body after the other on seeded random streams, and undoes what each does.
 
-    Put back are: the random state of torch (CPU and the given devices), numpy and python; the
-    variables of the environment and of the context; and of
+    What is reached is looked at once, when the fence is made: nothing but its bodies may change any
+    of it up to the end of the last one. Put back are: the random state of torch (CPU and the given
+    devices), numpy and python; the variables of the environment and of the context; and of
     the held values their tensors, arrays, generators, attributes, slots and containers; what their
     functions and methods hold (closures, defaults, owners) and the globals that they name; the
     attributes of the user's classes; optimizers' settings and schedulers.
@@ -111,43 +105,81 @@ def fence(
     the attributes of other callbacks, and the datamodule.
 
     What nobody can put back, such as an open file or the iterator of a loader, is replaced by a
-    guard while the body runs: using it raises, and says what to do.
+    guard while a body runs: using it raises, and says what to do.
 
     Not put back: the values of ``spare`` tensors, hooks on gradients, the inside of foreign
     packages' objects and modules, and whatever lives outside the process. Large tensors that are
     not the module's own (an optimizer's state, data) are not copied, but watched.
-
-    Args:
-        held: Modules that the body may change, a Trainer, or other values.
-        seed: Every random stream, those that are reached included, starts from this number.
-        spare: Tensors that need no copy, since someone else keeps one or nobody writes to them;
-            only whether they require grad is put back.
-        devices: Accelerators whose random state the body may use.
-        apart: Objects that are not looked into, e.g. the callback that measures.
-
-    Raises:
-        MisconfigurationException: The body used, or changed, what cannot be put back.
     """
-    memory = _Memory(spare, apart)
-    try:
-        streams = memory.keep_streams(devices)
-        memory.keep_environment()
-        for value in held:
-            memory.keep(value)
-        memory.walk()
-        memory.seed_generators(seed)
-        for seed_stream in streams:
-            seed_stream(seed)
-        memory.put_guards()
-        yield
-    except BaseException as error:
+
+    def __init__(
+        self,
+        *held: Any,
+        spare: Iterable[Tensor] = (),
+        devices: Iterable[torch.device] = (),
+        apart: Iterable[Any] = (),
+    ) -> None:
+        """Looks at all that is reached.
+
+        Args:
+            held: Modules that a body may change, a Trainer, or other values.
+            spare: Tensors that need no copy, since someone else keeps one or nobody writes to them;
+                only whether they require grad is put back.
+            devices: Accelerators whose random state a body may use.
+            apart: Objects that are not looked into, e.g. the callback that measures.
+        """
+        self._memory = memory = _Memory(spare, apart)
+        try:
+            self._streams = memory.keep_streams(devices)
+            memory.keep_environment()
+            for value in held:
+                memory.keep(value)
+            memory.walk()
+        except BaseException:
+            memory.restore()
+            raise
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may run another body: what undoes the first is not used up by that."""
+        return self._memory.lasts
+
+    @contextmanager
+    def around(self, seed: int) -> Iterator[None]:
+        """Runs a body, and undoes what it does.
+
+        Args:
+            seed: Every random stream, those that are reached included, starts from this number.
+
+        Raises:
+            MisconfigurationException: The body used, or changed, what cannot be put back.
+        """
+        memory = self._memory
+        try:
+            memory.seed_generators(seed)
+            for seed_stream in self._streams:
+                seed_stream(seed)
+            memory.put_guards()
+            yield
+        except BaseException as error:
+            failure = memory.restore()
+            if failure is not None and hasattr(error, "add_note"):
+                error.add_note(str(failure))
+            raise
         failure = memory.restore()
-        if failure is not None and hasattr(error, "add_note"):
-            error.add_note(str(failure))
-        raise
-    failure = memory.restore()
-    if failure is not None:
-        raise failure
+        if failure is not None:
+            raise failure
+
+
+def fence(
+    *held: Any,
+    seed: int,
+    spare: Iterable[Tensor] = (),
+    devices: Iterable[torch.device] = (),
+    apart: Iterable[Any] = (),
+) -> AbstractContextManager[None]:
+    """Runs one body within a `Fence`."""
+    return Fence(*held, spare=spare, devices=devices, apart=apart).around(seed)
 
 
 _Path = tuple[
@@ -190,13 +222,17 @@ class _Memory:
     Values are looked at in the order of their distance, by a list of what is left to do: there is
     no depth that is too deep. Those that are not the module's own come last, and lightly: of them,
     large tensors are not copied.
+
+    Attributes:
+        lasts: Whether all of it can be undone again, after another body.
     """
 
     def __init__(self, spare: Iterable[Tensor], apart: Iterable[Any]) -> None:
+        self.lasts = True
         self._undo: list[tuple[Callable[[], object], _Path]] = []
         self._checks: list[Callable[[], str | None]] = []
         self._reseed: list[Callable[[int], object]] = []
-        self._guards: list[Callable[[], object]] = []
+        self._guards: list[Callable[[], object]] = []  # Called before a body runs.
         self._stand_ins: dict[int, Any] = {}
         self._seen: dict[int, Any] = {id(value): value for value in apart}  # Alive: ids stay.
         self._names: set[tuple[int, str]] = set()  # Of namespaces.
@@ -221,12 +257,12 @@ class _Memory:
 
     def keep_environment(self) -> None:
         """Remembers the variables of the environment, and those of the context that are set."""
-        saved, context = dict(os.environ), contextvars.copy_context()
+        context, saved = contextvars.copy_context(), _environment()
 
         def undo() -> None:
-            if dict(os.environ) != saved:
+            if _environment() != saved:
                 os.environ.clear()
-                os.environ.update(saved)
+                os.environ.update({os.fsdecode(n): os.fsdecode(v) for n, v in saved.items()})
 
         def undo_context() -> None:
             for variable, value in context.items():
@@ -275,7 +311,7 @@ class _Memory:
             reseed(seed % 2**32)
 
     def put_guards(self) -> None:
-        """Puts stand-ins where somebody holds what cannot be put back."""
+        """Puts stand-ins where somebody holds what cannot be put back, and watches optimizers."""
         for put in self._guards:
             put()
 
@@ -328,6 +364,8 @@ class _Memory:
             same = all(map(operator.is_, parts, value))
             return value if same else self._stand_ins.setdefault(id(value), tuple(parts))
         other = stand_in(value, functools.partial(_written, path), _is_ours)
+        if is_copied(value):  # The body takes items from the copy.
+            self.lasts = False
         if other is not value:
             self._stand_ins[id(value)] = other
         return other
@@ -393,6 +431,9 @@ class _Memory:
         # The type's own methods: a subclass may do more when an item is set.
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
         keys, items = list(kind.keys(value)), list(kind.values(value))
+        if not keys:  # As most tables of a module are.
+            self._undo.append((lambda: kind.clear(value) if kind.__len__(value) else None, path))
+            return
 
         def undo() -> None:
             # In place where it can be: a thread of the user's may be reading.
@@ -479,6 +520,7 @@ class _Memory:
             manager, copied = value._mgr, value.copy(deep=True)._mgr
             kept = functools.partial(object.__setattr__, value, "_mgr")
             same = functools.partial(_same_table, manager, copied)
+            self.lasts = False  # The copy may take the table's place.
             self._undo.append((lambda: kept(manager if same() else copied), path))
             return True
         if type(value) is functools._lru_cache_wrapper:
@@ -486,6 +528,7 @@ class _Memory:
             return True
         if _is_database(value):
             self._undo.append((_kept_transaction(value), path))
+            self.lasts = False
             return True
         return self._keep_generator(value, path)
 
@@ -572,6 +615,7 @@ class _Memory:
         if gradient is not None:
             self._push(gradient, _attribute(path, "grad"))
         placed = _is_placed(whole)
+        self.lasts &= placed or saved is None  # Else the copy may take the tensor's place.
 
         def undo() -> None:
             # Memory that did not change is not written to: it may be a file's, or read-only.
@@ -762,8 +806,18 @@ class _Memory:
         self._keep_dict(vars(optimizer), path, _attribute, but=hooks)
         self._push(type(optimizer), path)
         steps: list[int] = []
-        handle = optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        self._undo.append((handle.remove, path))
+        handles: list[Any] = []
+
+        def watch() -> None:
+            steps.clear()
+            handles.append(optimizer.register_step_post_hook(lambda *_: steps.append(1)))
+
+        def undo() -> None:
+            while handles:
+                handles.pop().remove()
+
+        self._guards.append(watch)
+        self._undo.append((undo, path))
 
         def check() -> str | None:
             # Fused kernels do not count versions.
@@ -835,6 +889,12 @@ class _Memory:
 def _is_ours(kind: Any) -> bool:
     """Whether a class or function is neither of the standard library nor of a known package."""
     return (kind.__module__ or "").partition(".")[0] not in _FOREIGN
+
+
+def _environment() -> dict[Any, Any]:
+    """Copies the variables of the environment, encoded if they are held so: that saves the work."""
+    held = getattr(os.environ, "_data", None)
+    return dict(held if isinstance(held, dict) else os.environ)
 
 
 def _is_database(value: Any) -> bool:
@@ -1087,28 +1147,33 @@ _OF_MODULES = ("_backward_hooks", "_backward_pre_hooks")
 _OF_ALL_MODULES = ("_global_backward_hooks", "_global_backward_pre_hooks")
 
 
-@contextmanager
-def no_gradient_hooks(module: nn.Module) -> Iterator[None]:
-    """Runs the body without hooks on the gradients of parameters and modules.
+class GradientHooks:
+    """Hooks on the gradients of a module's parameters and submodules.
 
-    Those that are registered within the body are dropped at its end. Hooks on other tensors, which
-    a forward registers on its way, stay.
+    Hooks on other tensors, which a forward registers on its way, are not among them.
     """
-    # The tables are private. They are emptied in place: handles and autograd hold on to them.
-    owners: list[_Owner] = [(_everywhere, _OF_ALL_MODULES)]
-    for m in module.modules():  # Once for both: walking large modules takes its time.
-        owners.append((m, _OF_MODULES))
-        owners += [(p, _OF_PARAMETERS) for p in m._parameters.values() if p is not None]
-    saved = [(table, dict(table)) for table in _tables(owners)]
-    for table, _ in saved:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table in _tables(owners):
+
+    def __init__(self, module: nn.Module) -> None:
+        """Finds who may have some; the module must keep its submodules and parameters."""
+        # The tables are private. They are emptied in place: handles and autograd hold on to them.
+        self._owners: list[_Owner] = [(_everywhere, _OF_ALL_MODULES)]
+        for m in module.modules():  # Once for both: walking large modules takes its time.
+            self._owners.append((m, _OF_MODULES))
+            self._owners += [(p, _OF_PARAMETERS) for p in m._parameters.values() if p is not None]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Runs the body without them; those that are registered within are dropped at its end."""
+        saved = [(table, dict(table)) for table in _tables(self._owners)]
+        for table, _ in saved:
             table.clear()
-        for table, hooks in saved:
-            table.update(hooks)
+        try:
+            yield
+        finally:
+            for table in _tables(self._owners):
+                table.clear()
+            for table, hooks in saved:
+                table.update(hooks)
 
 
 def drop_gradient_hooks(weights: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from lightning_lca.measure.selection import EVERYTHING, Selection
 from lightning_lca.measure.tensors import HALF, side_by_side, wide
 from lightning_lca.probe.batches import batch_sizes, copied
 from lightning_lca.probe.fingerprint import fingerprint
-from lightning_lca.probe.isolation import drop_gradient_hooks, fence, no_gradient_hooks, seeded
+from lightning_lca.probe.isolation import Fence, GradientHooks, drop_gradient_hooks, seeded
 from lightning_lca.probe.loggers import silent
 from lightning_lca.probe.loss import (
     Loss,
@@ -142,6 +143,8 @@ class Probe:
         self.examples = 0
         self.watch: Callable[[int, Weights, Weights], None] | None = None
         self._stop: Weights = {}  # Where the segment stops that is evaluated.
+        self._is_alone = False
+        self._around: _Around | None = None  # While nothing else happens.
         self.gradients = 0
         self.why_not: str | None = "it was not tried yet"
 
@@ -604,6 +607,30 @@ class Probe:
     # -- surroundings of an evaluation ------------------------------------------------------------
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Promises that nothing but evaluations of this probe touches the module or the Trainer.
+
+        What the fence holds aside then serves all of them.
+        """
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone, self._around = False, None
+
+    def _surround(self) -> _Around:
+        """Looks at all that an evaluation may change, unless that was done and still holds."""
+        around, self._around = self._around, None
+        if around is None:
+            held, spare = (self._module, self._trainer), self._spare()
+            around = _Around(
+                Fence(*held, spare=spare, devices=self._devices),
+                GradientHooks(self._module),
+                [vars(m) for m in self._module.modules() if hasattr(m, "log_dict")],
+            )
+        return around
+
+    @contextmanager
     def _put_back(self, at: Position, held: Weights) -> Iterator[None]:
         """Puts back the weights, to where the segment stops, and ``p.grad``."""
         parameters = list(self._module.parameters())
@@ -624,20 +651,20 @@ class Probe:
         Hooks on gradients rest: they are no part of the loss.
         """
         trainer, loggers = self._trainer, self._trainer.loggers
-        held, spare, devices = (self._module, trainer), self._spare(), list(self._devices)
-        with fence(*held, seed=self._seed + j, spare=spare, devices=devices):
-            for module in self._module.modules():
-                if hasattr(module, "log_dict"):
-                    vars(module).update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
+        around = self._surround()
+        with around.fence.around(self._seed + j):
+            for attributes in around.of_loud:
+                attributes.update(log=_say_nothing, log_dict=_say_nothing, print=_say_nothing)
             trainer.loggers = silent(loggers)
             try:
                 # A NaN is recorded, also where training looks for the origin of its own.
                 quiet = torch.autograd.set_detect_anomaly(False)
-                hooks = no_gradient_hooks(self._module)
-                with _uncompiled(), hooks, torch.enable_grad(), quiet:
+                with _uncompiled(), around.hooks.off(), torch.enable_grad(), quiet:
                     yield
             finally:
                 trainer.loggers = loggers
+        if self._is_alone and around.fence.lasts:
+            self._around = around
 
     def _spare(self) -> list[Tensor]:
         """Lists the parameters that the fence need not copy.
@@ -660,6 +687,21 @@ class Probe:
             return {
                 j: to_device(self._trainer, self._module, copied(b)) for j, b in batches.items()
             }
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What is known of all that surrounds an evaluation.
+
+    Attributes:
+        fence: Undoes what it does.
+        hooks: Those on gradients.
+        of_loud: The attributes of modules that log.
+    """
+
+    fence: Fence
+    hooks: GradientHooks
+    of_loud: list[dict[str, Any]]
 
 
 def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -254,24 +254,27 @@ class Meter:
         """
         began = time.perf_counter()
         self.probe.whole = self._sees_whole
-        opened, self._opened = self._opened, None
-        first = self._reuse.start(segment) if opened is None else self._reuse.still(opened, segment)
-        self._make_room(segment)
-        at_start = self._foretold(first, segment) if self._reuse.is_audited else None
-        is_begun = first is not None and first is opened
-        if self._shares is not None and self._shares.needs_start and not is_begun:
-            first = self._begin_shares(self._shares, first, segment)
-        self._buffer.first, first = first, None
-        found = self._repeat(segment) or self._integrate(segment)
-        values, ends, losses = found.values, found.ends, found.losses
-        sums, split = found.sums, found.split
-        at_stop = None if at_start is None else self._foretold(ends.last, segment)
-        if self._watched and not self._grouping.leaves_out:
-            self._watched -= 1
-            if self._misses_all(sums, losses):
-                # The gradient at the stop is let go of, so that no further memory is needed.
-                ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
-                sums = self._halved(values, segment, sums, losses, split)
+        with self.probe.alone():
+            opened, self._opened = self._opened, None
+            first = (
+                self._reuse.start(segment) if opened is None else self._reuse.still(opened, segment)
+            )
+            self._make_room(segment)
+            at_start = self._foretold(first, segment) if self._reuse.is_audited else None
+            is_begun = first is not None and first is opened
+            if self._shares is not None and self._shares.needs_start and not is_begun:
+                first = self._begin_shares(self._shares, first, segment)
+            self._buffer.first, first = first, None
+            found = self._repeat(segment) or self._integrate(segment)
+            values, ends, losses = found.values, found.ends, found.losses
+            sums, split = found.sums, found.split
+            at_stop = None if at_start is None else self._foretold(ends.last, segment)
+            if self._watched and not self._grouping.leaves_out:
+                self._watched -= 1
+                if self._misses_all(sums, losses):
+                    # The gradient at the stop is let go of, so that no further memory is needed.
+                    ends = Ends(ends.loss_before, Sample(ends.last.loss, None), 2)
+                    sums = self._halved(values, segment, sums, losses, split)
         self._measured += 1
         self._note_typical(sums.credit)
         row = torch.cat([*self._head(losses, ends), sums.numbers])

@@ -40,7 +40,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_lca import LCACallback
-from lightning_lca.probe.isolation import fence
+from lightning_lca.probe.isolation import Fence, fence
 from lightning_lca.runtime.lightnings import MisconfigurationException
 
 
@@ -309,6 +309,77 @@ def test_what_the_body_changes_is_put_back(kind, hold, fails):
         change(value)
         assert read(value) != entered, "The case changes nothing."
     assert read(value) == before
+
+
+# Torch writes to none of these in place: what is put back is the copy itself.
+USED_UP = {"sparse tensor", "sparse rows"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_fence_puts_back_what_several_bodies_change(kind):
+    make, read, change = KINDS[kind]
+    value = make()
+    before = read(value)
+    one = Fence(deep_inside(value))
+    seen = []
+    for _ in range(3 if one.lasts else 1):
+        with one.around(7):
+            seen.append(read(value))
+            change(value)
+            assert read(value) != seen[-1], "The case changes nothing."
+        assert read(value) == before
+    assert one.lasts == (kind not in USED_UP)
+    # Each body finds the same; a generator starts from the seed for all.
+    assert all(s == seen[0] for s in seen)
+
+
+def database(notes):
+    table = sqlite3.connect(":memory:")
+    table.execute("CREATE TABLE t(a)")
+    return table
+
+
+def pandas_table(notes):
+    # As pandas is built: a table holds a manager, and says whether another equals it.
+    class Manager:
+        def equals(self, other):
+            return self is other
+
+    class Table:
+        _mgr = Manager()
+
+        def copy(self, deep):
+            return Table()
+
+    Table.__module__ = "pandas.core"
+    return Table()
+
+
+@pytest.mark.parametrize("make", [iter, database, pandas_table])
+def test_a_fence_says_that_its_copy_is_used_up(make):
+    assert Fence(nn.Linear(1, 1)).lasts
+    assert not Fence(attribute(make([1, 2]))).lasts
+
+
+def test_an_optimizer_is_watched_in_every_body():
+    module = stepped(200)
+    one = Fence(module)
+    for _ in range(2):
+        with one.around(0):
+            pass
+    with pytest.raises(MisconfigurationException, match="steps an optimizer"), one.around(0):
+        step(module)
+    assert not module.optimizer._optimizer_step_post_hooks
+
+
+def test_guards_stand_in_every_body():
+    with open(__file__, encoding="utf-8") as file:
+        module = attribute(file)
+        one = Fence(module)
+        for _ in range(2):
+            with pytest.raises(MisconfigurationException, match=r"self\.value"), one.around(0):
+                module.value.read()
+            assert file.tell() == 0
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["on success", "on an error"])

@@ -4,12 +4,13 @@ import gc
 import json
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accelerator import take_the_cpu_for_one
-from support.models import Classifier, pl, toy_loader
+from support.models import Classifier, pl, toy_loader, unrecorded
 from support.training import fit, make_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lca import LCACallback
 from lightning_lca.measure.captured import Repeated
 from lightning_lca.measure.tensors import CHUNK
+from lightning_lca.probe.isolation import _Memory
 from lightning_lca.probe.probe import Probe
 
 FROM, TO = 24, 44  # Steps that are counted: none of them is audited, logged or told of.
@@ -119,6 +121,44 @@ def test_beyond_two_bare_gradients_a_measured_step_asks_little_of_the_host(
     print(kind.__name__, extra, slope)
     assert slope <= per_layer
     assert extra[few] - few * slope <= least
+
+
+class Restless(Classifier):
+    """Every evaluation of its loss changes it."""
+
+    def __init__(self):
+        super().__init__(deep(2))
+        self.count, self.seen = 0, []
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        self.seen.append(self.count)
+        pytest.counts_seen.append(self.count)  # Kept at another's module, which is not put back.
+        return unrecorded(super().training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_the_fence_looks_around_once_for_all_evaluations_of_a_step(tmp_path, batches, monkeypatch):
+    looked = []
+    walk = _Memory.walk
+    monkeypatch.setattr(_Memory, "walk", lambda self: (looked.append(1), walk(self))[1])
+    monkeypatch.setattr(pytest, "counts_seen", [], raising=False)
+    marks = {}
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            marks[trainer.global_step] = len(looked), len(pytest.counts_seen)
+
+    module, lca = Restless(), LCACallback(figures=False, probe_batches=batches)
+    fit(tmp_path, Note(), lca, model=module)
+    assert lca.history.settings["evaluated"] != "recorded"
+    # Of the third step on: the first ones look at the loss, and compare.
+    for (step, (looks, at)), (_, (then, to)) in pairwise(sorted(marks.items())[3:]):
+        assert then - looks == 1
+        own, *evaluations = pytest.counts_seen[at:to]
+        assert own == step + 1
+        assert evaluations == [step + 2] * 2 * batches
+    assert module.seen == list(range(1, 13))
 
 
 class Held(pl.Callback):
