@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 from collections import deque
@@ -24,17 +25,11 @@ def silent(loggers: list[Any]) -> list[Any]:
 
 
 def _silent(logger: Any) -> Any:
-    kind = type(logger)
+    kind: Any = type(logger)
+    mute, answers = _attributes(kind)
     names: dict[str, Any] = {"__slots__": (), "__module__": kind.__module__}
-    for name in dir(kind):
-        attribute = inspect.getattr_static(kind, name)
-        if name.startswith("__"):
-            continue
-        if isinstance(attribute, _FUNCTIONS):
-            if name.startswith(_WRITES) or name in _ALSO_WRITES:
-                names[name] = _say_nothing
-        elif isinstance(attribute, property):
-            names[name] = _answer_of(logger, name)
+    names |= {name: _say_nothing for name in mute}
+    names |= {name: _answer_of(logger, name) for name in answers}
     nothing = Nothing()
     names["experiment"] = property(lambda _: nothing, _say_nothing)
     make: Any = type(kind)
@@ -54,6 +49,23 @@ def _silent(logger: Any) -> Any:
                 except AttributeError:  # Not filled.
                     continue
     return stand_in
+
+
+@functools.lru_cache(maxsize=64)
+def _attributes(kind: Any) -> tuple[list[str], list[str]]:
+    """Lists the methods of a logger's class that write, and its properties."""
+    mute: list[str] = []
+    answers: list[str] = []
+    for name in dir(kind):
+        attribute = inspect.getattr_static(kind, name)
+        if name.startswith("__"):
+            continue
+        if isinstance(attribute, _FUNCTIONS):
+            if name.startswith(_WRITES) or name in _ALSO_WRITES:
+                mute.append(name)
+        elif isinstance(attribute, property):
+            answers.append(name)
+    return mute, answers
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
