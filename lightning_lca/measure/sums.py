@@ -116,8 +116,8 @@ class Run:
         if self.block:
             blocks = data.view(-1, self.block)
             signs = torch.sign(blocks, out=scratch[: len(data)].view(-1, self.block))
-            # Of so few in their own type: exact enough, and much faster; those of signs are exact.
-            return blocks.sum(1).to(double), signs.sum(1), signs.clamp_(min=0).sum(1)
+            # Sums of signs are exact in any type; those of credits add up alike in every table.
+            return blocks.sum(1, dtype=double), signs.sum(1), signs.clamp_(min=0).sum(1)
         table = torch.stack([data.to(double), torch.sign(data).to(double), (data > 0).to(double)])
         lengths = self.lengths.expand(3, -1)
         pieces = torch.segment_reduce(table, "sum", lengths=lengths, axis=1, unsafe=True)
